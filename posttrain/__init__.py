@@ -1,0 +1,3 @@
+"""posttrain: difficulty screening → light SFT → asynchronous online RL → light DPO."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,47 @@
+"""Making prompts: content hashes, and the checks that a task set passes at load."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from posttrain.errors import DataError
+from posttrain.types import Message, Prompt
+
+
+def content_hash(messages: Sequence[Message]) -> str:
+    """Hex digest (16 characters) of what the policy is shown, system messages included."""
+    canonical = json.dumps([m.as_dict() for m in messages], ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def make_prompt(
+    question: str,
+    *,
+    reference: Any,
+    domain: str,
+    metadata: Mapping[str, Any] | None = None,
+) -> Prompt:
+    """A single-turn prompt from a question."""
+    messages = (Message(role="user", content=question),)
+    return Prompt(
+        prompt_id=content_hash(messages),
+        messages=messages,
+        reference=reference,
+        domain=domain,
+        metadata=metadata or {},
+    )
+
+
+def check_disjoint(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
+    """Raises DataError if a held-out prompt is also trained on; names the first offenders."""
+    seen = {prompt.prompt_id for prompt in train}
+    shared = [p for p in held_out if p.prompt_id in seen]
+    if shared:
+        examples = ", ".join(repr(p.messages[-1].content) for p in shared[:3])
+        raise DataError(
+            f"{len(shared)} held-out prompts are also in the training tasks, e.g. {examples}. "
+            "Remove them from one side: accuracy on prompts trained on says nothing."
+        )
