@@ -1,0 +1,114 @@
+"""Sequences of many lengths into rows without much padding, rows into micro-batches.
+
+Several short rows instead of one long one, because dense attention costs the square of a row's
+length where no kernel for packed sequences exists (SDPA on CPU).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from posttrain.types import MicroBatch, PolicyVersion, TrainingBatch, TrainingSample
+
+Row = list[TrainingSample]
+
+_LENGTH_MULTIPLE = 8
+
+
+def pack(
+    samples: Sequence[TrainingSample],
+    *,
+    row_tokens: int,
+    micro_tokens: int,
+    pad_token_id: int,
+    current: PolicyVersion,
+) -> TrainingBatch:
+    """Pack `samples` by first-fit-decreasing; the same samples always give the same batch.
+
+    A row holds up to `row_tokens` tokens; a longer sample has a row of its own. A micro-batch
+    takes rows of similar length up to `micro_tokens` tokens, but at least one; its L is the
+    longest of them, rounded up to a multiple of 8, so micro-batches differ in shape. `ages` are
+    `current.step` minus the step of the sample's oldest token, on all of its tokens, and 0 on
+    padding.
+
+    The split changes neither loss nor gradient: `num_loss_tokens` and `num_sequences` count the
+    whole batch, and no sequence spans two micro-batches.
+    """
+    assert samples, "an optimizer step needs at least one sample"
+    # The log-probability of a sequence's first token would come from the sequence before it.
+    assert all(sample.loss_mask[0] == 0 for sample in samples), "a sample starts without a prompt"
+    rows = _first_fit_decreasing(samples, row_tokens)
+    return TrainingBatch(
+        micro_batches=tuple(
+            _micro_batch(group, pad_token_id, current) for group in _group_rows(rows, micro_tokens)
+        ),
+        num_loss_tokens=int(sum(sample.loss_mask.sum() for sample in samples)),
+        num_sequences=len(samples),
+    )
+
+
+def _first_fit_decreasing(samples: Sequence[TrainingSample], row_tokens: int) -> list[Row]:
+    """Rows from the fullest to the emptiest."""
+    rows: list[Row] = []
+    free: list[int] = []
+    for sample in sorted(samples, key=_length, reverse=True):
+        length = _length(sample)
+        index = next((i for i, room in enumerate(free) if room >= length), len(rows))
+        if index == len(rows):
+            rows.append([])
+            free.append(row_tokens)
+        rows[index].append(sample)
+        free[index] -= length
+    return sorted(rows, key=_row_length, reverse=True)
+
+
+def _group_rows(rows: Sequence[Row], micro_tokens: int) -> Iterator[Sequence[Row]]:
+    start = 0
+    while start < len(rows):
+        end = start + max(1, micro_tokens // _round_up(_row_length(rows[start])))
+        yield rows[start:end]
+        start = end
+
+
+def _micro_batch(rows: Sequence[Row], pad_token_id: int, current: PolicyVersion) -> MicroBatch:
+    shape = (len(rows), _round_up(max(_row_length(row) for row in rows)))
+    token_ids = np.full(shape, pad_token_id, dtype=np.int64)
+    position_ids = np.zeros(shape, dtype=np.int64)
+    loss_mask = np.zeros(shape, dtype=np.float32)
+    rollout_logprobs = np.zeros(shape, dtype=np.float32)
+    advantages = np.zeros(shape, dtype=np.float32)
+    ages = np.zeros(shape, dtype=np.int64)
+    for r, row in enumerate(rows):
+        start = 0
+        for sample in row:
+            here = slice(start, start + _length(sample))
+            token_ids[r, here] = sample.token_ids
+            position_ids[r, here] = np.arange(_length(sample))
+            loss_mask[r, here] = sample.loss_mask
+            rollout_logprobs[r, here] = sample.rollout_logprobs
+            advantages[r, here] = sample.advantages
+            ages[r, here] = current.step - sample.oldest_version.step
+            start = here.stop
+        position_ids[r, start:] = np.arange(shape[1] - start)
+    return MicroBatch(
+        token_ids=token_ids,
+        position_ids=position_ids,
+        loss_mask=loss_mask,
+        rollout_logprobs=rollout_logprobs,
+        advantages=advantages,
+        ages=ages,
+    )
+
+
+def _length(sample: TrainingSample) -> int:
+    return len(sample.token_ids)
+
+
+def _row_length(row: Row) -> int:
+    return sum(_length(sample) for sample in row)
+
+
+def _round_up(length: int) -> int:
+    return -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE

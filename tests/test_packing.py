@@ -1,0 +1,141 @@
+"""Packing: nothing lost, nothing twice, sequences kept apart."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from posttrain.packing import pack
+from posttrain.types import PolicyVersion, TrainingSample
+
+PAD = 0
+CURRENT = PolicyVersion(2, 10)
+
+
+def sample(prompt_length, completion_length, identity=0, step=10):
+    """Ids are unique per (identity, position) and never the padding's."""
+    length = prompt_length + completion_length
+    mask = np.r_[np.zeros(prompt_length), np.ones(completion_length)].astype(np.float32)
+    return TrainingSample(
+        token_ids=identity * 1000 + np.arange(1, length + 1),
+        loss_mask=mask,
+        rollout_logprobs=mask * np.float32(-0.1) * (identity + 1),
+        advantages=mask * np.float32(identity - 2.5),
+        oldest_version=PolicyVersion(1, step),
+    )
+
+
+def unpack(batch):
+    """(ids, mask, rollout_logprobs, advantages, ages) of each sequence, padding included."""
+    for micro in batch.micro_batches:
+        for r, positions in enumerate(micro.position_ids):
+            starts = [*np.flatnonzero(positions == 0), len(positions)]
+            for start, end in itertools.pairwise(starts):
+                assert positions[start:end].tolist() == list(range(end - start))
+                fields = (micro.loss_mask, micro.rollout_logprobs, micro.advantages, micro.ages)
+                ids = tuple(micro.token_ids[r, start:end].tolist())
+                yield (ids, *(tuple(f[r, start:end].tolist()) for f in fields))
+
+
+samples_strategy = st.lists(
+    st.tuples(st.integers(1, 20), st.integers(1, 40), st.integers(4, 10)), min_size=1, max_size=40
+).map(lambda shapes: [sample(p, c, i, step) for i, (p, c, step) in enumerate(shapes)])
+
+
+@given(samples_strategy, st.integers(8, 100), st.integers(8, 400))
+def test_every_sequence_once_with_its_own_values(samples, row_tokens, micro_tokens):
+    batch = pack(
+        samples,
+        row_tokens=row_tokens,
+        micro_tokens=micro_tokens,
+        pad_token_id=PAD,
+        current=CURRENT,
+    )
+    sequences = Counter(s for s in unpack(batch) if s[0][0] != PAD)
+    assert sequences == Counter(
+        (
+            tuple(s.token_ids.tolist()),
+            tuple(s.loss_mask.tolist()),
+            tuple(s.rollout_logprobs.tolist()),
+            tuple(s.advantages.tolist()),
+            (10 - s.oldest_version.step,) * len(s.token_ids),
+        )
+        for s in samples
+    )
+    assert batch.num_sequences == len(samples)
+
+
+@given(samples_strategy, st.integers(8, 100), st.integers(8, 400))
+def test_padding_trains_nothing_and_bounds_hold(samples, row_tokens, micro_tokens):
+    batch = pack(
+        samples,
+        row_tokens=row_tokens,
+        micro_tokens=micro_tokens,
+        pad_token_id=PAD,
+        current=CURRENT,
+    )
+    for ids, *values in unpack(batch):
+        if ids[0] == PAD:
+            assert set(ids) == {PAD}
+            assert all(set(field) == {0} for field in values)
+    longest = max(len(s.token_ids) for s in samples)
+    for micro in batch.micro_batches:
+        rows, length = micro.token_ids.shape
+        assert length % 8 == 0
+        assert length < max(row_tokens, longest) + 8
+        assert rows == 1 or rows * length <= micro_tokens
+    masks = sum(micro.loss_mask.sum() for micro in batch.micro_batches)
+    assert batch.num_loss_tokens == masks == sum(s.loss_mask.sum() for s in samples)
+
+
+def shapes(batch):
+    return [micro.token_ids.shape for micro in batch.micro_batches]
+
+
+def test_first_fit_decreasing_by_hand():
+    lengths = [4, 10, 6, 12, 3, 5]
+    samples = [sample(1, n - 1, i) for i, n in enumerate(lengths)]
+    batch = pack(samples, row_tokens=16, micro_tokens=32, pad_token_id=PAD, current=CURRENT)
+    # Largest first: 12+4, 10+6, 5+3; the last row is cut to what it holds.
+    rows = [
+        [int(ids[0]) // 1000 for ids, *_ in unpack(batch) if ids[0] != PAD][i : i + 2]
+        for i in (0, 2, 4)
+    ]
+    assert rows == [[3, 0], [1, 2], [5, 4]]
+    assert shapes(batch) == [(2, 16), (1, 8)]
+
+
+def test_an_outlier_lengthens_only_its_own_row():
+    samples = [sample(1, 7, i) for i in range(8)] + [sample(10, 90, 8)]
+    batch = pack(samples, row_tokens=16, micro_tokens=32, pad_token_id=PAD, current=CURRENT)
+    assert shapes(batch) == [(1, 104), (2, 16), (2, 16)]
+
+
+def test_a_row_smaller_than_a_micro_batch_keeps_at_least_one_row():
+    batch = pack([sample(4, 28)], row_tokens=32, micro_tokens=8, pad_token_id=PAD, current=CURRENT)
+    assert shapes(batch) == [(1, 32)]
+
+
+def test_equal_lengths_keep_their_order():
+    samples = [sample(2, 6, i) for i in range(6)]
+    settings = {"row_tokens": 16, "micro_tokens": 64, "pad_token_id": PAD, "current": CURRENT}
+    batch = pack(samples, **settings)
+    assert [ids[0] // 1000 for ids, *_ in unpack(batch)] == [0, 1, 2, 3, 4, 5]
+    again = pack(list(samples), **settings)
+    for one, other in zip(batch.micro_batches, again.micro_batches, strict=True):
+        np.testing.assert_array_equal(one.token_ids, other.token_ids)
+
+
+def test_age_counts_steps_across_attempts():
+    batch = pack(
+        [sample(2, 3, step=7)], row_tokens=8, micro_tokens=8, pad_token_id=PAD, current=CURRENT
+    )
+    assert batch.micro_batches[0].ages.tolist() == [[3, 3, 3, 3, 3, 0, 0, 0]]
+
+
+def test_a_sequence_that_would_train_its_first_token_is_refused():
+    with pytest.raises(AssertionError, match="without a prompt"):
+        pack([sample(0, 4)], row_tokens=8, micro_tokens=8, pad_token_id=PAD, current=CURRENT)
