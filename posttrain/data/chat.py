@@ -1,0 +1,73 @@
+"""Prompts as token ids, through the chat template of the policy's own tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+from posttrain.errors import DataError, ModelError
+from posttrain.types import Prompt, SFTRow, SystemInstruction
+
+
+class ChatFormat:
+    """The tokenizer of a policy, used for rendering prompts only.
+
+    Text is tokenised here once; afterwards token ids travel, and what an engine produced is never
+    tokenised again.
+
+    Raises:
+        ModelError: no tokenizer there, or one without a chat template or end-of-turn token.
+    """
+
+    def __init__(self, tokenizer_path: str) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_path)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"no tokenizer in {tokenizer_path!r}: {error}") from error
+        for what in ("chat_template", "eos_token_id", "pad_token_id"):
+            if getattr(self.tokenizer, what) is None:
+                raise ModelError(f"the tokenizer in {tokenizer_path!r} has no {what}")
+
+    @property
+    def pad_token_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)
+
+    @property
+    def template_hash(self) -> str:
+        template = str(self.tokenizer.chat_template)
+        return hashlib.sha256(template.encode()).hexdigest()[:16]
+
+    def encode(self, prompt: Prompt, system: SystemInstruction | None) -> tuple[int, ...]:
+        """Token ids of a prompt under a system instruction, generation prompt included."""
+        rendered = self.tokenizer.apply_chat_template(
+            conversation(prompt, system), add_generation_prompt=True, return_dict=True
+        )
+        return tuple(rendered["input_ids"])
+
+    def check_lengths(self, prompts: Sequence[Prompt], max_prompt_tokens: int) -> None:
+        """Raises DataError if a prompt leaves no room for an answer; nothing is cut in silence."""
+        for prompt in prompts:
+            length = len(self.encode(prompt, None))
+            if length > max_prompt_tokens:
+                raise DataError(
+                    f"prompt {prompt.prompt_id} has {length} tokens, more than "
+                    f"{max_prompt_tokens}, which policy.max_length leaves beside the answer. Raise "
+                    "policy.max_length or remove the prompt."
+                )
+
+
+def conversation(prompt: Prompt, system: SystemInstruction | None) -> list[dict[str, str]]:
+    """The messages that the policy is shown."""
+    messages = [message.as_dict() for message in prompt.messages]
+    return messages if system is None else [{"role": "system", "content": system.text}, *messages]
+
+
+def sft_record(row: SFTRow, system: SystemInstruction | None) -> dict[str, Any]:
+    """A row in TRL's conversational prompt-completion format."""
+    return {
+        "prompt": conversation(row.prompt, system),
+        "completion": [{"role": "assistant", "content": row.completion}],
+    }

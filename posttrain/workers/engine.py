@@ -1,0 +1,202 @@
+"""One vLLM engine: answers requests, scores fixed tokens, takes new weights in flight.
+
+A plain class, so that it runs in a Ray actor, in a test, or in a process of its own. On CPU it must
+not share a process with a learner: vLLM binds threads and patches `torch.set_num_threads`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from posttrain.errors import EngineError, ModelError
+from posttrain.types import GenerationRequest, PolicyVersion, Rollout, VersionSpan
+
+
+class EngineSettings(BaseModel):
+    """How an engine is started. `extra` reaches vLLM's own `AsyncEngineArgs` unchanged."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dtype: str = "float32"
+    max_model_len: int = Field(default=512, gt=0)
+    max_num_seqs: int = Field(default=256, gt=0)
+    threads: int = Field(default=1, gt=0, description="CPU threads, without a GPU")
+    kv_cache_gib: int = Field(default=1, gt=0, description="KV cache, without a GPU")
+    deadline_s: float = Field(default=300.0, gt=0, description="for one request or one update")
+    extra: dict[str, Any] = {}
+
+
+def engine_environment(settings: EngineSettings) -> dict[str, str]:
+    """What must stand in the environment before vLLM is imported.
+
+    On CPU the worker lives in the engine core's process (`uni`, see `_engine_args`), which saves an
+    import and a hop per step. vLLM allows that only with its multiprocessing switched off by name,
+    because it wants to bind threads itself; here `OMP_NUM_THREADS` does it.
+    """
+    return {
+        "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        "OMP_NUM_THREADS": str(settings.threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def _engine_args(model: str, settings: EngineSettings) -> Any:
+    import torch
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    arguments: dict[str, Any] = {
+        "model": model,
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_num_seqs,
+        # The ratio of the loss needs the distribution that was sampled from, temperature included.
+        "logprobs_mode": "processed_logprobs",
+        # Sampling settings come with each request; a checkpoint's defaults would bias the ratio.
+        "generation_config": "vllm",
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if not torch.cuda.is_available():
+        arguments |= {"enforce_eager": True, "distributed_executor_backend": "uni"}
+    return AsyncEngineArgs(**(arguments | settings.extra))
+
+
+class VllmEngine:
+    """Owns one `AsyncLLM`. Create it with `await VllmEngine.start(...)`."""
+
+    def __init__(self, llm: Any, tokenizer: Any, settings: EngineSettings) -> None:
+        self._llm = llm
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._update_lock = asyncio.Lock()
+        self.version: PolicyVersion | None = None
+
+    @classmethod
+    async def start(
+        cls, model: str, version: PolicyVersion, settings: EngineSettings
+    ) -> VllmEngine:
+        """Loads a checkpoint directory or hub name and serves it as `version`.
+
+        Raises:
+            ModelError: vLLM cannot load the model; carries vLLM's own reason.
+        """
+        os.environ.update(engine_environment(settings))
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        try:
+            llm = AsyncLLM.from_engine_args(_engine_args(model, settings))
+        except Exception as error:
+            raise ModelError(f"vLLM cannot load {model!r}: {error}") from error
+        engine = cls(llm, llm.get_tokenizer(), settings)
+        await llm.update_weight_version(str(version))
+        engine.version = version
+        return engine
+
+    async def generate(self, request: GenerationRequest) -> tuple[Rollout, ...]:
+        """`num_rollouts` completions with the engine's log-probabilities of their own tokens."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = request.sampling
+        parameters = SamplingParams(
+            n=request.num_rollouts,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            logprobs=0,
+            flat_logprobs=True,
+            # Text is decoded once at the end; streaming it costs a third of the throughput.
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        output = await self._final_output(request.prompt_token_ids, parameters, request.request_id)
+        return tuple(self._rollout(request, completion) for completion in output.outputs)
+
+    async def score_tokens(
+        self, sequences: Sequence[Sequence[int]], label: str
+    ) -> list[list[float]]:
+        """Log-probability of each token but the first, at temperature 1: `[T-1]` per sequence."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            max_tokens=1,
+            prompt_logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+        async def score(index: int, token_ids: Sequence[int]) -> list[float]:
+            output = await self._final_output(token_ids, parameters, f"{label}-{index}")
+            return [
+                entry[token].logprob
+                for token, entry in zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
+            ]
+
+        return list(await asyncio.gather(*(score(i, s) for i, s in enumerate(sequences))))
+
+    async def update_weights(self, directory: str, version: PolicyVersion) -> dict[str, float]:
+        """Serves the safetensors in `directory` as `version`, running requests included.
+
+        The directory must name tied weights twice (`lm_head.weight` beside the embedding): vLLM
+        keeps the old head otherwise. The prefix cache is cleared, it belongs to the old weights.
+
+        Returns: seconds that generation stood still.
+        """
+        async with self._update_lock:
+            began = time.perf_counter()
+            await self._llm.pause_generation(mode="keep", clear_cache=True)
+            await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": directory})
+            await self._llm.update_weight_version(str(version))
+            await self._llm.resume_generation()
+            self.version = version
+            return {"pause_s": time.perf_counter() - began}
+
+    def close(self) -> None:
+        self._llm.shutdown()
+
+    async def _final_output(self, token_ids: Sequence[int], parameters: Any, label: str) -> Any:
+        final = None
+        try:
+            async with asyncio.timeout(self._settings.deadline_s):
+                stream = self._llm.generate(
+                    {"prompt_token_ids": list(token_ids)}, parameters, label
+                )
+                async for output in stream:
+                    final = output
+        except TimeoutError as error:
+            raise EngineError(
+                f"request {label} was not answered within {self._settings.deadline_s} s"
+            ) from error
+        assert final is not None and final.finished
+        return final
+
+    def _rollout(self, request: GenerationRequest, completion: Any) -> Rollout:
+        token_ids = tuple(completion.token_ids)
+        return Rollout(
+            rollout_id=f"{request.request_id}/{completion.index}",
+            draw_id=request.request_id,
+            prompt_token_ids=request.prompt_token_ids,
+            completion_token_ids=token_ids,
+            rollout_logprobs=tuple(completion.logprobs.logprobs),
+            text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
+            finish_reason=completion.finish_reason,
+            version_spans=_spans(completion.weight_versions),
+        )
+
+
+def _spans(reported: Sequence[Any]) -> tuple[VersionSpan, ...]:
+    return tuple(
+        VersionSpan(span.start, span.end, PolicyVersion.parse(span.version)) for span in reported
+    )

@@ -1,0 +1,54 @@
+"""Weights as files that an engine can load: names, tied heads, shared memory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def with_lm_head(
+    state: Mapping[str, torch.Tensor], *, tied: bool, embedding: str = "model.embed_tokens.weight"
+) -> dict[str, torch.Tensor]:
+    """The state dict with `lm_head.weight` named beside a tied embedding.
+
+    vLLM's `reload_weights` keeps the old head of a tied model otherwise, without a word.
+    """
+    named = dict(state)
+    if tied:
+        # A copy, because safetensors refuses two names for one storage.
+        named["lm_head.weight"] = named[embedding].clone()
+    return named
+
+
+def write_weights(state: Mapping[str, torch.Tensor], directory: Path) -> None:
+    """One `model.safetensors` in a new directory. Readers learn its name only after this returns,
+    so it needs no rename; memory-backed files need no fsync."""
+    directory.mkdir(parents=True)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in state.items()},
+        directory / "model.safetensors",
+    )
+
+
+def remove_weights(directory: Path) -> None:
+    shutil.rmtree(directory)
+
+
+def scratch_directory(run_id: str) -> Path:
+    """Where a run's published weights lie; named after the run so that leftovers can be found."""
+    return SHARED_MEMORY / f"posttrain-{run_id}"
+
+
+def clear_scratch(run_id: str) -> bool:
+    """Removes what a killed driver of the same run left in shared memory; True if there was any."""
+    directory = scratch_directory(run_id)
+    if not directory.exists():
+        return False
+    shutil.rmtree(directory)
+    return True
