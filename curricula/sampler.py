@@ -1,0 +1,236 @@
+"""Samplers: a domain by quota, then a prompt; and what is learned from a group of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from curricula.buckets import BUCKETS, bucket_of
+from curricula.catalogue import PromptCatalogue
+from curricula.mixture import DomainMixture, check_quotas
+from curricula.pool import BucketedPool
+from curricula.state import PosteriorState
+from posttrain.types import Curriculum, Prompt, Verdict
+
+# How readily a bucket gives candidates: p(1-p) at its middle; at its ends E[p(1-p)] after 8 answers
+# that are all wrong or all correct.
+_BUCKET_SIGNAL = np.array([0.047, 0.109, 0.234, 0.234, 0.109, 0.047])
+
+
+class CurriculumSettings(BaseModel):
+    """How prompts are drawn. All but `kind` and `quotas` concern the difficulty sampler.
+
+    - `quotas`: share of the draws for each domain; None: as many as it has prompts.
+    - `forgetting`: what the evidence of a group is worth one group of the same prompt later.
+    - `prior_strength`: how many answers of the policy a judge's verdict counts for, at most.
+    - `candidates`: drawn and ranked for each draw.
+    - `floor`: share of the draws that each difficulty bucket of a domain gets whatever it promises.
+    - `max_no_signal`: candidates are skipped whose chance of a group without signal is above this.
+    - `cooldown`: draws before the same prompt comes again, while others are available.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["difficulty", "uniform"] = "difficulty"
+    quotas: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    forgetting: float = Field(default=0.9, gt=0, le=1)
+    prior_strength: float = Field(default=8.0, ge=0)
+    candidates: int = Field(default=32, gt=0, le=1024)
+    floor: float = Field(default=0.01, ge=0.01, le=0.1)
+    max_no_signal: float = Field(default=0.8, gt=0, le=1)
+    cooldown: int = Field(default=128, ge=0)
+
+
+class DifficultySampler:
+    """Draws where a group promises the most signal, and never gives a prompt up.
+
+    Most draws rank a few candidates: those drawn lately and those that would hardly give a signal
+    are passed over, one of the best quarter by E[p(1−p)] is taken. The rest explore: a bucket at
+    random, a prompt of it at random, whatever it promises. Costs do not grow with the pool.
+    """
+
+    def __init__(
+        self,
+        catalogue: PromptCatalogue,
+        mixture: DomainMixture,
+        posterior: PosteriorState,
+        settings: CurriculumSettings,
+        *,
+        group_size: int,
+        seed: int,
+    ) -> None:
+        everything = np.arange(len(catalogue))
+        self._catalogue = catalogue
+        self._mixture = mixture
+        self._posterior = posterior
+        self._pool = BucketedPool(
+            catalogue.domain, bucket_of(posterior.rate(everything)), len(catalogue.domains)
+        )
+        self._settings = settings
+        self._group_size = group_size
+        self._rng = np.random.default_rng(seed)
+        self._num_draws = 0
+        # Number of the draw that last took a prompt, counted from 1; 0: none has.
+        self._drawn_at = np.zeros(len(catalogue), np.int32)
+        self._cooldown = min(settings.cooldown, len(catalogue) // 2)
+
+    def draw(self) -> Prompt:
+        domain = self._catalogue.domains.index(self._mixture.next())
+        counts = self._pool.counts(domain)
+        (filled,) = np.nonzero(counts)
+        chance, which = self._rng.random(2)
+        if chance < self._settings.floor * len(filled):
+            weights = np.zeros(len(BUCKETS))
+            weights[filled[int(which * len(filled))]] = 1.0
+            index = self._any(self._candidates(domain, weights))
+        else:
+            # A bucket with few prompts gives few candidates: else they would come all the time.
+            weights = _BUCKET_SIGNAL * counts / (counts + self._settings.candidates)
+            index = self._most_promising(self._candidates(domain, weights))
+        self._num_draws += 1
+        self._drawn_at[index] = self._num_draws
+        return self._catalogue.prompts[index]
+
+    def observe(self, prompt_id: str, num_scored: int, num_correct: int, step: int) -> None:
+        """Learns that `num_correct` of `num_scored` answers were correct at policy step `step`.
+
+        Raises DataError for a prompt that is not of this curriculum.
+        """
+        index = self._catalogue.index_of(prompt_id)
+        self._posterior.observe(index, num_scored, num_correct, step)
+        rate = self._posterior.rate(np.array([index]))
+        self._pool.move(index, int(bucket_of(rate)[0]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numpy arrays without objects, so that `numpy.savez` stores them unpickled."""
+        return {
+            **self._posterior.state_dict(),
+            **self._pool.state_dict(),
+            **self._mixture.state_dict(),
+            "drawn_at": self._drawn_at.copy(),
+            "num_draws": np.array(self._num_draws),
+            "rng": _rng_state(self._rng),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Draws go on as they would have. Raises DataError for the state of other prompts."""
+        self._posterior.load_state_dict(state)
+        self._pool.load_state_dict(state)
+        self._mixture.load_state_dict(state)
+        self._drawn_at = np.array(state["drawn_at"], np.int32)
+        self._num_draws = int(state["num_draws"])
+        _restore_rng(self._rng, state["rng"])
+
+    def _candidates(self, domain: int, weights: NDArray[np.float64]) -> NDArray[np.int32]:
+        """Distinct prompts of a domain, buckets by weight; those drawn lately only if all were,
+        and then the one that waits longest."""
+        upto = np.cumsum(weights)
+        buckets_at, fractions = self._rng.random((2, self._settings.candidates))
+        buckets = np.searchsorted(upto, buckets_at * upto[-1], side="right")
+        candidates = np.unique(self._pool.pick(domain, buckets, fractions))
+        drawn_at = self._drawn_at[candidates]
+        fresh = (drawn_at == 0) | (self._num_draws - drawn_at >= self._cooldown)
+        if not fresh.any():
+            fresh = drawn_at == drawn_at.min()
+        allowed: NDArray[np.int32] = candidates[fresh]
+        return allowed
+
+    def _any(self, candidates: NDArray[np.int32]) -> int:
+        return int(candidates[self._rng.integers(len(candidates))])
+
+    def _most_promising(self, candidates: NDArray[np.int32]) -> int:
+        no_signal = self._posterior.no_signal(candidates, self._group_size)
+        passed = no_signal <= self._settings.max_no_signal
+        if not passed.any():
+            return int(candidates[no_signal.argmin()])
+        candidates = candidates[passed]
+        signal = self._posterior.signal(candidates)
+        ties_broken, which = self._rng.random(len(candidates)), self._rng.random()
+        best = np.lexsort((ties_broken, -signal))[: max(1, len(candidates) // 4)]
+        upto = np.cumsum(signal[best])
+        return int(candidates[best[np.searchsorted(upto, which * upto[-1], side="right")]])
+
+
+class UniformSampler:
+    """The baseline: each domain's prompts in shuffled passes, whatever their difficulty."""
+
+    def __init__(self, catalogue: PromptCatalogue, mixture: DomainMixture, *, seed: int) -> None:
+        self._catalogue = catalogue
+        self._mixture = mixture
+        self._rng = np.random.default_rng(seed)
+        # Prompts by domain; each domain's part is reshuffled whenever it has been gone through.
+        self._order = np.argsort(catalogue.domain, kind="stable").astype(np.int32)
+        sizes = list(catalogue.sizes().values())
+        self._starts = np.concatenate([[0], np.cumsum(sizes)])
+        self._drawn = np.array(sizes)
+
+    def draw(self) -> Prompt:
+        domain = self._catalogue.domains.index(self._mixture.next())
+        part = self._order[self._starts[domain] : self._starts[domain + 1]]
+        if self._drawn[domain] == len(part):
+            self._rng.shuffle(part)
+            self._drawn[domain] = 0
+        index = int(part[self._drawn[domain]])
+        self._drawn[domain] += 1
+        return self._catalogue.prompts[index]
+
+    def observe(self, prompt_id: str, num_scored: int, num_correct: int, step: int) -> None:
+        """Nothing is learned, by definition."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numpy arrays without objects, so that `numpy.savez` stores them unpickled."""
+        return {
+            **self._mixture.state_dict(),
+            "fingerprint": np.array(self._catalogue.fingerprint),
+            "order": self._order.copy(),
+            "drawn": self._drawn.copy(),
+            "rng": _rng_state(self._rng),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Draws go on as they would have. Raises DataError for the state of other prompts."""
+        self._catalogue.check_state(state)
+        self._mixture.load_state_dict(state)
+        self._order = np.array(state["order"], np.int32)
+        self._drawn = np.array(state["drawn"], np.int64)
+        _restore_rng(self._rng, state["rng"])
+
+
+def build_curriculum(
+    prompts: Sequence[Prompt],
+    verdicts: Sequence[Verdict],
+    settings: CurriculumSettings,
+    group_size: int,
+    seed: int,
+    batch_size: int = 1,
+) -> Curriculum:
+    """The curriculum that the settings name, started from a judge's verdicts.
+
+    Every run of `batch_size` draws is within one of its domain quotas. Raises SettingsError for
+    quotas that do not fit the prompts, DataError for no prompts or duplicates among them.
+    """
+    catalogue = PromptCatalogue(prompts)
+    sizes = catalogue.sizes()
+    quotas = settings.quotas if settings.quotas is not None else sizes
+    check_quotas(quotas, sizes)
+    mixture = DomainMixture(quotas, batch_size)
+    if settings.kind == "uniform":
+        return UniformSampler(catalogue, mixture, seed=seed)
+    posterior = PosteriorState(catalogue, settings.forgetting)
+    posterior.warm_start(verdicts, settings.prior_strength)
+    return DifficultySampler(
+        catalogue, mixture, posterior, settings, group_size=group_size, seed=seed
+    )
+
+
+def _rng_state(rng: np.random.Generator) -> NDArray[np.uint8]:
+    return np.frombuffer(json.dumps(rng.bit_generator.state).encode(), np.uint8)
+
+
+def _restore_rng(rng: np.random.Generator, state: NDArray[np.uint8]) -> None:
+    rng.bit_generator.state = json.loads(state.tobytes())

@@ -1,0 +1,85 @@
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from curricula.mixture import DomainMixture, check_quotas, largest_remainder
+from posttrain.errors import SettingsError
+
+
+@pytest.mark.parametrize(
+    ("weights", "total", "expected"),
+    [
+        ([0.5, 0.3, 0.2], 4, [2, 1, 1]),
+        ([47_000, 16_000, 15_800, 12_000, 6_100, 3_100], 10, [5, 2, 1, 1, 1, 0]),
+        ([1, 1, 1], 4, [2, 1, 1]),
+        ([1, 0], 3, [3, 0]),
+        ([0.1] * 10, 10, [1] * 10),
+    ],
+)
+def test_largest_remainder(weights, total, expected):
+    assert largest_remainder(weights, total) == expected
+
+
+def test_largest_remainder_pays_what_is_owed():
+    assert largest_remainder([1, 1, 1], 1, owed=[0, 0, 0]) == [1, 0, 0]
+    assert largest_remainder([1, 1, 1], 1, owed=[-2 / 3, 1 / 3, 1 / 3]) == [0, 1, 0]
+
+
+shares = st.lists(st.floats(0.001, 1), min_size=1, max_size=8)
+
+
+@given(shares, st.integers(1, 40), st.integers(1, 30))
+def test_every_batch_is_within_one_of_its_quotas_and_none_is_short_for_long(
+    weights, batch_size, num_batches
+):
+    quotas = {f"d{i}": weight / sum(weights) * batch_size for i, weight in enumerate(weights)}
+    mixture = DomainMixture(quotas, batch_size)
+    total = Counter()
+    for _ in range(num_batches):
+        batch = Counter(mixture.next() for _ in range(batch_size))
+        for name, quota in quotas.items():
+            assert abs(batch[name] - quota) <= 1 + 1e-9
+        total += batch
+    for name, quota in quotas.items():
+        assert abs(total[name] - num_batches * quota) < len(quotas)
+
+
+def test_a_share_below_one_draw_a_batch_is_met_over_time():
+    mixture = DomainMixture({"big": 0.95, "small": 0.05}, batch_size=4)
+    drawn = Counter(mixture.next() for _ in range(400))
+    assert drawn == {"big": 380, "small": 20}
+
+
+def test_draws_are_spread_over_the_batch():
+    mixture = DomainMixture({"a": 0.5, "b": 0.5}, batch_size=8)
+    assert [mixture.next() for _ in range(8)] == ["a", "b"] * 4
+
+
+def test_a_share_of_zero_is_never_drawn():
+    mixture = DomainMixture({"a": 0.7, "b": 0.0, "c": 0.3}, batch_size=3)
+    assert Counter(mixture.next() for _ in range(300)) == {"a": 210, "c": 90}
+
+
+@given(shares, st.integers(1, 12), st.integers(0, 40))
+def test_a_restored_mixture_goes_on_where_it_was(weights, batch_size, drawn):
+    quotas = {f"d{i}": weight for i, weight in enumerate(weights)}
+    mixture, restored = DomainMixture(quotas, batch_size), DomainMixture(quotas, batch_size)
+    for _ in range(drawn):
+        mixture.next()
+    restored.load_state_dict(mixture.state_dict())
+    assert [mixture.next() for _ in range(30)] == [restored.next() for _ in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("quotas", "message"),
+    [
+        ({"a": 0.0, "b": 0.0}, "sum to nothing"),
+        ({"a": 0.5, "b": 0.5, "c": 1.0}, "name domain 'c', which has no prompts; there are: a, b"),
+        ({"a": 1.0}, "say nothing about b: add a share, 0 to leave a domain out"),
+    ],
+)
+def test_quotas_that_do_not_fit(quotas, message):
+    with pytest.raises(SettingsError, match=message):
+        check_quotas(quotas, {"a": 3, "b": 4})

@@ -1,0 +1,106 @@
+import math
+from fractions import Fraction
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from judges.estimators import (
+    beta_cdf,
+    expected_no_signal_probability,
+    expected_pass_at_k,
+    no_signal_probability,
+    pass_at_k,
+    posterior,
+    wilson_interval,
+)
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "k", "expected"),
+    [(10, 3, 5, 0.916667), (200, 5, 100, 0.970308), (16, 1, 8, 0.5), (5, 2, 2, 0.7)],
+)
+def test_pass_at_k_golden(n, c, k, expected):
+    assert pass_at_k(n, c, k) == pytest.approx(expected, abs=5e-7)
+
+
+@given(st.integers(1, 9).flatmap(lambda n: st.tuples(st.just(n), *[st.integers(0, n)] * 2)))
+def test_pass_at_k_counts_the_subsets_that_hold_a_correct_answer(numbers):
+    n, c, k = numbers
+    k = max(k, 1)
+    subsets = list(combinations([True] * c + [False] * (n - c), k))
+    assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(4, 0, 8), (4, 2, 0), (4, 5, 1), (4, -1, 1)])
+def test_pass_at_k_refuses_what_it_cannot_estimate(n, c, k):
+    with pytest.raises(ValueError, match="need"):
+        pass_at_k(n, c, k)
+
+
+def test_posterior_is_jeffreys_plus_counts():
+    assert posterior(10, 3) == (3.5, 7.5)
+    assert posterior(0, 0) == (0.5, 0.5)
+    assert posterior(4, 1, prior=(1.0, 2.0)) == (2.0, 5.0)
+
+
+def test_expected_pass_at_k():
+    assert expected_pass_at_k(*posterior(10, 3), 5) == pytest.approx(0.797066, abs=5e-7)
+    assert expected_pass_at_k(3.5, 7.5, 1) == pytest.approx(3.5 / 11)
+
+
+def test_no_signal_probability():
+    assert [round(no_signal_probability(0.05, g), 3) for g in (4, 8, 16)] == [0.815, 0.663, 0.440]
+    assert no_signal_probability(1.0, 8) == 1.0
+
+
+def test_expected_no_signal_probability():
+    # Uniform p: E[p^G] = E[(1-p)^G] = 1/(G+1).
+    assert expected_no_signal_probability(1.0, 1.0, 8) == pytest.approx(2 / 9)
+    # Jeffreys, G = 2: E[p²] = .5·1.5/(1·2) = .375, twice.
+    assert expected_no_signal_probability(0.5, 0.5, 2) == pytest.approx(0.75)
+    concentrated = expected_no_signal_probability(5_000.0, 95_000.0, 8)
+    assert concentrated == pytest.approx(no_signal_probability(0.05, 8), abs=1e-3)
+
+
+def test_wilson_interval():
+    # 3 of 10 at 95%: the textbook's .1078 to .6032.
+    assert wilson_interval(10, 3) == pytest.approx((0.107791, 0.603222), abs=1e-6)
+    low, high = wilson_interval(10, 0)
+    assert low == pytest.approx(0.0, abs=1e-15)
+    z2 = 1.959963984540054**2
+    assert high == pytest.approx(z2 / (10 + z2))
+    with pytest.raises(ValueError, match="no samples"):
+        wilson_interval(0, 0)
+    with pytest.raises(ValueError, match=r"confidence 95"):
+        wilson_interval(10, 3, 95)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.fractions(0, 1, max_denominator=50))
+def test_beta_cdf_of_whole_counts_is_a_binomial_tail(a, b, x):
+    # I_x(a, b) = P(at least a successes in a+b-1 trials of chance x), exact in fractions.
+    n = a + b - 1
+    tail = sum(
+        (math.comb(n, j) * x**j * (1 - x) ** (n - j) for j in range(a, n + 1)), start=Fraction(0)
+    )
+    assert beta_cdf(float(x), a, b) == pytest.approx(float(tail), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("x", "a", "b", "expected"),
+    [  # from mpmath.betainc(a, b, 0, x, regularized=True)
+        (0.9, 13.5, 0.5, 0.094676101),
+        (0.25, 0.5, 4.5, 0.882693197),
+        (0.01, 0.5, 16.5, 0.4323786679),
+        (0.5, 0.5, 0.5, 0.5),
+    ],
+)
+def test_beta_cdf_of_half_counts(x, a, b, expected):
+    assert beta_cdf(x, a, b) == pytest.approx(expected, rel=1e-9)
+
+
+def test_beta_cdf_far_out():
+    assert beta_cdf(0.5, 5_000.5, 5_000.5) == pytest.approx(0.5, abs=1e-10)
+    assert beta_cdf(0.0, 2, 3) == 0.0
+    assert beta_cdf(1.0, 2, 3) == 1.0
