@@ -1,0 +1,83 @@
+"""From a verifier's score to the reward that trains: correctness plus weighted terms."""
+
+from __future__ import annotations
+
+import re
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from posttrain.types import Outcome, Reward, Rollout, SystemInstruction
+from rewards.score import Score
+
+
+class OverlongPenalty(BaseModel):
+    """A ramp from 0 to −1 over the last `buffer` tokens before `limit` (DAPO, eq. 13)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    limit: int = Field(gt=0, description="completion tokens from which the penalty is whole")
+    buffer: int = Field(gt=0, description="tokens over which it grows")
+    weight: float = Field(default=1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _buffer_fits(self) -> OverlongPenalty:
+        if self.buffer > self.limit:
+            raise ValueError(f"buffer {self.buffer} is larger than limit {self.limit}")
+        return self
+
+
+class RewardSettings(BaseModel):
+    """Which verifier scores a domain, and what is added to correctness."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    default_verifier: str = Field(
+        default="exact", description="for prompts whose source names no verifier"
+    )
+    verifiers: dict[str, str] = Field(
+        default_factory=dict, description="domain -> verifier, over what the source names"
+    )
+    instruction_weight: float = Field(
+        default=0.0, ge=0, description="reward for following the system instruction's pattern"
+    )
+    overlong_penalty: OverlongPenalty | None = None
+
+
+def combine(
+    score: Score, rollout: Rollout, system: SystemInstruction | None, settings: RewardSettings
+) -> Reward:
+    """The reward of one scored rollout. `components` holds the unweighted terms: `correctness`,
+    `instruction` (1 or 0; only with a system instruction that has a pattern) and `length` (in
+    [−1, 0]; only with an overlong penalty). Difficulty and gates read correctness alone.
+    """
+    components = {"correctness": score.correctness}
+    value = score.correctness
+    if system is not None and system.pattern is not None:
+        components["instruction"] = _follows(system.pattern, rollout, score.outcome)
+        value += settings.instruction_weight * components["instruction"]
+    if settings.overlong_penalty is not None:
+        num_tokens = len(rollout.completion_token_ids)
+        components["length"] = overlong(num_tokens, settings.overlong_penalty)
+        value += settings.overlong_penalty.weight * components["length"]
+    return Reward(
+        value=value,
+        correctness=score.correctness,
+        outcome=score.outcome,
+        components=components,
+        explanation=score.explanation,
+    )
+
+
+def _follows(pattern: str, rollout: Rollout, outcome: Outcome) -> float:
+    # What was cut off or had to be stopped earns nothing for its form; and a text that may have
+    # hung this very pattern is not matched against it again.
+    if outcome in (Outcome.TRUNCATED, Outcome.LIMIT):
+        return 0.0
+    return float(re.fullmatch(pattern, rollout.text) is not None)
+
+
+def overlong(num_tokens: int, penalty: OverlongPenalty) -> float:
+    """0 up to `limit − buffer` completion tokens, −1 from `limit` on, linear between
+    (DAPO, arXiv:2503.14476, eq. 13)."""
+    excess = num_tokens - (penalty.limit - penalty.buffer)
+    return -min(max(excess / penalty.buffer, 0.0), 1.0)

@@ -1,0 +1,80 @@
+"""The verifiers by name, which one scores a prompt, and the check of references at load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from posttrain.errors import DataError
+from posttrain.types import Prompt
+from rewards import exact, expression, maths, reasoning_gym
+from rewards.score import Verifier
+from rewards.shaping import RewardSettings
+
+VERIFIERS: dict[str, Verifier] = {
+    "exact": exact.score,
+    "expression": expression.score,
+    "maths": maths.score,
+    "reasoning_gym": reasoning_gym.score,
+}
+
+REFERENCE_CHECKS: dict[str, Callable[[Prompt], None]] = {
+    "exact": exact.check_reference,
+    "expression": expression.check_reference,
+    "maths": maths.check_reference,
+    "reasoning_gym": reasoning_gym.check_reference,
+}
+"""Each raises DataError for a reference that its verifier cannot use."""
+
+
+def verifier_name(prompt: Prompt, settings: RewardSettings) -> str:
+    """The settings' choice for the domain, else the source's, else the default."""
+    from_source: str = prompt.metadata.get("verifier", settings.default_verifier)
+    return settings.verifiers.get(prompt.domain, from_source)
+
+
+def verifier_of(
+    prompt: Prompt, settings: RewardSettings, verifiers: Mapping[str, Verifier] = VERIFIERS
+) -> Verifier:
+    """Raises DataError for a name that is not among `verifiers`."""
+    name = verifier_name(prompt, settings)
+    if name not in verifiers:
+        raise DataError(
+            f"prompt {prompt.prompt_id} of domain {prompt.domain!r} asks for the verifier "
+            f"{name!r}; there are {', '.join(sorted(verifiers))}"
+        )
+    return verifiers[name]
+
+
+def check_reference(
+    prompt: Prompt, settings: RewardSettings, verifiers: Mapping[str, Verifier] = VERIFIERS
+) -> None:
+    """Raises DataError, naming the prompt, if its answers cannot be scored."""
+    verifier_of(prompt, settings, verifiers)
+    check = REFERENCE_CHECKS.get(verifier_name(prompt, settings))
+    if check is None:
+        return
+    try:
+        check(prompt)
+    except DataError as error:
+        raise DataError(
+            f"prompt {prompt.prompt_id} of domain {prompt.domain!r}: {error}"
+        ) from error
+
+
+def check_references(
+    prompts: Iterable[Prompt],
+    settings: RewardSettings,
+    verifiers: Mapping[str, Verifier] = VERIFIERS,
+) -> None:
+    """Checks every prompt; raises one DataError that counts the bad ones and shows the first."""
+    problems = []
+    for prompt in prompts:
+        try:
+            check_reference(prompt, settings, verifiers)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError(
+            f"{len(problems)} prompts have references that cannot be used:\n  "
+            + "\n  ".join(problems[:3])
+        )

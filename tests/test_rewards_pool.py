@@ -1,0 +1,208 @@
+"""The pool of scorer processes: order, deadlines, deaths, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rewards_fakes import TASK, acting_pool, rollout, score
+
+from posttrain.data.prompts import make_prompt
+from posttrain.errors import DataError, StageError
+from posttrain.types import Outcome, Reward, Scorer, SystemInstruction
+from rewards.pool import GROUPS_PER_WORKER, ScorerPool
+from rewards.scorer import score_rollouts
+from rewards.shaping import RewardSettings
+
+
+def outcomes(rewards: tuple[Reward, ...]) -> list[Outcome]:
+    return [reward.outcome for reward in rewards]
+
+
+def children() -> set[int]:
+    """Process ids of this process's children, ended but unreaped ones included."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[1]) == os.getpid():
+            found.add(int(stat.parent.name))
+    return found
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+async def test_hundreds_of_groups_come_back_in_order_and_as_the_pure_path_scores_them() -> None:
+    instruction = SystemInstruction(name="short", text="Be short.", pattern="#[0-9]+")
+    settings = RewardSettings(instruction_weight=0.5)
+    prompts = [
+        make_prompt(f"{number}?", reference=str(number), domain="d") for number in range(300)
+    ]
+    groups = [[rollout(f"#{number}"), rollout(f"#{number}x")] for number in range(300)]
+    before = children()
+    with ScorerPool(2, settings) as pool:
+        scorer: Scorer = pool
+        results = await asyncio.gather(
+            *(
+                scorer.score(prompt, group, instruction)
+                for prompt, group in zip(prompts, groups, strict=True)
+            )
+        )
+        assert len(children() - before) == 2
+    assert children() == before
+    for prompt, group, rewards in zip(prompts, groups, results, strict=True):
+        assert rewards == score_rollouts(prompt, group, instruction, settings)
+        assert [reward.value for reward in rewards] == [1.5, 0.0]
+
+
+def test_only_the_hanging_answer_hits_the_limit_and_the_pool_goes_on() -> None:
+    with acting_pool(deadline_s=0.3) as pool:
+        assert outcomes(score(pool, "good", "hang", "good")) == [
+            Outcome.CORRECT,
+            Outcome.LIMIT,
+            Outcome.CORRECT,
+        ]
+        assert outcomes(score(pool, "good")) == [Outcome.CORRECT]
+
+
+def test_a_group_of_slow_answers_is_not_late_as_a_whole() -> None:
+    with acting_pool(deadline_s=0.5) as pool:
+        rewards = score(pool, *["sleep 0.2"] * 4)
+    assert outcomes(rewards) == [Outcome.CORRECT] * 4
+
+
+def test_a_worker_killed_from_outside_is_replaced_and_its_answer_retried(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+
+    def kill_it() -> None:
+        assert eventually(lambda: note.exists() and note.read_text() != "")
+        os.kill(int(note.read_text()), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_it)
+    killer.start()
+    with acting_pool() as pool:
+        rewards = score(pool, f"wait-to-be-killed-once {note}")
+    killer.join()
+    assert outcomes(rewards) == [Outcome.CORRECT]
+
+
+def test_an_answer_whose_process_always_dies_stays_unscored_and_the_others_do_not() -> None:
+    with acting_pool() as pool:
+        good, dying = score(pool, "good", "die")
+    assert good.outcome is Outcome.CORRECT
+    assert (dying.outcome, dying.value) == (Outcome.INFRASTRUCTURE, None)
+    assert dying.explanation == "the scorer process died (exit code -9), 3 times"
+
+
+def test_an_answer_that_devours_memory_hits_the_limit() -> None:
+    with acting_pool() as pool:
+        assert outcomes(score(pool, "devour", "good")) == [Outcome.LIMIT, Outcome.CORRECT]
+
+
+def test_real_verifiers_hang_and_are_stopped() -> None:
+    task = make_prompt("?", reference="5", domain="d", metadata={"verifier": "maths"})
+    with ScorerPool(1, RewardSettings(), deadline_s=1.0) as pool:
+        assert outcomes(score(pool, "\\boxed{9^{9^{9}}}", prompt=task)) == [Outcome.LIMIT]
+
+
+def test_workers_use_one_thread_know_no_torch_and_keep_stdout_clean(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with acting_pool() as pool:
+        environment, _ = score(pool, "environment", "print")
+    assert environment.explanation == "1 False"
+    assert capfd.readouterr().out == ""
+
+
+def test_what_is_wrong_with_the_prompt_is_raised() -> None:
+    with ScorerPool(1, RewardSettings()) as pool:
+        with pytest.raises(DataError, match="reference"):
+            score(pool, "#2", prompt=make_prompt("?", reference=2, domain="d"))
+        assert outcomes(score(pool, "#2", "#3")) == [Outcome.CORRECT, Outcome.WRONG]
+
+
+async def test_closing_fails_what_is_under_way_and_leaves_nothing() -> None:
+    before = children()
+    pool = acting_pool(num_workers=2)
+    waiting = [asyncio.create_task(pool.score(TASK, [rollout("hang")], None)) for _ in range(30)]
+    while len(children() - before) < 2:
+        await asyncio.sleep(0.01)
+    started = time.monotonic()
+    pool.close()
+    pool.close()
+    assert time.monotonic() - started < 5
+    assert children() == before
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(result) for result in results] == [StageError] * 30
+    with pytest.raises(StageError, match="closed"):
+        await pool.score(TASK, [rollout("good")], None)
+
+
+async def test_a_cancelled_caller_disturbs_nobody() -> None:
+    with acting_pool() as pool:
+        first = asyncio.create_task(pool.score(TASK, [rollout("sleep 0.2")], None))
+        second = asyncio.create_task(pool.score(TASK, [rollout("hang")], None))
+        await asyncio.sleep(0.01)
+        second.cancel()
+        first.cancel()
+        assert outcomes(await pool.score(TASK, [rollout("good")], None)) == [Outcome.CORRECT]
+        assert first.cancelled() and second.cancelled()
+
+
+def test_callers_beyond_the_bound_wait_outside_the_queue() -> None:
+    async def flood(pool: ScorerPool) -> int:
+        calls = [pool.score(TASK, [rollout("sleep 0.02")], None) for _ in range(20)]
+        tasks = [asyncio.create_task(call) for call in calls]
+        await asyncio.sleep(0.05)
+        queued = pool._jobs.qsize()
+        assert {outcome for task in tasks for outcome in outcomes(await task)} == {Outcome.CORRECT}
+        return queued
+
+    with acting_pool() as pool:
+        assert asyncio.run(flood(pool)) <= GROUPS_PER_WORKER
+        assert asyncio.run(flood(pool)) <= GROUPS_PER_WORKER  # and from a second event loop
+
+
+def test_a_busy_worker_dies_with_its_parent(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    code = f"import rewards_fakes; rewards_fakes.hang_in_a_pool({str(note)!r})"
+    path = os.pathsep.join(sys.path)
+    parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path})
+    try:
+        assert eventually(lambda: note.exists() and note.read_text() != "")
+        worker = int(note.read_text())
+        assert running(worker)
+    finally:
+        parent.kill()
+        parent.wait()
+    assert eventually(lambda: not running(worker), seconds=5)
+
+
+@pytest.mark.parametrize(("num_workers", "deadline_s"), [(0, 1.0), (1, 0.0)])
+def test_impossible_sizes_are_refused(num_workers: int, deadline_s: float) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        ScorerPool(num_workers, RewardSettings(), deadline_s=deadline_s)
