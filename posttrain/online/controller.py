@@ -1,0 +1,370 @@
+"""The asynchronous loop: draw, generate, score, gate, train, publish.
+
+::
+
+    curriculum ─▶ slot ─▶ generate ─▶ score ─▶ gate ─▶ order of admission ─▶ train ─▶ publish
+        ▲          ▲                            │                                        │
+        │          ├──────────── ended ─────────┤                                        │
+        │          └─────────────────────────── │ ──────── trained, weights served ──────┘
+        └────────────── observe ────────────────┘
+
+Everything outside the awaits is synchronous, so the state needs no locks; what a loop waits for
+is an `asyncio.Event` that the other side sets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Sequence
+
+from posttrain.advantages import group_to_samples
+from posttrain.errors import EngineError
+from posttrain.online.accounting import Accounting, Draw, DrawLedger
+from posttrain.online.admission import Admission
+from posttrain.online.gate import Reason, classify
+from posttrain.online.metrics import (
+    Interval,
+    LoopSummary,
+    StepRecord,
+    StepTimes,
+    Totals,
+    lag_of,
+    step_metrics,
+)
+from posttrain.online.settings import LoopSettings
+from posttrain.online.starvation import StarvationWatch
+from posttrain.packing import pack
+from posttrain.types import (
+    Curriculum,
+    DrawOutcome,
+    GenerationRequest,
+    Generator,
+    Learner,
+    PolicyVersion,
+    Prompt,
+    Publisher,
+    RolloutGroup,
+    Sampling,
+    Scorer,
+    SystemInstruction,
+)
+
+
+class Controller:
+    """Runs the loop from `first_step` to `settings.num_steps`, once.
+
+    Three kinds of tasks run at the same time, under one task group: `_dispatch` fills slots with
+    draws, one `_play` per draw answers and scores it, `_train` turns groups into steps.
+
+    Args:
+        encode: token ids of a prompt under a system instruction, generation prompt included.
+        draw_system: the system instruction of the next draw, or None for none.
+        attempt: how often the run has been started; policy versions and draw ids begin with it.
+        first_step: optimizer steps done by earlier attempts.
+        reissue: the draws that were open in the checkpoint of `first_step`; they are drawn again
+            under their old ids before the curriculum is asked for more.
+        on_step: awaited by the train loop after each step; evaluation and checkpoints belong
+            here, generation goes on meanwhile. What it reads of curriculum and ledger before its
+            own first await is exactly the state of that step.
+        on_group: told of every group with answers when its draw ends.
+
+    Before the first draw the learner's weights are published as (attempt, first_step): whatever
+    the generators hold from before, every rollout then names a version of this attempt.
+    """
+
+    def __init__(
+        self,
+        settings: LoopSettings,
+        *,
+        curriculum: Curriculum,
+        generator: Generator,
+        scorer: Scorer,
+        learner: Learner,
+        publisher: Publisher,
+        ledger: DrawLedger,
+        encode: Callable[[Prompt, SystemInstruction | None], tuple[int, ...]],
+        draw_system: Callable[[], SystemInstruction | None],
+        pad_token_id: int,
+        attempt: int,
+        first_step: int = 0,
+        reissue: Sequence[Draw] = (),
+        on_step: Callable[[StepRecord], Awaitable[None]] | None = None,
+        on_group: Callable[[RolloutGroup, DrawOutcome], None] | None = None,
+    ) -> None:
+        self._settings = settings
+        self._curriculum = curriculum
+        self._generator = generator
+        self._scorer = scorer
+        self._learner = learner
+        self._publisher = publisher
+        self._encode = encode
+        self._draw_system = draw_system
+        self._pad_token_id = pad_token_id
+        self._on_step = on_step
+        self._sampling = Sampling(max_tokens=settings.max_tokens, temperature=settings.temperature)
+        self._version = PolicyVersion(attempt, first_step)
+        self._first_step = first_step
+        self._num_draws = 0
+        self._admission = Admission(
+            groups_per_step=settings.groups_per_step,
+            max_lag=settings.max_lag,
+            window=settings.release_window,
+        )
+        assert len(reissue) <= self._admission.num_slots, "more open draws than slots"
+        self._reissue = deque(reissue)
+        self._accounting = Accounting(ledger, attempt=attempt, on_group=on_group)
+        self._starvation = StarvationWatch(settings.starvation_draws)
+        self._trainable: dict[str, RolloutGroup] = {}
+        self._playing: set[asyncio.Task[None]] = set()
+        self._slot_freed = asyncio.Event()
+        self._group_ready = asyncio.Event()
+        self._interval = Interval()
+        self._totals = Totals()
+
+    async def run(self) -> LoopSummary:
+        """Returns after the last step; draws still in flight then end as unused.
+
+        The first exception of any part (generator, scorer, learner, publisher, curriculum,
+        ledger, hooks) cancels everything and is raised as it is; the draws in flight stay open in
+        the ledger, for the next attempt to draw again.
+
+        Raises:
+            StarvationError: `starvation_draws` draws in a row carried no signal.
+            EngineError: a group was written by weights that the lag bound rules out.
+        """
+        started = _now()
+        await self._publisher.publish(self._version)
+        failure: BaseException | None = None
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                dispatcher = tasks.create_task(self._dispatch(tasks))
+                tasks.create_task(self._train(dispatcher))
+        except BaseExceptionGroup as group:
+            failure = _first_cause(group)
+        if failure is not None:
+            raise failure
+        return self._summary(_now() - started)
+
+    async def _dispatch(self, tasks: asyncio.TaskGroup) -> None:
+        """Consumes free slots and prompts, produces draws in flight.
+
+        Waits for: a free slot. Woken by: the gate ending a draw, and the train loop once the
+        generators hold the weights of a step.
+        """
+        while self._version.step < self._settings.num_steps:
+            while self._admission.num_free:
+                draw = self._next_draw()
+                self._admission.admit(draw.draw_id)
+                self._accounting.open(draw, drawn_at_step=self._version.step)
+                task = tasks.create_task(self._play(draw))
+                self._playing.add(task)
+                task.add_done_callback(self._playing.discard)
+            self._slot_freed.clear()
+            await self._slot_freed.wait()
+
+    def _next_draw(self) -> Draw:
+        if self._reissue:
+            return self._reissue.popleft()
+        draw_id = f"d{self._version.attempt}-{self._num_draws:07d}"
+        self._num_draws += 1
+        return Draw(draw_id=draw_id, prompt=self._curriculum.draw(), system=self._draw_system())
+
+    async def _play(self, draw: Draw) -> None:
+        """Consumes one draw, produces a trainable group or a free slot.
+
+        Waits for: the generator, then the scorer, both within the draw's deadline. Wakes the
+        train loop, and the dispatcher when the draw ends here.
+        """
+        group = await self._answer(draw)
+        if group is None:
+            self._end(draw.draw_id, DrawOutcome.STALE, Reason.DEADLINE, group=None)
+        else:
+            self._receive(group)
+
+    async def _answer(self, draw: Draw) -> RolloutGroup | None:
+        """The draw's scored answers; None past its deadline."""
+        request = GenerationRequest(
+            request_id=draw.draw_id,
+            prompt_token_ids=self._encode(draw.prompt, draw.system),
+            num_rollouts=self._settings.group_size,
+            sampling=self._sampling,
+        )
+        try:
+            async with asyncio.timeout(self._settings.draw_deadline_s) as deadline:
+                rollouts = await self._generator.generate(request)
+                rewards = await self._scorer.score(draw.prompt, rollouts, draw.system)
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            return None
+        return RolloutGroup(
+            draw_id=draw.draw_id,
+            prompt=draw.prompt,
+            system=draw.system.name if draw.system else None,
+            sampling=self._sampling,
+            rollouts=rollouts,
+            rewards=rewards,
+        )
+
+    def _receive(self, group: RolloutGroup) -> None:
+        self._interval.groups.append(group)
+        if group.num_scored:
+            self._curriculum.observe(
+                group.prompt.prompt_id, group.num_scored, group.num_correct, self._version.step
+            )
+        ended = classify(group)
+        if ended is not None:
+            self._end(group.draw_id, ended.outcome, ended.reason, group=group)
+            return
+        self._starvation.trainable()
+        self._trainable[group.draw_id] = group
+        self._admission.ready(group.draw_id)
+        self._group_ready.set()
+
+    def _end(
+        self, draw_id: str, outcome: DrawOutcome, reason: Reason, *, group: RolloutGroup | None
+    ) -> None:
+        """Ends a draw untrained: its slot is free, and those behind it move up in the order."""
+        self._close(draw_id, outcome, group=group, reason=reason)
+        self._admission.end(draw_id)
+        self._slot_freed.set()
+        self._group_ready.set()
+        self._starvation.ended(reason)
+
+    def _close(
+        self, draw_id: str, outcome: DrawOutcome, *, group: RolloutGroup | None, reason: str = ""
+    ) -> None:
+        self._interval.ended[outcome] += 1
+        # What ends after the record of step N belongs to step N+1: a checkpoint at N holds
+        # exactly what its curriculum had seen.
+        step = min(self._version.step + 1, self._settings.num_steps)
+        self._accounting.close(draw_id, outcome, step=step, group=group, reason=reason)
+
+    async def _train(self, dispatcher: asyncio.Task[None]) -> None:
+        """Consumes trainable groups, P at a time and in order of admission; produces steps.
+
+        Waits for: P groups that may leave, the learner, the publisher, `on_step`. Woken by: a
+        group becoming trainable, and the end of a draw that others stood behind.
+        """
+        recorded_at = _now()
+        while self._version.step < self._settings.num_steps:
+            asked_at = _now()
+            groups = await self._next_groups()
+            waited = _now() - asked_at
+            record = await self._train_step(groups, waited=waited, recorded_at=recorded_at)
+            recorded_at = _now()
+            if record.step == self._settings.num_steps:
+                await self._end_stage(dispatcher)
+            self._accounting.flush()
+            if self._on_step:
+                await self._on_step(record)
+
+    async def _next_groups(self) -> list[RolloutGroup]:
+        while True:
+            draw_ids = self._admission.release(self._settings.groups_per_step)
+            if draw_ids is not None:
+                return [self._trainable.pop(draw_id) for draw_id in draw_ids]
+            self._group_ready.clear()
+            await self._group_ready.wait()
+
+    async def _train_step(
+        self, groups: list[RolloutGroup], *, waited: float, recorded_at: float
+    ) -> StepRecord:
+        """From groups to served weights. No await follows the new version, see `on_step`."""
+        trained_under = self._version
+        self._check_lag(groups)
+        batch = pack(
+            [s for g in groups for s in group_to_samples(g, self._settings.advantage)],
+            row_tokens=self._settings.row_tokens,
+            micro_tokens=self._settings.micro_tokens,
+            pad_token_id=self._pad_token_id,
+            current=trained_under,
+        )
+        learning_at = _now()
+        learner_metrics = await self._learner.step(batch)
+        publishing_at = _now()
+        version = trained_under._replace(step=trained_under.step + 1)
+        publish_metrics = await self._publisher.publish(version)
+        published_at = _now()
+        for group in groups:
+            self._close(group.draw_id, DrawOutcome.TRAINED, group=group)
+        self._version = version
+        self._admission.free([group.draw_id for group in groups])
+        self._slot_freed.set()
+        interval, self._interval = self._interval, Interval()
+        times = StepTimes(
+            interval=published_at - recorded_at,
+            waiting=waited,
+            learning=publishing_at - learning_at,
+            publishing=published_at - publishing_at,
+        )
+        self._totals.trained_tokens += batch.num_loss_tokens
+        self._totals.generated_tokens += interval.generated_tokens
+        self._totals.learning_seconds += times.learning
+        metrics = step_metrics(
+            interval,
+            trained=groups,
+            current=trained_under,
+            num_loss_tokens=batch.num_loss_tokens,
+            times=times,
+            outstanding=self._admission.num_waiting,
+            learner=learner_metrics,
+            publish=publish_metrics,
+        )
+        return StepRecord(step=version.step, version=version, metrics=metrics)
+
+    def _check_lag(self, groups: list[RolloutGroup]) -> None:
+        for group in groups:
+            oldest = group.oldest_version
+            lag = lag_of(group, self._version)
+            if oldest.attempt != self._version.attempt or not 0 <= lag <= self._admission.lag_bound:
+                raise EngineError(
+                    f"draw {group.draw_id} was written by version {oldest}, but the learner is at "
+                    f"{self._version} and the lag bound is {self._admission.lag_bound}: a "
+                    "generator served weights that had been replaced; restart it and publish again"
+                )
+            self._totals.max_lag = max(self._totals.max_lag, lag)
+
+    async def _end_stage(self, dispatcher: asyncio.Task[None]) -> None:
+        """Cancels what is in flight; it ends as unused, before the last step is recorded."""
+        tasks = [dispatcher, *self._playing]
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        for draw_id in self._accounting.open_ids:
+            group = self._trainable.pop(draw_id, None)
+            self._close(draw_id, DrawOutcome.UNUSED, group=group, reason=Reason.STAGE_ENDED)
+
+    def _summary(self, seconds: float) -> LoopSummary:
+        draws: Counter[DrawOutcome] = Counter()
+        reasons: Counter[str] = Counter()
+        trained: Counter[str] = Counter()
+        for (outcome, reason, domain), count in self._accounting.counts.items():
+            draws[outcome] += count
+            if outcome is DrawOutcome.TRAINED:
+                trained[domain] += count
+            else:
+                reasons[reason] += count
+        return LoopSummary(
+            version=self._version,
+            num_steps=self._version.step - self._first_step,
+            seconds=seconds,
+            draws=draws,
+            draws_by_reason=reasons,
+            trained_by_domain=trained,
+            trained_tokens=self._totals.trained_tokens,
+            generated_tokens=self._totals.generated_tokens,
+            max_lag=self._totals.max_lag,
+            learning_seconds=self._totals.learning_seconds,
+        )
+
+
+def _now() -> float:
+    """Seconds on the event loop's clock, which a test may replace."""
+    return asyncio.get_running_loop().time()
+
+
+def _first_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    first = group.exceptions[0]
+    return _first_cause(first) if isinstance(first, BaseExceptionGroup) else first

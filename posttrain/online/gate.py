@@ -1,0 +1,43 @@
+"""Whether a scored group carries a learning signal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from posttrain.advantages import is_zero_advantage
+from posttrain.types import DrawOutcome, RolloutGroup
+
+
+class Reason(StrEnum):
+    """Why a draw ended without being trained."""
+
+    ALL_CORRECT = "all_correct"
+    NONE_CORRECT = "none_correct"
+    UNSCORED = "unscored"
+    DEADLINE = "deadline"
+    STAGE_ENDED = "stage_ended"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """The gate's answer for a group that is not worth a step."""
+
+    outcome: DrawOutcome
+    reason: Reason
+
+
+def classify(group: RolloutGroup) -> Ended | None:
+    """None for a trainable group, otherwise how its draw ends.
+
+    Reads raw correctness alone: length and format terms differ within almost every group and
+    would let through prompts from which nothing about correctness can be learnt. Equality is
+    tested by max == min; a standard deviation of 0 fails in floating point.
+    """
+    if group.num_scored < 2:
+        return Ended(outcome=DrawOutcome.ERRORED, reason=Reason.UNSCORED)
+    if is_zero_advantage([r.correctness for r in group.rewards if r.correctness is not None]):
+        all_correct = group.num_correct == group.num_scored
+        reason = Reason.ALL_CORRECT if all_correct else Reason.NONE_CORRECT
+        return Ended(outcome=DrawOutcome.ZERO_ADVANTAGE, reason=reason)
+    return None

@@ -1,0 +1,146 @@
+"""What is recorded of every step, and of the whole loop."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+
+from posttrain.types import DrawOutcome, Outcome, PolicyVersion, RolloutGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """One optimizer step: `metrics` lacks what could not be measured, it never holds a stand-in."""
+
+    step: int
+    version: PolicyVersion
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopSummary:
+    """The whole loop. Counts cover this attempt; `draws_by_reason` those that ended untrained."""
+
+    version: PolicyVersion
+    num_steps: int
+    seconds: float
+    draws: Mapping[DrawOutcome, int]
+    draws_by_reason: Mapping[str, int]
+    trained_by_domain: Mapping[str, int]
+    trained_tokens: int
+    generated_tokens: int
+    max_lag: int
+    learning_seconds: float
+
+
+@dataclass(slots=True)
+class Interval:
+    """What came to the gate and which draws ended since the last step's record."""
+
+    groups: list[RolloutGroup] = field(default_factory=list)
+    ended: Counter[DrawOutcome] = field(default_factory=Counter)
+
+    @property
+    def generated_tokens(self) -> int:
+        """Completion tokens; those of cancelled draws are not known."""
+        return sum(_lengths(self.groups))
+
+
+@dataclass(slots=True)
+class Totals:
+    """Sums over the attempt, for the summary."""
+
+    trained_tokens: int = 0
+    generated_tokens: int = 0
+    max_lag: int = 0
+    learning_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTimes:
+    """Seconds from the last record to this one, and the parts of it that have an owner."""
+
+    interval: float
+    waiting: float
+    learning: float
+    publishing: float
+
+
+def lag_of(group: RolloutGroup, current: PolicyVersion) -> int:
+    """Optimizer steps between the weights being trained and those of the group's oldest token."""
+    return current.step - group.oldest_version.step
+
+
+def answer_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Quality of all answers of `groups`, rejected groups included: reward, pass@1, lengths.
+
+    Shares are over scored answers (`unscored_share`: over all). pass@1 over rejected groups too,
+    because over trained groups alone it would be near one half whatever the policy can do.
+    """
+    rewards = [r for group in groups for r in group.rewards]
+    scored = [r for r in rewards if r.value is not None]
+    by_domain: defaultdict[str, list[bool]] = defaultdict(list)
+    followed: defaultdict[str, list[float]] = defaultdict(list)
+    for group in groups:
+        for reward in group.rewards:
+            if reward.value is None:
+                continue
+            by_domain[group.prompt.domain].append(reward.correct)
+            if group.system is not None and "instruction" in reward.components:
+                followed[group.system].append(reward.components["instruction"])
+    named: dict[str, Sequence[float]] = {
+        "reward_mean": [r.value for r in scored if r.value is not None],
+        "pass@1": [r.correct for r in scored],
+        **{f"pass@1/{domain}": by_domain[domain] for domain in sorted(by_domain)},
+        "unparsable_share": [r.outcome is Outcome.UNPARSABLE for r in scored],
+        "truncated_share": [r.outcome is Outcome.TRUNCATED for r in scored],
+        "unscored_share": [r.value is None for r in rewards],
+        "completion_length_mean": _lengths(groups),
+        **{f"instruction/{system}": followed[system] for system in sorted(followed)},
+    }
+    return {name: fmean(values) for name, values in named.items() if values}
+
+
+def step_metrics(
+    interval: Interval,
+    *,
+    trained: Sequence[RolloutGroup],
+    current: PolicyVersion,
+    num_loss_tokens: int,
+    times: StepTimes,
+    outstanding: int,
+    learner: Mapping[str, float],
+    publish: Mapping[str, float],
+) -> dict[str, float]:
+    """The flat record of one step that trained `trained` under the weights `current`.
+
+    `outstanding` counts the draws being generated or scored. The busy share is the time inside
+    `Learner.step`, the idle share the time spent waiting for groups; publishing and whatever
+    runs after a step (evaluation, checkpoints) are neither.
+    """
+    lags = [lag_of(group, current) for group in trained]
+    gated = len(interval.groups)
+    zero_advantage = interval.ended[DrawOutcome.ZERO_ADVANTAGE]
+    return {
+        **answer_metrics(interval.groups),
+        **({"zero_advantage_share": zero_advantage / gated} if gated else {}),
+        "lag_max": max(lags),
+        "lag_mean": fmean(lags),
+        "trained_tokens": num_loss_tokens,
+        "trained_tokens_per_s": num_loss_tokens / times.interval,
+        "generated_tokens_per_s": interval.generated_tokens / times.interval,
+        "learner_busy_share": times.learning / times.interval,
+        "learner_idle_share": times.waiting / times.interval,
+        "publish_s": times.publishing,
+        "step_s": times.interval,
+        "outstanding": outstanding,
+        **{f"draws/{outcome}": count for outcome, count in sorted(interval.ended.items())},
+        **{f"learner/{name}": value for name, value in learner.items()},
+        **{f"publish/{name}": value for name, value in publish.items()},
+    }
+
+
+def _lengths(groups: Iterable[RolloutGroup]) -> list[int]:
+    return [len(rollout.completion_token_ids) for group in groups for rollout in group.rollouts]

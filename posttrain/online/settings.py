@@ -1,0 +1,41 @@
+"""Settings of the asynchronous loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from posttrain.advantages import AdvantageKind
+
+
+def _forty_steps_of_draws(earlier_fields: dict[str, Any]) -> int:
+    return 40 * int(earlier_fields["groups_per_step"])
+
+
+class LoopSettings(BaseModel):
+    """How much is drawn, how stale it may become and when it is given up.
+
+    `num_steps` counts every optimizer step of the stage, those before a resume included.
+    `max_lag` S says how many optimizer steps a group's oldest token may lie behind the weights it
+    trains; 0 is lock-step: the learner waits for the generators and they for it. `release_window`
+    W lets groups overtake a slow one at the price of staleness (see `posttrain.online.admission`).
+    `draw_deadline_s` runs from a prompt's dispatch to its scores. `starvation_draws` is how many
+    draws in a row may end without a trainable group, by default those of 40 steps. `row_tokens`
+    and `micro_tokens` size the packed rows and micro-batches (see `posttrain.packing`).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_steps: int = Field(default=100, gt=0)
+    group_size: int = Field(default=8, ge=2)
+    groups_per_step: int = Field(default=16, gt=0)
+    max_lag: int = Field(default=1, ge=0)
+    release_window: int = Field(default=1, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    max_tokens: int = Field(default=512, gt=0)
+    draw_deadline_s: float = Field(default=600.0, gt=0)
+    starvation_draws: int = Field(default_factory=_forty_steps_of_draws, gt=0)
+    advantage: AdvantageKind = "mean"
+    row_tokens: int = Field(default=2048, gt=0)
+    micro_tokens: int = Field(default=8192, gt=0)

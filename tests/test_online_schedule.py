@@ -1,0 +1,126 @@
+"""Time and order: the lag bound under any schedule, and who waits for whom."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from online_fakes import ScriptedGenerator, TimedLearner, World, loop_settings
+
+from posttrain.types import DrawOutcome
+
+DURATIONS = st.sampled_from([0.0, 0.1, 0.5, 1.0, 3.0, 20.0])
+
+
+@given(
+    groups_per_step=st.integers(1, 4),
+    max_lag=st.integers(0, 3),
+    window=st.integers(1, 5),
+    generating=st.lists(DURATIONS, min_size=1, max_size=40),
+    learning=st.lists(st.sampled_from([0.1, 1.0, 5.0]), min_size=1, max_size=5),
+    publishing=st.sampled_from([0.0, 0.3]),
+    marks=st.lists(st.sampled_from(["10", "10", "01", "11", "00", "??", "1?"]), max_size=20),
+    serial=st.booleans(),
+)
+def test_any_schedule_keeps_the_bound_and_ends_every_draw_once(
+    groups_per_step: int,
+    max_lag: int,
+    window: int,
+    generating: list[float],
+    learning: list[float],
+    publishing: float,
+    marks: list[str],
+    serial: bool,
+) -> None:
+    marks = [*marks, "10"]
+    settings = loop_settings(
+        num_steps=5,
+        groups_per_step=groups_per_step,
+        max_lag=max_lag,
+        release_window=window,
+        draw_deadline_s=1e6 if serial else 10.0,
+        starvation_draws=1000,
+    )
+    world = World(
+        settings,
+        ScriptedGenerator(
+            marks=lambda n: marks[n % len(marks)],
+            seconds=lambda n: [*generating, 0.2][n % (len(generating) + 1)],
+            serial=serial,
+        ),
+        learner=TimedLearner(seconds=lambda step: learning[step % len(learning)]),
+    )
+    world.publisher.seconds = publishing
+    summary = world.run()
+    bound = ((max_lag + 1) * groups_per_step + window - 2) // groups_per_step
+    lags = [record.metrics["lag_max"] for record in world.records]
+    assert lags == [world.learner.max_age(step) for step in range(5)]
+    assert summary.max_lag == max(lags) <= bound
+    if window == 1:
+        assert max(lags) <= max_lag
+    assert set(world.ledger.opened) == set(world.ledger.closed)
+    assert sum(summary.draws.values()) == len(world.ledger.opened)
+    assert summary.draws[DrawOutcome.TRAINED] == 5 * groups_per_step
+    in_flight = [record.metrics["outstanding"] for record in world.records]
+    assert max(in_flight) <= (max_lag + 1) * groups_per_step
+
+
+@pytest.mark.parametrize(
+    ("groups_per_step", "max_lag", "window", "worst"),
+    [(1, 1, 1, 1), (2, 1, 1, 1), (4, 3, 1, 3), (1, 1, 3, 3), (2, 1, 4, 3), (4, 1, 5, 2)],
+)
+def test_a_straggler_reaches_the_bound(
+    groups_per_step: int, max_lag: int, window: int, worst: int
+) -> None:
+    """The last of the first B draws is overtaken by all that may overtake it."""
+    last = (max_lag + 1) * groups_per_step - 1
+    world = World(
+        loop_settings(
+            num_steps=12,
+            groups_per_step=groups_per_step,
+            max_lag=max_lag,
+            release_window=window,
+        ),
+        ScriptedGenerator(marks=lambda n: "10", seconds=lambda n: 500.0 if n == last else 0.01),
+    )
+    assert world.run().max_lag == worst
+
+
+def _seconds_per_step(generating: float, learning: float, **settings: Any) -> float:
+    """Of 100 steps with a generator that takes `generating` seconds for the groups of a step."""
+    groups = 4
+    world = World(
+        loop_settings(num_steps=100, groups_per_step=groups, **settings),
+        ScriptedGenerator(marks=lambda n: "10", seconds=lambda n: generating / groups, serial=True),
+        learner=TimedLearner(seconds=lambda step: learning),
+    )
+    return float(world.run().seconds / 100)
+
+
+@pytest.mark.parametrize(("generating", "learning"), [(2.0, 1.0), (1.0, 2.0), (1.0, 1.0)])
+def test_with_lag_only_the_slower_side_counts(generating: float, learning: float) -> None:
+    slower = max(generating, learning)
+    for max_lag in (1, 2):
+        seconds = _seconds_per_step(generating, learning, max_lag=max_lag)
+        assert seconds == pytest.approx(slower, rel=0.02)
+
+
+@pytest.mark.parametrize(("generating", "learning"), [(2.0, 1.0), (1.0, 2.0), (1.0, 1.0)])
+def test_lock_step_takes_the_sum(generating: float, learning: float) -> None:
+    seconds = _seconds_per_step(generating, learning, max_lag=0)
+    assert seconds == pytest.approx(generating + learning, rel=1e-6)
+
+
+def test_a_window_lets_the_learner_go_on_past_a_straggler() -> None:
+    def seconds(window: int) -> float:
+        world = World(
+            loop_settings(num_steps=10, release_window=window, max_lag=1),
+            ScriptedGenerator(marks=lambda n: "10", seconds=lambda n: 9.0 if n == 0 else 1.0),
+        )
+        return float(world.run().seconds)
+
+    # In order, the first step waits 9 s. Of the window, five overtake it: two steps run before.
+    assert seconds(1) == pytest.approx(19.0)
+    assert seconds(6) == pytest.approx(17.0)
