@@ -1,42 +1,29 @@
-"""The loop among fakes: what ends how, what is recorded, what a crash leaves behind."""
+"""The loop among fakes: what ends how, what is recorded, what comes when."""
 
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 from online_fakes import (
     CountingCurriculum,
-    DirectPublisher,
-    MemoryLedger,
     ScriptedGenerator,
-    TextScorer,
     TimedLearner,
     World,
     loop_settings,
     make_prompt,
-    make_reward,
-    run_virtual,
 )
 from pydantic import ValidationError
 
-from posttrain.errors import EngineError, StarvationError
+from posttrain.errors import StarvationError
 from posttrain.online.accounting import Draw
 from posttrain.types import (
     DrawOutcome,
-    GenerationRequest,
     PolicyVersion,
     Prompt,
-    Reward,
-    Rollout,
     SystemInstruction,
-    TrainingBatch,
-    VersionSpan,
 )
 
 
@@ -307,220 +294,3 @@ def test_rare_signal_is_not_starvation() -> None:
     summary = world.run()
     assert summary.num_steps == 10
     assert summary.draws[DrawOutcome.ZERO_ADVANTAGE] > 100
-
-
-class PartError(Exception):
-    """What a part of the loop raises in these tests."""
-
-
-class Failing:
-    """Raises on the n-th call of any of the loop's Protocols, after a moment of work."""
-
-    def __init__(self, inner: Any, method: str, after: int) -> None:
-        self._inner, self._method, self._after = inner, method, after
-        self.num_calls = 0
-
-    def __getattr__(self, name: str) -> Any:
-        inner = getattr(self._inner, name)
-        if name != self._method:
-            return inner
-        if asyncio.iscoroutinefunction(inner):
-            return self._later
-        return self._now
-
-    def _fail_in_time(self) -> None:
-        self.num_calls += 1
-        if self.num_calls == self._after:
-            try:
-                raise KeyError("the root")
-            except KeyError as cause:
-                raise PartError(f"{self._method} failed") from cause
-
-    def _now(self, *args: Any, **kwargs: Any) -> Any:
-        self._fail_in_time()
-        return getattr(self._inner, self._method)(*args, **kwargs)
-
-    async def _later(self, *args: Any, **kwargs: Any) -> Any:
-        await asyncio.sleep(0.125)
-        self._fail_in_time()
-        return await getattr(self._inner, self._method)(*args, **kwargs)
-
-
-@pytest.mark.parametrize("after", [1, 3])
-@pytest.mark.parametrize(
-    "method",
-    ["generate", "score", "step", "publish", "draw", "observe", "open_draw", "close_draw", "flush"],
-)
-def test_a_crash_of_any_part_comes_out_as_it_is(method: str, after: int) -> None:
-    generator = ScriptedGenerator(marks=lambda n: "10")
-    parts: dict[str, Any] = {
-        "curriculum": CountingCurriculum(),
-        "scorer": TextScorer(),
-        "learner": TimedLearner(),
-        "publisher": DirectPublisher(generator),
-        "ledger": MemoryLedger(),
-    }
-    wrapped = {k: Failing(p, method, after) if hasattr(p, method) else p for k, p in parts.items()}
-    engine: Any = Failing(generator, method, after) if method == "generate" else generator
-    world = World(loop_settings(num_steps=9), engine, **wrapped)
-    with pytest.raises(PartError, match=f"{method} failed") as raised:
-        world.run()
-    assert isinstance(raised.value.__cause__, KeyError)
-    ledger: MemoryLedger = parts["ledger"]
-    assert len(ledger.closed) <= len(ledger.opened)
-    assert not ledger.ids(DrawOutcome.UNUSED)
-
-
-@pytest.mark.parametrize("hook", ["on_step", "on_group", "encode", "draw_system"])
-def test_a_crash_of_a_hook_comes_out_as_it_is(hook: str) -> None:
-    def fail(*args: Any) -> Any:
-        raise PartError(hook)
-
-    async def fail_later(record: Any) -> None:
-        fail()
-
-    world = World(
-        loop_settings(),
-        ScriptedGenerator(marks=lambda n: "10"),
-        **({"on_step": fail_later} if hook == "on_step" else {}),
-        **({hook: fail} if hook in ("encode", "draw_system") else {}),
-    )
-    if hook == "on_group":
-        world.controller._accounting._on_group = fail
-    with pytest.raises(PartError, match=hook):
-        world.run()
-
-
-def test_a_timeout_of_the_generator_itself_is_a_crash_not_a_stale_draw() -> None:
-    class TimingOut(ScriptedGenerator):
-        async def generate(self, request: GenerationRequest) -> tuple[Rollout, ...]:
-            raise TimeoutError("the engine did not answer")
-
-    world = World(loop_settings(), TimingOut(marks=lambda n: "10"))
-    with pytest.raises(TimeoutError, match="the engine did not answer"):
-        world.run()
-    assert world.ledger.closed == {}
-
-
-def test_a_cancelled_run_leaves_its_draws_open_for_the_next_attempt() -> None:
-    world = World(loop_settings(), ScriptedGenerator(marks=lambda n: "10"))
-
-    async def interrupted() -> None:
-        task = asyncio.create_task(world.controller.run())
-        await asyncio.sleep(1.5)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-    run_virtual(interrupted())
-    assert len(world.ledger.opened) == 4
-    assert world.ledger.closed == {}
-
-
-@pytest.mark.parametrize(
-    ("served", "complaint"),
-    [(PolicyVersion(1, 2), "written by version 1.2"), (PolicyVersion(0, 9), "version 0.9")],
-)
-def test_a_generator_with_replaced_weights_is_found_out(
-    served: PolicyVersion, complaint: str
-) -> None:
-    """As an engine that was restarted: it serves what it was started with."""
-
-    class Restarted(ScriptedGenerator):
-        async def generate(self, request: GenerationRequest) -> tuple[Rollout, ...]:
-            if self.served and self.served.step >= 4:
-                self.served = served
-            return await super().generate(request)
-
-    world = World(loop_settings(num_steps=20, max_lag=1), Restarted(marks=lambda n: "10"))
-    with pytest.raises(EngineError, match=complaint) as raised:
-        world.run()
-    assert "the lag bound is 1" in str(raised.value)
-
-
-class Bandit:
-    """Three-armed bandits: generator, scorer, learner and publisher of one small softmax policy.
-
-    Prompt token s picks the bandit, completion token a the arm; arm (s+1) mod 3 pays.
-    """
-
-    def __init__(self, seed: int, learning_rate: float = 0.2) -> None:
-        self._rng = np.random.default_rng(seed)
-        self._learning_rate = learning_rate
-        self.weights = np.zeros((3, 3))
-        self.served_weights = self.weights.copy()
-        self.served = PolicyVersion(0, 0)
-
-    async def generate(self, request: GenerationRequest) -> tuple[Rollout, ...]:
-        logits = self.served_weights[request.prompt_token_ids[0]]
-        version = self.served
-        probabilities = np.exp(logits) / np.exp(logits).sum()
-        await asyncio.sleep(float(self._rng.uniform(0.5, 1.5)))
-        arms = self._rng.choice(3, size=request.num_rollouts, p=probabilities)
-        return tuple(
-            Rollout(
-                rollout_id=f"{request.request_id}/{i}",
-                draw_id=request.request_id,
-                prompt_token_ids=request.prompt_token_ids,
-                completion_token_ids=(int(arm),),
-                rollout_logprobs=(math.log(probabilities[arm]),),
-                text=str(arm),
-                finish_reason="stop",
-                version_spans=(VersionSpan(0, 1, version),),
-            )
-            for i, arm in enumerate(arms)
-        )
-
-    async def score(
-        self, prompt: Prompt, rollouts: Sequence[Rollout], system: SystemInstruction | None
-    ) -> tuple[Reward, ...]:
-        state = rollouts[0].prompt_token_ids[0]
-        return tuple(make_reward("1" if int(r.text) == (state + 1) % 3 else "0") for r in rollouts)
-
-    async def step(self, batch: TrainingBatch) -> Mapping[str, float]:
-        await asyncio.sleep(1.0)
-        gradient = np.zeros_like(self.weights)
-        for micro in batch.micro_batches:
-            for row, column in zip(*np.nonzero(micro.loss_mask), strict=True):
-                state, arm = micro.token_ids[row, column - 1], micro.token_ids[row, column]
-                soft = np.exp(self.weights[state]) / np.exp(self.weights[state]).sum()
-                ratio = min(soft[arm] / np.exp(micro.rollout_logprobs[row, column]), 5.0)
-                direction = np.eye(3)[arm] - soft
-                gradient[state] += ratio * micro.advantages[row, column] * direction
-        self.weights += self._learning_rate * gradient
-        return {}
-
-    async def publish(self, version: PolicyVersion) -> Mapping[str, float]:
-        self.served_weights, self.served = self.weights.copy(), version
-        return {}
-
-
-def _train_bandit(max_lag: int, seed: int = 0) -> tuple[list[float], Bandit]:
-    bandit = Bandit(seed)
-    world = World(
-        loop_settings(
-            num_steps=25, group_size=4, groups_per_step=3, max_lag=max_lag, starvation_draws=999
-        ),
-        bandit,
-        scorer=bandit,
-        learner=bandit,
-        publisher=bandit,
-        encode=lambda prompt, system: (int(prompt.prompt_id[1:]) % 3,),
-    )
-    world.run()
-    return [record.metrics["reward_mean"] for record in world.records], bandit
-
-
-@pytest.mark.parametrize("max_lag", [0, 2])
-def test_reward_rises(max_lag: int) -> None:
-    rewards, bandit = _train_bandit(max_lag)
-    assert 0.15 < np.mean(rewards[:3]) < 0.55
-    assert np.mean(rewards[-3:]) > 0.9
-    assert [int(row.argmax()) for row in bandit.weights] == [1, 2, 0]
-
-
-def test_lock_step_is_deterministic_for_a_seed() -> None:
-    first, second, other = (_train_bandit(0, seed) for seed in (5, 5, 6))
-    assert first[0] == second[0]
-    assert np.array_equal(first[1].weights, second[1].weights)
-    assert first[0] != other[0]
