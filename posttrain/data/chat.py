@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from posttrain.errors import DataError, ModelError
@@ -47,10 +47,17 @@ class ChatFormat:
         )
         return tuple(rendered["input_ids"])
 
-    def check_lengths(self, prompts: Sequence[Prompt], max_prompt_tokens: int) -> None:
-        """Raises DataError if a prompt leaves no room for an answer; nothing is cut in silence."""
+    def check_lengths(
+        self,
+        prompts: Iterable[Prompt],
+        instructions: Collection[SystemInstruction],
+        max_prompt_tokens: int,
+    ) -> None:
+        """Raises DataError if a prompt, under its longest system instruction, leaves no room for
+        an answer; nothing is cut in silence."""
+        longest = max(instructions, key=lambda i: len(i.text), default=None)
         for prompt in prompts:
-            length = len(self.encode(prompt, None))
+            length = len(self.encode(prompt, longest))
             if length > max_prompt_tokens:
                 raise DataError(
                     f"prompt {prompt.prompt_id} has {length} tokens, more than "

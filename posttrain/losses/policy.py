@@ -8,10 +8,12 @@ and hide the lag. For the same reason a truncated importance weight on top would
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from posttrain.losses.settings import LossKind
 
 
 class TokenLosses(NamedTuple):
@@ -47,7 +49,5 @@ def grpo(
     bounded = ratio.clamp(1 - eps_low, 1 + eps_high) * advantages
     return TokenLosses(-torch.minimum(surrogate, bounded), bounded < surrogate)
 
-
-LossKind = Literal["cispo", "grpo"]
 
 LOSSES: Mapping[LossKind, Callable[..., TokenLosses]] = {"cispo": cispo, "grpo": grpo}

@@ -7,19 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
-from pydantic import BaseModel, ConfigDict, Field
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from posttrain.errors import PlacementError, StageError
-
-
-class ActorResources(BaseModel):
-    """Logical resources of one actor, in Ray's units; fractions are shares of a device."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    cpus: float = Field(default=1.0, ge=0)
-    gpus: float = Field(default=0.0, ge=0)
+from posttrain.workers.settings import ActorResources
 
 
 def connect() -> None:

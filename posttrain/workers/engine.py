@@ -12,24 +12,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from posttrain.errors import EngineError, ModelError
 from posttrain.types import GenerationRequest, PolicyVersion, Rollout, VersionSpan
-
-
-class EngineSettings(BaseModel):
-    """How an engine is started. `extra` reaches vLLM's own `AsyncEngineArgs` unchanged."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    dtype: str = "float32"
-    max_model_len: int = Field(default=512, gt=0)
-    max_num_seqs: int = Field(default=256, gt=0)
-    threads: int = Field(default=1, gt=0, description="CPU threads, without a GPU")
-    kv_cache_gib: int = Field(default=1, gt=0, description="KV cache, without a GPU")
-    deadline_s: float = Field(default=300.0, gt=0, description="for one request or one update")
-    extra: dict[str, Any] = {}
+from posttrain.workers.settings import EngineSettings
 
 
 def engine_environment(settings: EngineSettings) -> dict[str, str]:

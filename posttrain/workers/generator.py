@@ -9,8 +9,9 @@ from typing import Any
 import ray
 
 from posttrain.types import GenerationRequest, PolicyVersion, Rollout
-from posttrain.workers.cluster import ActorResources, start_actor, stop_actor
-from posttrain.workers.engine import EngineSettings, VllmEngine, engine_environment
+from posttrain.workers.cluster import start_actor, stop_actor
+from posttrain.workers.engine import VllmEngine, engine_environment
+from posttrain.workers.settings import ActorResources, EngineSettings
 
 
 class GeneratorActor:

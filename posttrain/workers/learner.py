@@ -11,39 +11,20 @@ import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from posttrain.errors import DivergenceError, ModelError
 from posttrain.losses.aggregate import global_token_mean
 from posttrain.losses.diagnostics import diagnostic_sums, summarise
 from posttrain.losses.logprobs import token_logprobs
-from posttrain.losses.policy import LOSSES, LossKind
+from posttrain.losses.policy import LOSSES
 from posttrain.types import MicroBatch, TrainingBatch
+from posttrain.workers.settings import LearnerSettings
 from posttrain.workers.weights import with_lm_head, write_weights
-
-
-class LearnerSettings(BaseModel):
-    """How the policy is trained online. `deepspeed` is merged over the configuration made here."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    loss: LossKind = "cispo"
-    learning_rate: float = Field(default=1e-5, gt=0)
-    warmup_steps: int = Field(default=0, ge=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    zero_stage: Literal[1, 2] = 2
-    threads: int = Field(default=1, gt=0, description="CPU threads, without a GPU")
-    logprob_chunk_tokens: int = Field(default=4096, gt=0)
-    max_skipped_steps: int = Field(default=3, gt=0)
-    deepspeed: dict[str, Any] = {}
 
 
 class PolicyLoss(nn.Module):

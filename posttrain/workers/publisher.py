@@ -10,26 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from posttrain.errors import MismatchError
 from posttrain.types import PolicyVersion
 from posttrain.workers.generator import GeneratorPool
+from posttrain.workers.settings import PublishSettings
 from posttrain.workers.weights import remove_weights
-
-
-class PublishSettings(BaseModel):
-    """When engine and learner are compared on fixed tokens, and how far apart they may be.
-
-    The probe runs after each of the `probe_first` first publishes and after every `probe_every`th.
-    `max_mismatch` is in nats; fp32 engines and learners differ by about 1e-6.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    probe_first: int = Field(default=3, ge=1)
-    probe_every: int = Field(default=20, ge=1)
-    max_mismatch: float = Field(default=1e-4, gt=0)
 
 
 class SharedMemoryPublisher:

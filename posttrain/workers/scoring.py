@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from posttrain.types import Prompt, Reward, Rollout, SystemInstruction
-from posttrain.workers.cluster import ActorResources, start_actor, stop_actor
+from posttrain.workers.cluster import start_actor, stop_actor
+from posttrain.workers.settings import ActorResources
 from rewards.pool import ScorerPool
 from rewards.shaping import RewardSettings
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+
+from posttrain.errors import ModelError
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -34,6 +37,18 @@ def write_weights(state: Mapping[str, torch.Tensor], directory: Path) -> None:
         {name: tensor.contiguous() for name, tensor in state.items()},
         directory / "model.safetensors",
     )
+
+
+def read_checkpoint(directory: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a Hugging Face checkpoint directory, named as an engine wants them."""
+    state: dict[str, torch.Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        state |= load_file(file)
+    if not state:
+        raise ModelError(f"{directory} holds no safetensors")
+    config = json.loads((directory / "config.json").read_text())
+    tied = bool(config.get("tie_word_embeddings")) and "lm_head.weight" not in state
+    return with_lm_head(state, tied=tied)
 
 
 def remove_weights(directory: Path) -> None:

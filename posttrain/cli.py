@@ -1,0 +1,171 @@
+"""The commands: they parse, call and print. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from posttrain.errors import Interrupted, PosttrainError
+
+if TYPE_CHECKING:
+    from posttrain.config import Settings
+    from posttrain.inputs import Inputs
+
+app = typer.Typer(
+    help="Difficulty screening → light SFT → asynchronous online RL → light DPO.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(help="YAML file of settings.", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings to override.", metavar="KEY.SUB=VALUE")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
+
+
+@app.command("run")
+def run_command(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option(help="Delete the run and start over.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check everything, start nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run the stages of CONFIG. The same command again resumes."""
+    settings, inputs = _prepare(config, overrides)
+    if dry_run:
+        _emit(_plan(settings, inputs), as_json)
+        return
+    from posttrain import pipeline
+
+    result = pipeline.run(settings, inputs, fresh=fresh)
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "policy": str(result.policy),
+                    "evaluations": result.evaluations,
+                    "seconds": result.seconds,
+                }
+            )
+        )
+        return
+    from rich.console import Console
+
+    from posttrain.report import print_report
+
+    # A table that is piped into a file must not be cut to 80 columns.
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    print_report(result.evaluations, result.seconds, str(result.policy), console)
+
+
+@app.command("eval")
+def eval_command(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory, hub name or `starter`.")],
+    config: ConfigPath,
+    overrides: Overrides = None,
+    k: Annotated[str | None, typer.Option(help="Comma-separated k of pass@k.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure pass@k of MODEL on the held-out tasks of CONFIG, by domain."""
+    changed = [*(overrides or []), f"policy.model={model}"]
+    settings, inputs = _prepare(config, changed + ([f"eval.k=[{k}]"] if k else []))
+    from posttrain.pipeline import evaluate_model
+
+    summary = evaluate_model(settings, inputs)
+    if as_json:
+        print(json.dumps(summary))
+        return
+    from rich.console import Console
+
+    from posttrain.report import print_evaluation
+
+    print_evaluation(summary, Console() if sys.stdout.isatty() else Console(width=160))
+
+
+@app.command("doctor")
+def doctor_command(as_json: Json = False) -> None:
+    """Say what works on this machine: engines, DeepSpeed, sandbox, GPUs, versions."""
+    from posttrain.doctor import examine
+
+    findings = examine()
+    if as_json:
+        print(json.dumps([finding.as_dict() for finding in findings]))
+    else:
+        for finding in findings:
+            mark = {True: "ok", False: "MISSING", None: "-"}[finding.works]
+            print(f"{mark:8}{finding.name:24}{finding.detail}")
+    if any(finding.works is False for finding in findings):
+        raise typer.Exit(3)
+
+
+def _prepare(path: Path, overrides: list[str] | None) -> tuple[Settings, Inputs]:
+    from posttrain.config import load
+    from posttrain.inputs import load_inputs
+
+    settings = load(path, overrides or [])
+    return settings, load_inputs(settings)
+
+
+def _plan(settings: Settings, inputs: Inputs) -> dict[str, Any]:
+    """What a run would do, without doing it."""
+    rl = settings.rl
+    return {
+        "stages": settings.stages,
+        "run": settings.run.dir,
+        "policy": str(inputs.model),
+        "train_prompts": len(inputs.train),
+        "held_out_prompts": len(inputs.held_out),
+        "sft_rows": len(inputs.sft_rows),
+        "screening_answers_at_most": len(inputs.train) * settings.screen.judge.max_samples,
+        "rl_trained_answers": rl.num_steps * rl.groups_per_step * rl.group_size,
+        "engines": settings.resources.rollout.replicas,
+    }
+
+
+def _emit(record: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(record))
+        return
+    for name, value in record.items():
+        print(f"{name.replace('_', ' '):28}{value}")
+
+
+@contextlib.contextmanager
+def _signals_end_the_run() -> Iterator[None]:
+    """SIGTERM ends like Ctrl-C: pools are stopped, the exit code says that it can be resumed."""
+
+    def interrupt(number: int, _: Any) -> None:
+        raise Interrupted(
+            f"stopped by {signal.Signals(number).name}; the same command goes on where it was"
+        )
+
+    previous = {s: signal.signal(s, interrupt) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def main() -> None:
+    """Entry point. 0 done, 2 bad input, 3 failed, 4 stopped by a signal."""
+    try:
+        with _signals_end_the_run():
+            app()
+    except PosttrainError as error:
+        print(f"posttrain: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

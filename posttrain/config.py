@@ -1,0 +1,256 @@
+"""The settings of a run: each component's own, composed; read from YAML, strictly.
+
+Defaults live beside the component they belong to. A file states only what differs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from curricula.sampler import CurriculumSettings
+from judges.judge import JudgeSettings
+from judges.selection import SelectionSettings
+from posttrain.data.instructions import InstructionSettings
+from posttrain.data.pairs import MiningSettings
+from posttrain.data.sources import SourceSettings
+from posttrain.errors import SettingsError
+from posttrain.evaluation import EvalSettings
+from posttrain.online.settings import LoopSettings
+from posttrain.workers.settings import (
+    ActorResources,
+    EngineSettings,
+    LearnerSettings,
+    PublishSettings,
+)
+from rewards.shaping import RewardSettings
+
+StageName = Literal["screen", "sft", "rl", "dpo"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunSettings(_Section):
+    """`dir` is where everything goes; `seed` is the only source of randomness that is named."""
+
+    dir: str
+    seed: int = 0
+
+
+class PolicySettings(_Section):
+    """`model` is a checkpoint directory, a hub name, or `starter`, the one that ships."""
+
+    model: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_length: int = Field(default=2048, gt=0, description="tokens of prompt and answer")
+
+
+class TaskSettings(_Section):
+    """Tasks to learn from and tasks to measure on; the two may share no prompt."""
+
+    train: list[SourceSettings]
+    held_out: list[SourceSettings]
+
+
+class ScreenSettings(_Section):
+    """Difficulty screening: how the critic is sampled, what is dropped from the SFT set."""
+
+    judge: JudgeSettings = JudgeSettings()
+    selection: SelectionSettings = SelectionSettings(drop_easiest=0.5)
+
+
+class TrainerSettings(_Section):
+    """`trainer` reaches TRL's own configuration unchanged, `deepspeed` the engine's."""
+
+    trainer: dict[str, Any] = {}
+    deepspeed: dict[str, Any] = {"zero_optimization": {"stage": 2}}
+    threads: int = Field(default=1, gt=0, description="CPU threads, without a GPU")
+
+
+class SFTSettings(TrainerSettings):
+    """Light supervised fine-tuning on the rows of `data` that screening kept."""
+
+    data: SourceSettings | None = None
+
+
+class RLSettings(LoopSettings):
+    """Asynchronous online RL: the loop's own settings, and those of its parts."""
+
+    learner: LearnerSettings = LearnerSettings()
+    curriculum: CurriculumSettings = CurriculumSettings()
+    publish: PublishSettings = PublishSettings()
+
+
+class DPOSettings(TrainerSettings):
+    """Light DPO on pairs mined from the policy that enters the stage."""
+
+    mining: MiningSettings = MiningSettings()
+
+
+class RewardPoolSettings(_Section):
+    """Scorer processes on one node."""
+
+    workers: int = Field(default=1, gt=0)
+    actor: ActorResources = ActorResources(cpus=0.0)
+
+
+class RolloutPoolSettings(_Section):
+    """vLLM engines, each in an actor with these resources."""
+
+    replicas: int = Field(default=1, gt=0)
+    actor: ActorResources = ActorResources()
+    engine: EngineSettings = EngineSettings()
+
+
+class ResourceSettings(_Section):
+    """The pools. `deadline_s` is how long a pool may take until it is placed and ready."""
+
+    rollout: RolloutPoolSettings = RolloutPoolSettings()
+    learner: ActorResources = ActorResources()
+    rewards: RewardPoolSettings = RewardPoolSettings()
+    deadline_s: float = Field(default=300.0, gt=0)
+
+
+class Settings(_Section):
+    """Everything that `posttrain run` reads."""
+
+    stages: list[StageName] = list(STAGES)
+    run: RunSettings
+    policy: PolicySettings
+    tasks: TaskSettings
+    system_instructions: list[InstructionSettings] = []
+    screen: ScreenSettings = ScreenSettings()
+    sft: SFTSettings = SFTSettings()
+    rl: RLSettings = RLSettings()
+    dpo: DPOSettings = DPOSettings()
+    rewards: RewardSettings = RewardSettings()
+    resources: ResourceSettings = ResourceSettings()
+    eval: EvalSettings = EvalSettings()
+
+    @model_validator(mode="after")
+    def _stages_make_sense(self) -> Self:
+        order = [STAGES.index(stage) for stage in self.stages]
+        if not order or order != sorted(set(order)):
+            raise ValueError(
+                f"stages: each at most once and in the order {', '.join(STAGES)}; got {self.stages}"
+            )
+        if "sft" in self.stages and self.sft.data is None:
+            raise ValueError("sft.data: the stage sft has no input; name a source of rows")
+        return self
+
+    @model_validator(mode="after")
+    def _answers_fit(self) -> Self:
+        limits = {
+            "screen.judge.max_tokens": self.screen.judge.max_tokens,
+            "rl.max_tokens": self.rl.max_tokens,
+            "dpo.mining.max_tokens": self.dpo.mining.max_tokens,
+            "eval.max_tokens": self.eval.max_tokens,
+        }
+        for key, limit in limits.items():
+            if limit >= self.policy.max_length:
+                raise ValueError(
+                    f"{key} = {limit} leaves no room for a prompt in policy.max_length = "
+                    f"{self.policy.max_length}"
+                )
+        return self
+
+    @property
+    def max_answer_tokens(self) -> int:
+        return max(
+            self.screen.judge.max_tokens,
+            self.rl.max_tokens,
+            self.dpo.mining.max_tokens,
+            self.eval.max_tokens,
+        )
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Settings:
+    """Reads a YAML file; each override is `key.sub=value` with a YAML value.
+
+    Raises:
+        SettingsError: no such file, no YAML, an unknown key (names the nearest known one), a value
+            of the wrong type (names the key and what was expected).
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path} is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path}: a mapping of settings was expected at the top")
+    for override in overrides:
+        _apply_override(content, override)
+    try:
+        return Settings.model_validate(content)
+    except ValidationError as error:
+        raise SettingsError(_explain(error, str(path))) from error
+
+
+def resolved(settings: Settings) -> dict[str, Any]:
+    """What a run records: every setting, defaults included, as plain YAML values."""
+    return settings.model_dump(mode="json")
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise SettingsError(f"{override!r} is no override; write key.sub=value")
+    *parents, last = key.split(".")
+    target: Any = content
+    for part in parents:
+        target = target.setdefault(part, {}) if isinstance(target, dict) else None
+        if not isinstance(target, dict):
+            raise SettingsError(f"{override!r}: {part!r} is not a section of settings")
+    target[last] = yaml.safe_load(text)
+
+
+def _explain(error: ValidationError, path: str) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{key}: unknown setting.{_nearest(problem['loc'])}")
+        elif problem["type"] == "value_error":
+            lines.append(
+                f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
+            )
+        else:
+            lines.append(f"{key}: {problem['msg']}, got {problem['input']!r}")
+    return f"{path}: " + "; ".join(lines)
+
+
+def _nearest(location: Sequence[int | str]) -> str:
+    """The known setting most like an unknown one, wherever in the tree it is."""
+    known = sorted(_known_keys(Settings))
+    wrong = ".".join(str(part) for part in location if isinstance(part, str))
+    siblings = [k for k in known if k.rpartition(".")[0] == wrong.rpartition(".")[0]]
+    last = wrong.rpartition(".")[2]
+    close = difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.6)
+    elsewhere = [k for k in known if k.rpartition(".")[2] == last]
+    if close or elsewhere:
+        return f" Did you mean {(close or elsewhere)[0]}?"
+    return f" Known here: {', '.join(k.rpartition('.')[2] for k in siblings)}."
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> set[str]:
+    keys: set[str] = set()
+    for name, field in model.model_fields.items():
+        keys.add(prefix + name)
+        for nested in _models_in(field.annotation):
+            keys |= _known_keys(nested, f"{prefix}{name}.")
+    return keys
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]

@@ -1,0 +1,49 @@
+"""System instructions: drawn by weight for each group, looked up by name."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from posttrain.errors import DataError
+from posttrain.types import SystemInstruction
+
+
+class InstructionSettings(BaseModel):
+    """One entry of `system_instructions`. Without `text`, no system message is shown: the entry
+    says how often."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(min_length=1)
+    text: str | None = None
+    weight: float = Field(default=1.0, ge=0)
+    pattern: str | None = None
+
+
+class InstructionMix:
+    """Draws a system instruction, or None, with the declared weights; reproducible by seed."""
+
+    def __init__(self, entries: Sequence[InstructionSettings], seed: int) -> None:
+        self.by_name = {
+            e.name: SystemInstruction(name=e.name, text=e.text, weight=e.weight, pattern=e.pattern)
+            for e in entries
+            if e.text is not None
+        }
+        self._choices = [self.by_name.get(e.name) for e in entries] or [None]
+        self._weights = [e.weight for e in entries] or [1.0]
+        self._random = random.Random(seed)
+
+    def draw(self) -> SystemInstruction | None:
+        return self._random.choices(self._choices, self._weights)[0]
+
+    def resolve(self, name: str | None) -> SystemInstruction | None:
+        """The instruction of that name; None for None. Raises DataError for an unknown name."""
+        if name is None:
+            return None
+        if name not in self.by_name:
+            known = ", ".join(self.by_name) or "none"
+            raise DataError(f"a row names the system instruction {name!r}; known are: {known}")
+        return self.by_name[name]

@@ -1,0 +1,141 @@
+"""Preference pairs mined from scored groups; each names the corner case that it mends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, NamedTuple, get_args
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from posttrain.types import Outcome, PreferencePair, Reward, Rollout, RolloutGroup
+
+CornerCase = Literal["instruction", "malformed", "overlong", "wrong"]
+
+
+class MiningSettings(BaseModel):
+    """The sampling pass before DPO and what counts as a pair.
+
+    `num_prompts` training prompts get `samples` answers each. A pair is *overlong* when the
+    rejected answer has at least `overlong_ratio` times the tokens of the chosen one; *wrong*
+    keeps the longer answer below `matched_ratio` times the shorter, so that length teaches nothing.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    cases: list[CornerCase] = list(get_args(CornerCase))
+    num_prompts: int = Field(default=512, gt=0)
+    samples: int = Field(default=8, ge=2)
+    pairs_per_prompt: int = Field(default=2, gt=0)
+    overlong_ratio: float = Field(default=2.0, gt=1)
+    matched_ratio: float = Field(default=1.5, gt=1)
+    temperature: float = Field(default=1.0, gt=0)
+    max_tokens: int = Field(default=512, gt=0)
+    concurrency: int = Field(default=64, gt=0)
+
+
+class Candidate(NamedTuple):
+    """One scored answer of a group."""
+
+    rollout: Rollout
+    reward: Reward
+
+    @property
+    def length(self) -> int:
+        return len(self.rollout.completion_token_ids)
+
+    @property
+    def follows(self) -> float | None:
+        """1 or 0; None without a system instruction that can be checked."""
+        return self.reward.components.get("instruction")
+
+
+def _wrong(chosen: Candidate, rejected: Candidate, settings: MiningSettings) -> bool:
+    shorter, longer = sorted((chosen.length, rejected.length))
+    return (
+        chosen.reward.correct
+        and rejected.reward.outcome is Outcome.WRONG
+        and chosen.follows == rejected.follows
+        and longer < settings.matched_ratio * shorter
+    )
+
+
+def _malformed(chosen: Candidate, rejected: Candidate, _: MiningSettings) -> bool:
+    return (
+        rejected.reward.outcome is Outcome.UNPARSABLE
+        and chosen.reward.correctness == rejected.reward.correctness
+        and chosen.reward.outcome is not Outcome.UNPARSABLE
+    )
+
+
+def _overlong(chosen: Candidate, rejected: Candidate, settings: MiningSettings) -> bool:
+    return (
+        chosen.reward.correct
+        and rejected.reward.correct
+        and chosen.follows == rejected.follows
+        and rejected.length >= settings.overlong_ratio * chosen.length
+    )
+
+
+def _instruction(chosen: Candidate, rejected: Candidate, _: MiningSettings) -> bool:
+    return (
+        chosen.follows == 1.0
+        and rejected.follows == 0.0
+        and chosen.reward.correct == rejected.reward.correct
+    )
+
+
+RULES: Mapping[CornerCase, Callable[[Candidate, Candidate, MiningSettings], bool]] = {
+    "instruction": _instruction,
+    "malformed": _malformed,
+    "overlong": _overlong,
+    "wrong": _wrong,
+}
+
+
+def mine_pairs(group: RolloutGroup, settings: MiningSettings) -> list[PreferencePair]:
+    """At most `pairs_per_prompt` pairs of a group, the cases in the order of the settings.
+
+    No answer is used twice. Truncated and unscored answers are never chosen, unscored ones never
+    rejected either.
+    """
+    scored = [
+        Candidate(rollout, reward)
+        for rollout, reward in zip(group.rollouts, group.rewards, strict=True)
+        if reward.value is not None
+    ]
+    pairs: list[PreferencePair] = []
+    used: set[str] = set()
+    for case in settings.cases:
+        for chosen, rejected in _ordered_pairs(scored):
+            if len(pairs) == settings.pairs_per_prompt:
+                return pairs
+            if {chosen.rollout.rollout_id, rejected.rollout.rollout_id} & used:
+                continue
+            if RULES[case](chosen, rejected, settings):
+                used |= {chosen.rollout.rollout_id, rejected.rollout.rollout_id}
+                pairs.append(_pair(group, chosen, rejected, case))
+    return pairs
+
+
+def _ordered_pairs(scored: list[Candidate]) -> Iterator[tuple[Candidate, Candidate]]:
+    for chosen in scored:
+        if chosen.rollout.truncated:
+            continue
+        for rejected in scored:
+            if rejected.rollout.text != chosen.rollout.text:
+                yield chosen, rejected
+
+
+def _pair(
+    group: RolloutGroup, chosen: Candidate, rejected: Candidate, case: CornerCase
+) -> PreferencePair:
+    assert chosen.reward.value is not None
+    assert rejected.reward.value is not None
+    return PreferencePair(
+        prompt=group.prompt,
+        system=group.system,
+        chosen=chosen.rollout.text,
+        rejected=rejected.rollout.text,
+        corner_case=case,
+        margin=chosen.reward.value - rejected.reward.value,
+    )

@@ -1,0 +1,129 @@
+"""Where tasks and supervised rows come from: the starter's generators, or files.
+
+A file of tasks is JSON lines with `question`, `answer`, and optionally `domain` and `verifier`; a
+file of supervised rows is JSON lines with `question`, `completion` and optionally `answer`,
+`domain`, `verifier`, `system`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from posttrain.data.prompts import make_prompt
+from posttrain.errors import DataError
+from posttrain.types import Prompt, SFTRow
+
+STARTER = "starter"
+
+
+class SourceSettings(BaseModel):
+    """`source` is `starter` or the path of a JSONL file; `size` cuts a file or sizes the starter's
+    draw; `seed` is the starter's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str = Field(min_length=1)
+    size: int | None = Field(default=None, gt=0)
+    seed: int = 0
+
+
+def load_prompts(
+    sources: Sequence[SourceSettings], split: Literal["train", "held_out"]
+) -> list[Prompt]:
+    """The prompts of all sources, each once.
+
+    Raises:
+        DataError: a source is missing, empty or has a malformed row (named by number), or two
+            rows ask the same with different answers.
+    """
+    prompts: dict[str, Prompt] = {}
+    for settings in sources:
+        for prompt in _prompts(settings, split):
+            known = prompts.setdefault(prompt.prompt_id, prompt)
+            if known.reference != prompt.reference:
+                raise DataError(
+                    f"{settings.source}: the question {prompt.messages[-1].content!r} has two "
+                    f"answers, {known.reference!r} and {prompt.reference!r}"
+                )
+    if not prompts:
+        raise DataError(f"tasks.{split}: no tasks in {[s.source for s in sources]}")
+    return list(prompts.values())
+
+
+def load_sft_rows(settings: SourceSettings) -> list[SFTRow]:
+    """Supervised rows. Raises DataError as `load_prompts` does."""
+    if settings.source == STARTER:
+        from posttrain.starter.tasks import starter_sft_rows
+
+        return starter_sft_rows(_size(settings), settings.seed)
+    rows = []
+    for number, record in _records(settings):
+        rows.append(
+            SFTRow(
+                row_id=f"{Path(settings.source).name}:{number}",
+                prompt=_prompt(record, settings.source, number),
+                completion=_text(record, "completion", settings.source, number),
+                system=record.get("system"),
+            )
+        )
+    if not rows:
+        raise DataError(f"sft.source: {settings.source} has no rows")
+    return rows
+
+
+def _prompts(settings: SourceSettings, split: Literal["train", "held_out"]) -> list[Prompt]:
+    if settings.source == STARTER:
+        from posttrain.starter.tasks import starter_prompts
+
+        return starter_prompts(split, _size(settings), settings.seed)
+    return [_prompt(record, settings.source, n) for n, record in _records(settings)]
+
+
+def _size(settings: SourceSettings) -> int:
+    if settings.size is None:
+        raise DataError("the source 'starter' makes as many tasks as wanted: give it a size")
+    return settings.size
+
+
+def _records(settings: SourceSettings) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    path = Path(settings.source)
+    if not path.is_file():
+        raise DataError(
+            f"{settings.source} is no file. A source is 'starter' or the path of a JSONL file."
+        )
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if settings.size is not None and number > settings.size:
+                return
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, line {number}: no JSON ({error})") from error
+            if not isinstance(record, dict):
+                raise DataError(f"{path}, line {number}: a JSON object was expected")
+            yield number, record
+
+
+def _prompt(record: Mapping[str, Any], source: str, number: int) -> Prompt:
+    metadata = {"verifier": record["verifier"]} if "verifier" in record else {}
+    return make_prompt(
+        _text(record, "question", source, number),
+        reference=record.get("answer"),
+        domain=str(record.get("domain", Path(source).stem)),
+        metadata=metadata,
+    )
+
+
+def _text(record: Mapping[str, Any], column: str, source: str, number: int) -> str:
+    value = record.get(column)
+    if not isinstance(value, str) or not value:
+        raise DataError(
+            f"{source}, line {number}: column {column!r} must be a text that is not empty, "
+            f"got {value!r}. Columns there: {sorted(record)}"
+        )
+    return value

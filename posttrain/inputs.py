@@ -1,0 +1,99 @@
+"""What a run reads, loaded and checked before anything is started."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from posttrain.config import Settings
+from posttrain.data.chat import ChatFormat
+from posttrain.data.instructions import InstructionMix
+from posttrain.data.prompts import check_disjoint
+from posttrain.data.sources import STARTER, load_prompts, load_sft_rows
+from posttrain.errors import ModelError
+from posttrain.types import Prompt, SFTRow
+from rewards.verifiers import check_references
+
+STARTER_POLICY = Path(__file__).parent / "starter" / "policy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Policy and data of a run; `fingerprint` names their content."""
+
+    model: Path
+    chat: ChatFormat
+    train: list[Prompt]
+    held_out: list[Prompt]
+    sft_rows: list[SFTRow]
+
+    @property
+    def fingerprint(self) -> str:
+        content = json.dumps(
+            [
+                [p.prompt_id for p in self.train],
+                [p.prompt_id for p in self.held_out],
+                [[r.row_id, r.prompt.prompt_id, r.completion, r.system] for r in self.sft_rows],
+            ]
+        )
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def load_inputs(settings: Settings) -> Inputs:
+    """Reads policy and data and checks all that can be checked without a device.
+
+    Raises:
+        ModelError: no readable checkpoint.
+        DataError: a source is missing, empty or malformed; a held-out prompt is also trained on;
+            a prompt is too long; a reference does not suit its verifier.
+    """
+    model = locate_model(settings.policy.model)
+    chat = ChatFormat(str(model))
+    train = load_prompts(settings.tasks.train, "train")
+    held_out = load_prompts(settings.tasks.held_out, "held_out")
+    wants_rows = settings.sft.data is not None and "sft" in settings.stages
+    sft_rows = load_sft_rows(settings.sft.data) if wants_rows and settings.sft.data else []
+    sft_prompts = [row.prompt for row in sft_rows]
+    check_disjoint([*train, *sft_prompts], held_out)
+    check_references([*train, *held_out, *sft_prompts], settings.rewards)
+    room = settings.policy.max_length - settings.max_answer_tokens
+    mix = InstructionMix(settings.system_instructions, seed=0)
+    chat.check_lengths([*train, *held_out, *sft_prompts], mix.by_name.values(), room)
+    for row in sft_rows:
+        mix.resolve(row.system)
+    return Inputs(model=model, chat=chat, train=train, held_out=held_out, sft_rows=sft_rows)
+
+
+def locate_model(name: str) -> Path:
+    """The directory of a checkpoint: `starter`, a path, or a hub name (downloaded once).
+
+    Raises:
+        ModelError: there is no checkpoint that transformers can read.
+    """
+    path = STARTER_POLICY if name == STARTER else Path(name)
+    if not path.is_dir():
+        path = _download(name)
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"policy.model: {path} is no readable checkpoint: {error}") from error
+    if not list(path.glob("*.safetensors")):
+        raise ModelError(f"policy.model: {path} holds no safetensors")
+    return path.resolve()
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "original/*"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"policy.model: {name!r} is neither a directory nor a model that can be downloaded: "
+            f"{error}"
+        ) from error

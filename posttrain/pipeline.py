@@ -1,0 +1,250 @@
+"""The stages in order: each one's policy is handed on, finished ones are not run again."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain import config
+from posttrain.atomic import staged_directory, write_atomically
+from posttrain.config import Settings
+from posttrain.data.instructions import InstructionMix
+from posttrain.evaluation import PromptResult, evaluate, summarise
+from posttrain.inputs import Inputs
+from posttrain.ledger import Ledger
+from posttrain.metrics import MetricsLog
+from posttrain.progress import duration, say
+from posttrain.run_dir import RunDir, fingerprint_directory
+from posttrain.stages.context import StageContext
+from posttrain.workers.pools import Pools
+
+START = "start"
+"""The evaluation of the policy that comes in, recorded like a stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run came to: evaluations and seconds by stage, and where the policy is."""
+
+    policy: Path
+    evaluations: Mapping[str, Mapping[str, Any]]
+    seconds: Mapping[str, float]
+    metrics: Mapping[str, Mapping[str, Any]]
+
+
+def run(settings: Settings, inputs: Inputs, *, fresh: bool) -> RunResult:
+    """Runs what is not done yet. The same call again resumes.
+
+    Raises:
+        RunDirError: the directory holds something else, or another driver has it.
+        StageError: a stage failed; what was finished before it stays.
+    """
+    with RunDir.create_or_open(
+        Path(settings.run.dir).absolute(),
+        config.resolved(settings),
+        fresh,
+        {"data": inputs.fingerprint, "policy": fingerprint_directory(inputs.model)},
+    ) as run_dir:
+        pending = _pending(run_dir, settings, inputs)
+        if pending:
+            _run_stages(run_dir, settings, inputs)
+        else:
+            say(f"every stage of {run_dir.path} is done")
+        return _result(run_dir)
+
+
+def _run_stages(run_dir: RunDir, settings: Settings, inputs: Inputs) -> None:
+    ledger = Ledger(run_dir.ledger_path)
+    metrics = MetricsLog(run_dir.metrics_path)
+    try:
+        with _pools(run_dir.path, settings) as pools:
+            context = StageContext(
+                settings=settings,
+                run=run_dir,
+                ledger=ledger,
+                metrics=metrics,
+                pools=pools,
+                chat=inputs.chat,
+                train=inputs.train,
+                held_out=inputs.held_out,
+                sft_rows=inputs.sft_rows,
+            )
+            asyncio.run(_Runner(context, inputs).run())
+    finally:
+        ledger.close()
+        metrics.close()
+
+
+class _Runner:
+    """Walks through the stages; owns which policy comes next and which rows were kept."""
+
+    def __init__(self, context: StageContext, inputs: Inputs) -> None:
+        self._context = context
+        self._inputs = inputs
+        self._model = inputs.model
+        self._kept_rows: frozenset[str] | None = None
+
+    async def run(self) -> None:
+        for name in _names(self._context.settings):
+            await self._stage(name)
+        target = self._context.run.policy_dir
+        with staged_directory(target) as staged:
+            shutil.copytree(self._model, staged, dirs_exist_ok=True)
+
+    async def _stage(self, name: str) -> None:
+        run_dir = self._context.run
+        fingerprint = _fingerprint(name, self._context.settings, self._inputs)
+        if run_dir.stage_done(name, fingerprint):
+            say(f"{name}: done before")
+            self._take_over(name)
+            return
+        run_dir.begin_stage(name, fingerprint)
+        began = time.perf_counter()
+        metrics, artifacts = await self._work(name)
+        self._take_over(name)
+        if name != "screen":
+            artifacts.append(await self._evaluate(name))
+            metrics["evaluation"] = _summary(artifacts[-1], self._context.settings)
+        seconds = time.perf_counter() - began
+        run_dir.finish_stage(name, artifacts, metrics, seconds)
+        self._context.metrics.append({"stage": name, "event": "done", "seconds": seconds})
+        say(f"{name}: {duration(seconds)}")
+
+    async def _work(self, name: str) -> tuple[dict[str, Any], list[Path]]:
+        """The stage itself: its metrics and what it left on disk."""
+        context, directory = self._context, self._context.run.stage_dir(name)
+        if name == START:
+            return {}, []
+        directory.mkdir(exist_ok=True)
+        if name == "screen":
+            from posttrain.stages.screen import screen
+
+            screened = await screen(context, self._model)
+            kept = _kept_file(context.run)
+            write_atomically(kept, json.dumps(sorted(screened.kept_rows)))
+            return screened.metrics, [kept]
+        policy = context.policy_of(name)
+        if policy.exists():  # left by an interrupted attempt at this stage
+            shutil.rmtree(policy)
+        if name == "sft":
+            from posttrain.stages.sft import sft
+
+            return sft(context, self._model, self._kept_rows), [policy]
+        if name == "rl":
+            from posttrain.stages.rl import rl
+
+            return await rl(context, self._model), [policy]
+        from posttrain.stages.dpo import dpo
+
+        return await dpo(context, self._model), [policy]
+
+    def _take_over(self, name: str) -> None:
+        """What a finished stage hands to the next."""
+        if name == "screen":
+            kept = _kept_file(self._context.run).read_text()
+            self._kept_rows = frozenset(json.loads(kept))
+        elif name != START:
+            self._model = self._context.policy_of(name)
+
+    async def _evaluate(self, name: str) -> Path:
+        context = self._context
+        results = await evaluate(
+            context.held_out,
+            generator=await context.pools.serving(str(self._model)),
+            scorer=context.pools.scorer,
+            encode=context.chat.encode,
+            instructions=list(context.instruction_mix(0).by_name.values()),
+            settings=context.settings.eval,
+            label=name,
+        )
+        target = context.run.path / "evals" / f"{name}.json"
+        target.parent.mkdir(exist_ok=True)
+        write_atomically(target, json.dumps([asdict(result) for result in results]))
+        return target
+
+
+def evaluate_model(settings: Settings, inputs: Inputs) -> dict[str, Any]:
+    """The policy's `summarise` on the held-out tasks; leaves nothing on disk."""
+    with _pools(Path.cwd() / "eval", settings) as pools:
+
+        async def measure() -> list[PromptResult]:
+            return await evaluate(
+                inputs.held_out,
+                generator=await pools.serving(str(inputs.model)),
+                scorer=pools.scorer,
+                encode=inputs.chat.encode,
+                instructions=list(InstructionMix(settings.system_instructions, 0).by_name.values()),
+                settings=settings.eval,
+                label="eval",
+            )
+
+        return summarise(asyncio.run(measure()), settings.eval.k)
+
+
+def read_evaluation(path: Path) -> list[PromptResult]:
+    """The results that a run's evaluation left, prompt by prompt."""
+    return [PromptResult(**record) for record in json.loads(path.read_text())]
+
+
+def _summary(path: Path, settings: Settings) -> dict[str, Any]:
+    return summarise(read_evaluation(path), settings.eval.k)
+
+
+def _names(settings: Settings) -> list[str]:
+    return [START, *settings.stages]
+
+
+def _pending(run_dir: RunDir, settings: Settings, inputs: Inputs) -> list[str]:
+    return [
+        name
+        for name in _names(settings)
+        if not run_dir.stage_done(name, _fingerprint(name, settings, inputs))
+    ]
+
+
+def _fingerprint(name: str, settings: Settings, inputs: Inputs) -> str:
+    """Of everything that a stage's result rests on: the run's settings are all or nothing."""
+    content = json.dumps([name, config.resolved(settings), inputs.fingerprint], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _kept_file(run_dir: RunDir) -> Path:
+    return run_dir.stage_dir("screen") / "kept_rows.json"
+
+
+def _pools(owner: Path, settings: Settings) -> Pools:
+    """`owner` names what is left in shared memory, should the driver be killed."""
+    resources = settings.resources
+    engine = resources.rollout.engine.model_copy(
+        update={"max_model_len": settings.policy.max_length}
+    )
+    return Pools(
+        hashlib.sha256(str(owner).encode()).hexdigest()[:12],
+        engine=engine,
+        replicas=resources.rollout.replicas,
+        rollout=resources.rollout.actor,
+        learner=resources.learner,
+        rewards=settings.rewards,
+        reward_workers=resources.rewards.workers,
+        reward_actor=resources.rewards.actor,
+        deadline_s=resources.deadline_s,
+    )
+
+
+def _result(run_dir: RunDir) -> RunResult:
+    stages = run_dir.stages()
+    return RunResult(
+        policy=run_dir.policy_dir,
+        evaluations={
+            n: r.metrics["evaluation"] for n, r in stages.items() if "evaluation" in r.metrics
+        },
+        seconds={n: r.seconds for n, r in stages.items() if r.seconds is not None},
+        metrics={n: r.metrics for n, r in stages.items()},
+    )

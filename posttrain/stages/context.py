@@ -1,0 +1,43 @@
+"""What every stage is given: settings, data, the run's directory and ledger, the pools."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from posttrain.config import Settings
+from posttrain.data.chat import ChatFormat
+from posttrain.data.instructions import InstructionMix
+from posttrain.ledger import Ledger
+from posttrain.metrics import MetricsLog
+from posttrain.run_dir import RunDir
+from posttrain.types import Prompt, SFTRow
+from posttrain.workers.pools import Pools
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageContext:
+    """Shared by the stages of one run; each of its parts has its own owner."""
+
+    settings: Settings
+    run: RunDir
+    ledger: Ledger
+    metrics: MetricsLog
+    pools: Pools
+    chat: ChatFormat
+    train: Sequence[Prompt]
+    held_out: Sequence[Prompt]
+    sft_rows: Sequence[SFTRow]
+
+    @property
+    def seed(self) -> int:
+        return self.settings.run.seed
+
+    def instruction_mix(self, salt: int) -> InstructionMix:
+        """A mix of its own for each user, so that none changes what another draws."""
+        return InstructionMix(self.settings.system_instructions, self.seed * 1000 + salt)
+
+    def policy_of(self, stage: str) -> Path:
+        """Where a stage leaves its policy."""
+        return self.run.stage_dir(stage) / "policy"

@@ -1,0 +1,98 @@
+"""Light DPO on corner cases, with pairs mined from the policy that enters the stage."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from posttrain.data.chat import conversation
+from posttrain.data.pairs import mine_pairs
+from posttrain.errors import StarvationError
+from posttrain.progress import Progress, say
+from posttrain.stages.context import StageContext
+from posttrain.stages.trl_job import TrainingJob, run_job
+from posttrain.types import (
+    GenerationRequest,
+    PreferencePair,
+    Prompt,
+    RolloutGroup,
+    Sampling,
+)
+
+
+async def dpo(context: StageContext, model: Path) -> dict[str, Any]:
+    """Mines pairs from `model`, which is also the reference, trains, leaves the policy."""
+    settings = context.settings.dpo
+    pairs = await _mine(context, model)
+    if not pairs:
+        raise StarvationError(
+            "dpo: no pair found in the mining pass. Raise dpo.mining.num_prompts or samples, or "
+            "leave dpo out of stages: there may be nothing to mend."
+        )
+    by_case = dict(Counter(pair.corner_case for pair in pairs))
+    say(f"dpo: {len(pairs)} pairs {by_case}")
+    mix = context.instruction_mix(0)
+    records = [
+        {
+            "prompt": conversation(pair.prompt, mix.resolve(pair.system)),
+            "chosen": [{"role": "assistant", "content": pair.chosen}],
+            "rejected": [{"role": "assistant", "content": pair.rejected}],
+        }
+        for pair in pairs
+    ]
+    metrics = run_job(
+        TrainingJob(
+            kind="dpo",
+            model=str(model),
+            records=records,
+            trainer={"max_length": context.settings.policy.max_length} | settings.trainer,
+            deepspeed=settings.deepspeed,
+            output=str(context.policy_of("dpo")),
+            seed=context.seed,
+            threads=settings.threads,
+            dtype=context.settings.policy.dtype,
+        ),
+        resources=context.settings.resources.learner,
+        scratch=context.run.stage_dir("dpo") / "ray",
+    )
+    return {"pairs": len(pairs), "pairs_by_case": by_case} | metrics
+
+
+async def _mine(context: StageContext, model: Path) -> list[PreferencePair]:
+    settings = context.settings.dpo.mining
+    generators = await context.pools.serving(str(model))
+    scorer = context.pools.scorer
+    mix = context.instruction_mix(2)
+    count = min(settings.num_prompts, len(context.train))
+    prompts = random.Random(context.seed).sample(list(context.train), count)
+    sampling = Sampling(max_tokens=settings.max_tokens, temperature=settings.temperature)
+    gate = asyncio.Semaphore(settings.concurrency)
+    progress = Progress("mine pairs", count)
+
+    async def one(prompt: Prompt) -> list[PreferencePair]:
+        async with gate:
+            system = mix.draw()
+            request = GenerationRequest(
+                request_id=f"mine-{prompt.prompt_id}",
+                prompt_token_ids=context.chat.encode(prompt, system),
+                num_rollouts=settings.samples,
+                sampling=sampling,
+            )
+            rollouts = await generators.generate(request)
+            rewards = await scorer.score(prompt, rollouts, system)
+        progress.advance()
+        group = RolloutGroup(
+            draw_id=request.request_id,
+            prompt=prompt,
+            system=system.name if system else None,
+            sampling=sampling,
+            rollouts=rollouts,
+            rewards=rewards,
+        )
+        return mine_pairs(group, settings)
+
+    mined = await asyncio.gather(*(one(prompt) for prompt in prompts))
+    return [pair for pairs in mined for pair in pairs]

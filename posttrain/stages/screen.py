@@ -1,0 +1,81 @@
+"""Screening: the critic answers every training prompt, the easy half of the SFT set is dropped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from judges.judge import CriticJudge
+from judges.selection import select, summarise
+from posttrain.progress import Progress
+from posttrain.run_dir import fingerprint_directory
+from posttrain.stages.context import StageContext
+from posttrain.types import Action, Prompt, Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Screened:
+    """The SFT rows to keep, by id, and what screening cost and found."""
+
+    kept_rows: frozenset[str]
+    metrics: dict[str, Any]
+
+
+async def screen(context: StageContext, model: Path) -> Screened:
+    """The critic is `model`, the policy that enters the stage.
+
+    Verdicts on every training and SFT prompt and decisions on the SFT prompts go to the ledger.
+    """
+    settings = context.settings.screen
+    prompts = _each_once(context)
+    generators = await context.pools.serving(str(model))
+    judge = CriticJudge(
+        generators,
+        context.pools.scorer,
+        context.chat.encode,
+        settings.judge,
+        critic=fingerprint_directory(model),
+        template=context.chat.template_hash,
+    )
+    progress = Progress("screen", len(prompts))
+
+    def on_verdict(verdict: Verdict) -> None:
+        context.ledger.record_verdicts([verdict])
+        progress.advance(f"{judge.usage.samples} samples")
+
+    verdicts = await judge.judge(prompts, on_verdict=on_verdict)
+    sft_prompts = {row.prompt.prompt_id for row in context.sft_rows}
+    decisions = select([v for v in verdicts if v.prompt_id in sft_prompts], settings.selection)
+    context.ledger.record_decisions("sft", decisions)
+    context.ledger.flush()
+    kept = {d.prompt_id for d in decisions if d.action is Action.KEEP}
+    kept_rows = frozenset(r.row_id for r in context.sft_rows if r.prompt.prompt_id in kept)
+    summary = summarise(decisions)
+
+    return Screened(
+        kept_rows=kept_rows,
+        metrics={
+            "prompts": len(prompts),
+            "samples": judge.usage.samples,
+            "completion_tokens": judge.usage.completion_tokens,
+            "partly_solved_share": _partly_solved(verdicts),
+            "sft_prompts": len(decisions),
+            "sft_prompts_kept": summary.kept,
+            "sft_rows_kept": len(kept_rows),
+            "unsolved_share_of_kept": summary.unsolved_share,
+            "kept_by_label": dict(summary.kept_by_label),
+        },
+    )
+
+
+def _each_once(context: StageContext) -> list[Prompt]:
+    prompts = {p.prompt_id: p for p in context.train}
+    for row in context.sft_rows:
+        prompts.setdefault(row.prompt.prompt_id, row.prompt)
+    return list(prompts.values())
+
+
+def _partly_solved(verdicts: list[Verdict]) -> float:
+    """Share of prompts that were answered right at least once and not always."""
+    return sum(0 < v.num_correct < v.num_samples for v in verdicts) / len(verdicts)

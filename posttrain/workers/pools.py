@@ -1,0 +1,177 @@
+"""The pools of a run: engines, scorers and a learner, started when first needed, stopped once.
+
+Engines stay up from stage to stage and change weights instead of being started again: on a small
+machine starting one costs more than a stage's whole generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from posttrain.types import PolicyVersion, TrainingBatch
+from posttrain.workers.cluster import connect, disconnect, start_actor, stop_actor
+from posttrain.workers.generator import GeneratorPool
+from posttrain.workers.learner import DeepSpeedLearner
+from posttrain.workers.scoring import RewardWorkers
+from posttrain.workers.settings import ActorResources, EngineSettings, LearnerSettings
+from posttrain.workers.weights import (
+    clear_scratch,
+    read_checkpoint,
+    remove_weights,
+    scratch_directory,
+    write_weights,
+)
+from rewards.shaping import RewardSettings
+
+
+class LearnerActor:
+    """A `DeepSpeedLearner` in a process of its own."""
+
+    def __init__(self, model_path: str, settings: LearnerSettings, **keywords: Any) -> None:
+        self._learner = DeepSpeedLearner(model_path, settings, **keywords)
+
+    def ready(self) -> None:
+        pass
+
+    def step(self, batch: TrainingBatch) -> dict[str, float]:
+        return self._learner.step(batch)
+
+    def write_weights(self, directory: str) -> float:
+        return self._learner.write_weights(directory)
+
+    def score_tokens(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        return self._learner.score_tokens(sequences)
+
+    def save_policy(self, directory: str, tokenizer_path: str) -> None:
+        self._learner.save_policy(directory, tokenizer_path)
+
+
+class RemoteLearner:
+    """Implements `posttrain.types.Learner` through a `LearnerActor`."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    async def step(self, batch: TrainingBatch) -> Mapping[str, float]:
+        metrics: Mapping[str, float] = await self.actor.step.remote(batch)
+        return metrics
+
+    async def save_policy(self, directory: Path, tokenizer_path: str) -> None:
+        await self.actor.save_policy.remote(str(directory), tokenizer_path)
+
+    def stop(self) -> None:
+        stop_actor(self.actor)
+
+
+class Pools:
+    """Owns everything that runs on Ray for one run. Use it as a context manager."""
+
+    def __init__(
+        self,
+        run_id: str,
+        *,
+        engine: EngineSettings,
+        replicas: int,
+        rollout: ActorResources,
+        learner: ActorResources,
+        rewards: RewardSettings,
+        reward_workers: int,
+        reward_actor: ActorResources,
+        deadline_s: float,
+    ) -> None:
+        self._engine = engine
+        self._replicas = replicas
+        self._rollout = rollout
+        self._learner = learner
+        self._rewards = rewards
+        self._reward_workers = reward_workers
+        self._reward_actor = reward_actor
+        self._deadline_s = deadline_s
+        self._generators: GeneratorPool | None = None
+        self._scorer: RewardWorkers | None = None
+        self._served: str | None = None
+        self._versions = 0
+        self._run_id = run_id
+        self.scratch = scratch_directory(run_id)
+
+    def __enter__(self) -> Self:
+        clear_scratch(self._run_id)
+        connect()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            if self._generators is not None:
+                self._generators.stop()
+            if self._scorer is not None:
+                self._scorer.stop()
+        disconnect()
+        clear_scratch(self._run_id)
+
+    @property
+    def scorer(self) -> RewardWorkers:
+        if self._scorer is None:
+            self._scorer = RewardWorkers.start(
+                self._rewards,
+                num_workers=self._reward_workers,
+                resources=self._reward_actor,
+                deadline_s=self._deadline_s,
+            )
+        return self._scorer
+
+    async def serving(self, model: str) -> GeneratorPool:
+        """The engines, serving the checkpoint `model`."""
+        if self._generators is None:
+            self._generators = GeneratorPool.start(
+                model,
+                PolicyVersion(0, self._versions),
+                self._engine,
+                replicas=self._replicas,
+                resources=self._rollout,
+                deadline_s=self._deadline_s,
+            )
+        elif self._served != model:
+            self._versions += 1
+            version = PolicyVersion(0, self._versions)
+            directory = self.scratch / str(version)
+            write_weights(read_checkpoint(Path(model)), directory)
+            await self._generators.update_weights(str(directory), version)
+            remove_weights(directory)
+        self._served = model
+        return self._generators
+
+    def start_learner(
+        self,
+        model: str,
+        settings: LearnerSettings,
+        *,
+        temperature: float,
+        max_age: int,
+        seed: int,
+    ) -> RemoteLearner:
+        """A learner that starts from the checkpoint `model`. Whoever publishes its weights leaves
+        the engines at a version that is no checkpoint's (see `serves_checkpoint`)."""
+        actor = start_actor(
+            LearnerActor,
+            model,
+            settings,
+            temperature=temperature,
+            max_age=max_age,
+            seed=seed,
+            resources=self._learner,
+            environment={"OMP_NUM_THREADS": str(settings.threads)},
+            deadline_s=self._deadline_s,
+        )
+        return RemoteLearner(actor)
+
+    def serves_checkpoint(self, model: str) -> None:
+        """The engines now hold what was saved as `model`, by another way than `serving`."""
+        self._served = model

@@ -1,0 +1,66 @@
+"""Settings of engines, learner and publishing. They import neither torch nor Ray, so that a run's
+settings are checked in an instant."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from posttrain.losses.settings import LossKind
+
+
+class ActorResources(BaseModel):
+    """Logical resources of one actor, in Ray's units; fractions are shares of a device."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    cpus: float = Field(default=1.0, ge=0)
+    gpus: float = Field(default=0.0, ge=0)
+
+
+class EngineSettings(BaseModel):
+    """How an engine is started. `extra` reaches vLLM's own `AsyncEngineArgs` unchanged."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dtype: str = "float32"
+    max_model_len: int = Field(default=512, gt=0)
+    max_num_seqs: int = Field(default=256, gt=0)
+    threads: int = Field(default=1, gt=0, description="CPU threads, without a GPU")
+    kv_cache_gib: int = Field(default=1, gt=0, description="KV cache, without a GPU")
+    deadline_s: float = Field(default=300.0, gt=0, description="for one request or one update")
+    extra: dict[str, Any] = {}
+
+
+class LearnerSettings(BaseModel):
+    """How the policy is trained online. `deepspeed` is merged over the configuration made here."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    loss: LossKind = "cispo"
+    learning_rate: float = Field(default=1e-5, gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    zero_stage: Literal[1, 2] = 2
+    threads: int = Field(default=1, gt=0, description="CPU threads, without a GPU")
+    logprob_chunk_tokens: int = Field(default=4096, gt=0)
+    max_skipped_steps: int = Field(default=3, gt=0)
+    deepspeed: dict[str, Any] = {}
+
+
+class PublishSettings(BaseModel):
+    """When engine and learner are compared on fixed tokens, and how far apart they may be.
+
+    The probe runs after each of the `probe_first` first publishes and after every `probe_every`th.
+    `max_mismatch` is in nats; fp32 engines and learners differ by about 1e-6.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    probe_first: int = Field(default=3, ge=1)
+    probe_every: int = Field(default=20, ge=1)
+    max_mismatch: float = Field(default=1e-4, gt=0)
