@@ -71,7 +71,7 @@ class TrainerSettings(_Section):
     """`trainer` reaches TRL's own configuration unchanged, `deepspeed` the engine's."""
 
     trainer: dict[str, Any] = {}
-    deepspeed: dict[str, Any] = {"zero_optimization": {"stage": 2}}
+    deepspeed: dict[str, Any] = {}
     threads: int = Field(default=1, gt=0, description="CPU threads, without a GPU")
 
 

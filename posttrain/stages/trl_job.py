@@ -21,10 +21,19 @@ from posttrain.workers.settings import ActorResources
 
 Kind = Literal["sft", "dpo"]
 
+DEEPSPEED_DEFAULTS: Mapping[str, Any] = {
+    "zero_optimization": {"stage": 2},
+    # "auto" is filled in from TRL's settings, so that each number stands in one place.
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:
-    """What a rank needs. `trainer` goes to TRL's `SFTConfig` or `DPOConfig` unchanged."""
+    """What a rank needs. `trainer` goes to TRL's `SFTConfig` or `DPOConfig` unchanged,
+    `deepspeed` over `DEEPSPEED_DEFAULTS`."""
 
     kind: Kind
     model: str
@@ -99,7 +108,7 @@ def _train_rank(config: Mapping[str, Any]) -> None:
     arguments = config_class(
         output_dir=f"{job.output}.trainer",
         seed=job.seed,
-        deepspeed=dict(job.deepspeed),
+        deepspeed={**DEEPSPEED_DEFAULTS, **job.deepspeed},
         **job.trainer,
     )
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=getattr(torch, job.dtype))

@@ -1,0 +1,48 @@
+# Everything installs into .venv inside the clone. Needs Python 3.11 or newer, g++ and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+TORCH := 2.13.0
+
+.PHONY: install quickstart test test-slow check lock clean
+
+install: $(STAMP)
+
+# The CPU build of torch comes from the configured index if it is there, else from PyTorch's own:
+# plain PyPI would bring several GB of CUDA. The lock is complete, hence --no-deps. DeepSpeed's
+# operator is compiled here once instead of in the first run.
+$(STAMP): requirements/cpu.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "posttrain needs Python 3.11 or newer; try: make PYTHON=python3.12"; exit 1; }
+	@command -v g++ > /dev/null || { echo "posttrain needs g++ (Debian: apt-get install g++)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --no-deps "torch==$(TORCH)+cpu" 2> /dev/null || $(BIN)/pip install \
+		--quiet --no-deps "torch==$(TORCH)+cpu" --index-url https://download.pytorch.org/whl/cpu
+	$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements/cpu.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	DS_ACCELERATOR=cpu $(BIN)/python -W ignore -c "from deepspeed.comm.torch import build_shm_op; build_shm_op()" > /dev/null 2>&1
+	@touch $@
+
+quickstart: $(STAMP)
+	$(BIN)/posttrain run configs/quickstart.yaml
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -q -m slow
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Needs uv. What the lock leaves out and why stands in the two files that it is made from.
+lock:
+	uv pip compile requirements/cpu.in --override requirements/cpu.overrides --generate-hashes \
+		--python-version 3.11 --no-header --no-annotate --no-emit-package torch \
+		--no-emit-package triton -o requirements/cpu.lock
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
