@@ -48,7 +48,12 @@ async def dpo(context: StageContext, model: Path) -> dict[str, Any]:
             kind="dpo",
             model=str(model),
             records=records,
-            trainer={"max_length": context.settings.policy.max_length} | settings.trainer,
+            trainer={
+                "max_length": context.settings.policy.max_length,
+                # The reference is the policy that comes in: asked once, not once a step.
+                "precompute_ref_log_probs": True,
+            }
+            | settings.trainer,
             deepspeed=settings.deepspeed,
             output=str(context.policy_of("dpo")),
             seed=context.seed,

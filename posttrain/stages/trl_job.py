@@ -106,10 +106,17 @@ def _train_rank(config: Mapping[str, Any]) -> None:
         "dpo": (DPOConfig, DPOTrainer),
     }[job.kind]
     arguments = config_class(
-        output_dir=f"{job.output}.trainer",
-        seed=job.seed,
-        deepspeed={**DEEPSPEED_DEFAULTS, **job.deepspeed},
-        **job.trainer,
+        **{
+            "output_dir": f"{job.output}.trainer",
+            "seed": job.seed,
+            "bf16": job.dtype == "bfloat16",
+            # The stage keeps the result and the log; TRL need not keep them once more.
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "deepspeed": {**DEEPSPEED_DEFAULTS, **job.deepspeed},
+            **job.trainer,
+        }
     )
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=getattr(torch, job.dtype))
     tokenizer = AutoTokenizer.from_pretrained(job.model)
