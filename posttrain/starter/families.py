@@ -62,9 +62,13 @@ def _gym(name: str, **config: int | bool) -> Any:
 
 
 def _gym_entry(rng: Random, name: str, **config: int | bool) -> dict[str, Any]:
-    """An entry of a reasoning-gym data set, picked by `rng`: entry i depends on seed + i alone."""
+    """An entry of a reasoning-gym data set, picked by `rng`: entry i depends on seed + i alone.
+
+    Where in the data set it stood is left out, so that one question has one reference.
+    """
     entry: dict[str, Any] = _gym(name, **config)[rng.getrandbits(40)]
-    entry["metadata"] = {k: v for k, v in entry["metadata"].items() if k != "difficulty"}
+    for key in ("source_index", "difficulty"):
+        del entry["metadata"][key]
     return entry
 
 
@@ -131,7 +135,7 @@ def letter_count(rng: Random, level: int) -> Task:
     """`count e seventeen`; steps spell with a running count: `s0e1v1e2n2t2e3e4n4`."""
     words = (1, 2, 3, 4, 6)[level - 1]
     shortest, longest = ((2, 6), (6, 10), (10, 15), (15, 20), (24, 30))[level - 1]
-    wanted = rng.randint(1, (2, 3, 4, 5, 7)[level - 1])
+    wanted = rng.randint(1, (2, 3, 4, 5, 6)[level - 1])
     while True:
         entry = _gym_entry(rng, "letter_counting", min_words=words, max_words=words)
         text = "".join(entry["metadata"]["span"])
@@ -143,6 +147,9 @@ def letter_count(rng: Random, level: int) -> Task:
             and entry["answer"] == str(wanted)
         ):
             break
+    # The question shows one word, so the entry does too: else one question had several references.
+    entry["question"] = entry["question"].replace(" ".join(entry["metadata"]["span"]), text)
+    entry["metadata"] |= {"span": [text], "span_length": 1}
     letter = entry["metadata"]["target_letter"]
     steps = "".join(f"{c}{text[: i + 1].count(letter)}" for i, c in enumerate(text))
     return _from_gym("letter_counting", entry, f"count {letter} {text}", steps)
