@@ -6,12 +6,21 @@ Defaults live beside the component they belong to. A file states only what diffe
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import itertools
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from curricula.sampler import CurriculumSettings
 from judges.judge import JudgeSettings
@@ -135,6 +144,18 @@ class Settings(_Section):
     resources: ResourceSettings = ResourceSettings()
     eval: EvalSettings = EvalSettings()
 
+    @field_validator("system_instructions")
+    @classmethod
+    def _instructions_can_be_drawn(
+        cls, entries: list[InstructionSettings]
+    ) -> list[InstructionSettings]:
+        names = [entry.name for entry in entries]
+        if len(set(names)) < len(names):
+            raise ValueError(f"each name may stand once, got {names}")
+        if entries and not any(entry.weight for entry in entries):
+            raise ValueError("every weight is 0, so that none could be drawn; raise one")
+        return entries
+
     @model_validator(mode="after")
     def _stages_make_sense(self) -> Self:
         order = [STAGES.index(stage) for stage in self.stages]
@@ -172,6 +193,17 @@ class Settings(_Section):
         )
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as PyYAML reads it, but `1e-4` is a number as everywhere else, not a text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
 def load(path: Path, overrides: Sequence[str] = ()) -> Settings:
     """Reads a YAML file; each override is `key.sub=value` with a YAML value.
 
@@ -180,10 +212,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Settings:
             of the wrong type (names the key and what was expected).
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise SettingsError(f"{path} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} is no YAML: {error}") from error
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: a mapping of settings was expected at the top")
@@ -192,7 +224,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Settings:
     try:
         return Settings.model_validate(content)
     except ValidationError as error:
-        raise SettingsError(_explain(error, str(path))) from error
+        source = " ".join([str(path), *(["with", *overrides] if overrides else [])])
+        raise SettingsError(_explain(error, source)) from error
 
 
 def resolved(settings: Settings) -> dict[str, Any]:
@@ -204,41 +237,67 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise SettingsError(f"{override!r} is no override; write key.sub=value")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{override!r}: the value is no YAML: {error}") from error
     *parents, last = key.split(".")
-    target: Any = content
-    for part in parents:
-        target = target.setdefault(part, {}) if isinstance(target, dict) else None
-        if not isinstance(target, dict):
-            raise SettingsError(f"{override!r}: {part!r} is not a section of settings")
-    target[last] = yaml.safe_load(text)
-
-
-def _explain(error: ValidationError, path: str) -> str:
-    lines = []
-    for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            lines.append(f"{key}: unknown setting.{_nearest(problem['loc'])}")
-        elif problem["type"] == "value_error":
-            lines.append(
-                f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
+    target = content
+    for depth, part in enumerate(parents, start=1):
+        below = target.setdefault(part, {})
+        if not isinstance(below, dict):
+            section = ".".join(parents[:depth])
+            raise SettingsError(
+                f"{override!r}: {section} has no settings below it, it is {below!r}; "
+                f"override it as a whole: {section}=…"
             )
-        else:
-            lines.append(f"{key}: {problem['msg']}, got {problem['input']!r}")
-    return f"{path}: " + "; ".join(lines)
+        target = below
+    target[last] = value
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    lines = [
+        _describe(problem)
+        for problem in error.errors()
+        # A default that is derived from another setting says nothing when that one is wrong.
+        if problem["type"] != "default_factory_not_called"
+    ]
+    return f"{source}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{source}:", *lines])
+
+
+def _describe(problem: Mapping[str, Any]) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"{key}: unknown setting.{_nearest(problem['loc'])}"
+        case "missing":
+            return f"{key}: must be set, there is no default"
+        case "model_type":
+            return f"{key}: a section of settings was expected, got {problem['input']!r}"
+        case "value_error":
+            reason = str(problem["ctx"]["error"])
+            return f"{key}: {reason}" if key else reason
+        case _:
+            return f"{key}: {problem['msg']}, got {problem['input']!r}"
 
 
 def _nearest(location: Sequence[int | str]) -> str:
-    """The known setting most like an unknown one, wherever in the tree it is."""
-    known = sorted(_known_keys(Settings))
-    wrong = ".".join(str(part) for part in location if isinstance(part, str))
-    siblings = [k for k in known if k.rpartition(".")[0] == wrong.rpartition(".")[0]]
-    last = wrong.rpartition(".")[2]
-    close = difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.6)
-    elsewhere = [k for k in known if k.rpartition(".")[2] == last]
-    if close or elsewhere:
-        return f" Did you mean {(close or elsewhere)[0]}?"
-    return f" Known here: {', '.join(k.rpartition('.')[2] for k in siblings)}."
+    """The known setting most like an unknown one: misspelt here, or of that name elsewhere."""
+    *section, wrong = [part for part in location if isinstance(part, str)]
+    known = [key.split(".") for key in sorted(_known_keys(Settings))]
+    siblings = [key[-1] for key in known if key[:-1] == section]
+    if close := difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.7):
+        return f" Did you mean {'.'.join([*section, *close])}?"
+    elsewhere = [key for key in known if key[-1] == wrong]
+    if elsewhere:
+        nearest = min(elsewhere, key=lambda key: (-_shared_sections(key, section), len(key)))
+        return f" Did you mean {'.'.join(nearest)}?"
+    return f" Known here: {', '.join(siblings)}."
+
+
+def _shared_sections(key: Sequence[str], section: Sequence[str]) -> int:
+    pairs = zip(key, section, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _known_keys(model: type[BaseModel], prefix: str = "") -> set[str]:

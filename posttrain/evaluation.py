@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from judges.estimators import pass_at_k
 from judges.judge import Encode
@@ -47,20 +48,31 @@ class EvalSettings(BaseModel):
             raise ValueError(f"k must be positive numbers, got {k}")
         return k
 
+    @model_validator(mode="after")
+    def _enough_samples(self) -> Self:
+        if max(self.k) > self.num_samples:
+            raise ValueError(
+                f"pass@{max(self.k)} needs as many answers a prompt; eval.num_samples is "
+                f"{self.num_samples}"
+            )
+        return self
+
 
 @dataclass(frozen=True, kw_only=True)
 class PromptResult:
-    """What one held-out prompt got. `outcomes` are those of the `n` sampled answers;
-    `instructions` maps a system instruction to (answers, answers that followed it, correct)."""
+    """What one held-out prompt got. `outcomes` are those of all sampled answers, `n` how many of
+    them were scored; `instructions` maps a system instruction to (answers that were scored, that
+    followed it or None where that cannot be checked, that were correct). `greedy_correct` is None
+    for an unscored answer."""
 
     prompt_id: str
     domain: str
     n: int
     correct: int
-    greedy_correct: bool
+    greedy_correct: bool | None
     outcomes: Mapping[str, int]
     tokens: int
-    instructions: Mapping[str, tuple[int, int, int]]
+    instructions: Mapping[str, tuple[int, int | None, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +119,12 @@ async def evaluate(
             followed = {}
             for system in instructions if settings.instruction_samples else ():
                 under, _ = await answers(
-                    prompt, system, settings.instruction_samples, sampled, system.name
+                    prompt, system, settings.instruction_samples, sampled, f"under-{system.name}"
                 )
+                follows = int(sum(r.components.get("instruction", 0.0) for r in under))
                 followed[system.name] = (
-                    len(under),
-                    int(sum(r.components.get("instruction", 0.0) for r in under)),
+                    sum(r.correctness is not None for r in under),
+                    None if system.pattern is None else follows,
                     sum(r.correct for r in under),
                 )
         outcomes = {o.value: sum(r.outcome is o for r in rewards) for o in Outcome}
@@ -120,7 +133,7 @@ async def evaluate(
             domain=prompt.domain,
             n=sum(r.correctness is not None for r in rewards),
             correct=sum(r.correct for r in rewards),
-            greedy_correct=best.correct,
+            greedy_correct=None if best.correctness is None else best.correct,
             outcomes={name: count for name, count in outcomes.items() if count},
             tokens=tokens,
             instructions=followed,
@@ -132,26 +145,36 @@ async def evaluate(
 def metric_values(results: Sequence[PromptResult], k: Sequence[int]) -> dict[str, NDArray[Any]]:
     """Metric name -> one value a prompt `[N]`: pass@k, greedy, outcome shares, instructions.
 
-    Two evaluations of the same prompts can be compared value by value (see `paired_difference`).
+    Answers that could not be scored count nowhere; a value that too few are left for is NaN. Two
+    evaluations of the same prompts can be compared value by value (see `paired_difference`).
     """
     values: dict[str, list[float]] = {}
     for result in results:
-        row = {f"pass@{j}": pass_at_k(result.n, result.correct, j) for j in k if j <= result.n}
-        row["greedy"] = float(result.greedy_correct)
-        total = sum(result.outcomes.values())
+        n, greedy = result.n, result.greedy_correct
+        row = {f"pass@{j}": pass_at_k(n, result.correct, j) if j <= n else math.nan for j in k}
+        row["greedy"] = math.nan if greedy is None else float(greedy)
         for outcome in (Outcome.UNPARSABLE, Outcome.TRUNCATED):
-            row[outcome.value] = result.outcomes.get(outcome.value, 0) / total
-        row["tokens"] = result.tokens / total
+            row[outcome.value] = _share(result.outcomes.get(outcome.value, 0), n)
+        row["tokens"] = result.tokens / sum(result.outcomes.values())
         for name, (answers, followed, correct) in result.instructions.items():
-            row[f"ignored/{name}"] = 1 - followed / answers
-            row[f"pass@1/{name}"] = correct / answers
+            if followed is not None:
+                row[f"ignored/{name}"] = 1 - _share(followed, answers)
+            row[f"pass@1/{name}"] = _share(correct, answers)
         for name, value in row.items():
             values.setdefault(name, []).append(value)
     return {name: np.asarray(column) for name, column in values.items()}
 
 
+def _share(count: int, total: int) -> float:
+    return count / total if total else math.nan
+
+
 def estimate(values: NDArray[Any], seed: int = 0) -> Estimate:
-    """Mean and percentile bootstrap over prompts (Efron 1979)."""
+    """Mean and percentile bootstrap over prompts (Efron 1979). NaN is left out; ValueError if
+    nothing else is there."""
+    values = values[~np.isnan(values)]
+    if not len(values):
+        raise ValueError("no prompt has a value to average")
     rng = np.random.default_rng(seed)
     picks = rng.integers(len(values), size=(BOOTSTRAP_SAMPLES, len(values)))
     means = values[picks].mean(axis=1)
@@ -169,7 +192,8 @@ def paired_difference(before: NDArray[Any], after: NDArray[Any], seed: int = 0) 
 
 
 def summarise(results: Sequence[PromptResult], k: Sequence[int]) -> dict[str, Any]:
-    """`{"all": {metric: estimate}, "domains": {domain: {metric: estimate}}}` as plain values."""
+    """`{"all": {metric: estimate}, "domains": {domain: {metric: estimate}}}` as plain values; a
+    metric is absent where no prompt has a value."""
     domains = sorted({r.domain for r in results})
     return {
         "all": _estimates(results, k),
@@ -178,4 +202,8 @@ def summarise(results: Sequence[PromptResult], k: Sequence[int]) -> dict[str, An
 
 
 def _estimates(results: Sequence[PromptResult], k: Sequence[int]) -> dict[str, dict[str, float]]:
-    return {name: asdict(estimate(v)) for name, v in metric_values(results, k).items()}
+    return {
+        name: asdict(estimate(values))
+        for name, values in metric_values(results, k).items()
+        if not np.isnan(values).all()
+    }

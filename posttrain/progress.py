@@ -15,9 +15,10 @@ def say(text: str) -> None:
 
 
 def duration(seconds: float) -> str:
-    """`75` -> `1:15`."""
+    """`75` -> `1:15`, `3675` -> `1:01:15`."""
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class Progress:

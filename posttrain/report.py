@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from posttrain.progress import duration
 
 TITLES = {"start": "start", "screen": "screening", "sft": "SFT", "rl": "RL", "dpo": "DPO"}
+EVALUATED = "policy"
+"""Heads the only column where a single policy is measured."""
+
+Summaries = Mapping[str, Mapping[str, Any]]
+"""Column -> `posttrain.evaluation.summarise`."""
 
 
 def print_report(
-    evaluations: Mapping[str, Mapping[str, Any]],
+    evaluations: Summaries,
     seconds: Mapping[str, float],
     policy: str,
     console: Console,
@@ -25,56 +32,63 @@ def print_report(
         evaluations: stage -> `posttrain.evaluation.summarise`.
         seconds: stage -> how long it took, its evaluation included.
     """
-    console.print(_accuracy_table(evaluations))
-    console.print(_form_table(evaluations))
+    _print_tables({TITLES[stage]: summary for stage, summary in evaluations.items()}, console)
     spent = " · ".join(f"{TITLES[name]} {duration(s)}" for name, s in seconds.items())
     console.print(f"Time: {spent} · in all {duration(sum(seconds.values()))}")
-    console.print(f"\nThe policy: {policy}", soft_wrap=True)
     console.print(
+        f"\nThe policy: {policy}\n"
         f"  transformers: AutoModelForCausalLM.from_pretrained({policy!r})\n"
         f"  vLLM:         vllm serve {policy}",
         soft_wrap=True,
         highlight=False,
+        markup=False,
     )
 
 
 def print_evaluation(summary: Mapping[str, Any], console: Console) -> None:
     """One evaluation, as `posttrain eval` shows it."""
-    console.print(_accuracy_table({"start": summary}))
-    console.print(_form_table({"start": summary}))
+    _print_tables({EVALUATED: summary}, console)
 
 
-def _accuracy_table(evaluations: Mapping[str, Mapping[str, Any]]) -> Table:
-    metrics = _pass_metrics(evaluations)
-    table = Table(title="Held-out accuracy, with 95% intervals over prompts")
-    table.add_column("domain")
-    for stage in evaluations:
-        for metric in metrics:
-            table.add_column(f"{TITLES[stage]}\n{metric}", justify="right")
-    some = next(iter(evaluations.values()))
-    for domain in [*some["domains"], "all"]:
-        cells = []
-        for summary in evaluations.values():
-            row = summary["all"] if domain == "all" else summary["domains"][domain]
-            cells += [_interval(row[metric]) for metric in metrics]
-        table.add_row(domain, *cells, end_section=domain == list(some["domains"])[-1])
+def _print_tables(summaries: Summaries, console: Console) -> None:
+    metrics = list(dict.fromkeys(name for s in summaries.values() for name in s["all"]))
+    accuracies = [name for name in metrics if _is_accuracy(name)]
+    for metric in accuracies:
+        console.print(f"[bold]Held-out {metric}, with 95% intervals over prompts")
+        console.print(_domain_table(metric, summaries))
+    console.print("[bold]Greedy accuracy and the form of the answers, all domains")
+    console.print(_form_table([m for m in metrics if m not in accuracies], summaries))
+
+
+def _is_accuracy(metric: str) -> bool:
+    return metric.startswith("pass@") and "/" not in metric
+
+
+def _domain_table(metric: str, summaries: Summaries) -> Table:
+    table = _table("domain", summaries)
+    *domains, last = next(iter(summaries.values()))["domains"]
+    for domain in [*domains, last]:
+        cells = [_interval(s["domains"][domain].get(metric)) for s in summaries.values()]
+        table.add_row(escape(domain), *cells, end_section=domain == last)
+    table.add_row("all", *(_interval(s["all"].get(metric)) for s in summaries.values()))
     return table
 
 
-def _form_table(evaluations: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = Table(title="Greedy accuracy and the form of the answers, all domains")
-    table.add_column("")
-    for stage in evaluations:
-        table.add_column(TITLES[stage], justify="right")
-    first = next(iter(evaluations.values()))["all"]
-    for metric in first:
-        if metric.startswith("pass@") and "/" not in metric:
-            continue
-        cells = [
-            _interval(s["all"][metric], digits=1 if metric == "tokens" else 3)
-            for s in evaluations.values()
-        ]
-        table.add_row(_describe(metric), *cells)
+def _form_table(metrics: list[str], summaries: Summaries) -> Table:
+    table = _table("", summaries)
+    for metric in metrics:
+        digits = 1 if metric == "tokens" else 3
+        cells = [_interval(s["all"].get(metric), digits) for s in summaries.values()]
+        table.add_row(escape(_describe(metric)), *cells)
+    return table
+
+
+def _table(first_column: str, summaries: Summaries) -> Table:
+    """On a narrow terminal a cell becomes two lines, mean and interval, and nothing is cut."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first_column, overflow="fold")
+    for column in summaries:
+        table.add_column(column, justify="right", min_width=len("1.000–1.000"), overflow="fold")
     return table
 
 
@@ -91,12 +105,10 @@ def _describe(metric: str) -> str:
     }[metric]
 
 
-def _pass_metrics(evaluations: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    first = next(iter(evaluations.values()))["all"]
-    return [metric for metric in first if metric.startswith("pass@") and "/" not in metric]
+def _interval(estimate: Mapping[str, float] | None, digits: int = 3) -> str:
+    if estimate is None:
+        return "–"
 
-
-def _interval(estimate: Mapping[str, float], digits: int = 3) -> str:
     def show(value: float) -> str:
         text = f"{value:.{digits}f}"
         return text.removeprefix("0") if 0 <= value < 1 else text

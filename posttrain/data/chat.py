@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable
+import reprlib
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from posttrain.errors import DataError, ModelError
@@ -17,19 +18,26 @@ class ChatFormat:
     tokenised again.
 
     Raises:
-        ModelError: no tokenizer there, or one without a chat template or end-of-turn token.
+        ModelError: no tokenizer there, or one without a chat template or end-of-turn token, or (at
+            the first prompt) one whose template cannot render it.
     """
 
     def __init__(self, tokenizer_path: str) -> None:
         from transformers import AutoTokenizer
 
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_path)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"no tokenizer in {tokenizer_path!r}: {error}") from error
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(
+                tokenizer_path, trust_remote_code=False
+            )
+        except Exception as error:  # a damaged file raises whatever its parser stumbles over
+            raise ModelError(
+                f"policy.model: no readable tokenizer in {tokenizer_path!r}: {error}"
+            ) from error
+        if not self.tokenizer("1")["input_ids"]:  # what transformers makes up where there is none
+            raise ModelError(f"policy.model: the tokenizer in {tokenizer_path!r} knows no text")
         for what in ("chat_template", "eos_token_id", "pad_token_id"):
             if getattr(self.tokenizer, what) is None:
-                raise ModelError(f"the tokenizer in {tokenizer_path!r} has no {what}")
+                raise ModelError(f"policy.model: the tokenizer in {tokenizer_path!r} has no {what}")
 
     @property
     def pad_token_id(self) -> int:
@@ -42,27 +50,36 @@ class ChatFormat:
 
     def encode(self, prompt: Prompt, system: SystemInstruction | None) -> tuple[int, ...]:
         """Token ids of a prompt under a system instruction, generation prompt included."""
-        rendered = self.tokenizer.apply_chat_template(
-            conversation(prompt, system), add_generation_prompt=True, return_dict=True
-        )
+        from jinja2 import TemplateError
+
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                conversation(prompt, system), add_generation_prompt=True, return_dict=True
+            )
+        except TemplateError as error:
+            shown = "no system message" if system is None else f"the system message {system.text!r}"
+            raise ModelError(
+                f"policy.model: its chat template cannot render a prompt with {shown}: {error}"
+            ) from error
         return tuple(rendered["input_ids"])
 
     def check_lengths(
         self,
-        prompts: Iterable[Prompt],
+        prompts: Sequence[Prompt],
         instructions: Collection[SystemInstruction],
         max_prompt_tokens: int,
     ) -> None:
-        """Raises DataError if a prompt, under its longest system instruction, leaves no room for
+        """Raises DataError if a prompt, under the longest system instruction, leaves no room for
         an answer; nothing is cut in silence."""
-        longest = max(instructions, key=lambda i: len(i.text), default=None)
+        # Some templates add a default system message, so that none can be the longest.
+        longest = max([None, *instructions], key=lambda i: len(self.encode(prompts[0], i)))
         for prompt in prompts:
             length = len(self.encode(prompt, longest))
             if length > max_prompt_tokens:
                 raise DataError(
-                    f"prompt {prompt.prompt_id} has {length} tokens, more than "
-                    f"{max_prompt_tokens}, which policy.max_length leaves beside the answer. Raise "
-                    "policy.max_length or remove the prompt."
+                    f"the prompt {reprlib.repr(prompt.messages[-1].content)} has {length} tokens "
+                    f"with its system message; policy.max_length leaves {max_prompt_tokens} beside "
+                    "the answer. Raise it, lower the max_tokens of answers or remove the prompt."
                 )
 
 

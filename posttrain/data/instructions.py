@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from posttrain.errors import DataError
 from posttrain.types import SystemInstruction
@@ -21,6 +23,18 @@ class InstructionSettings(BaseModel):
     text: str | None = None
     weight: float = Field(default=1.0, ge=0)
     pattern: str | None = None
+
+    @model_validator(mode="after")
+    def _pattern_can_be_checked(self) -> Self:
+        if self.pattern is None:
+            return self
+        if self.text is None:
+            raise ValueError("a pattern needs a text: what is not shown cannot be followed")
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"{self.pattern!r} is no regular expression: {error}") from error
+        return self
 
 
 class InstructionMix:
@@ -45,5 +59,5 @@ class InstructionMix:
             return None
         if name not in self.by_name:
             known = ", ".join(self.by_name) or "none"
-            raise DataError(f"a row names the system instruction {name!r}; known are: {known}")
+            raise DataError(f"system_instructions has no {name!r} with a text, only: {known}")
         return self.by_name[name]

@@ -63,7 +63,8 @@ def _malformed(chosen: Candidate, rejected: Candidate, _: MiningSettings) -> boo
     return (
         rejected.reward.outcome is Outcome.UNPARSABLE
         and chosen.reward.correctness == rejected.reward.correctness
-        and chosen.reward.outcome is not Outcome.UNPARSABLE
+        and chosen.reward.outcome not in (Outcome.UNPARSABLE, Outcome.LIMIT)
+        and (chosen.follows, rejected.follows) != (0.0, 1.0)
     )
 
 
@@ -95,8 +96,8 @@ RULES: Mapping[CornerCase, Callable[[Candidate, Candidate, MiningSettings], bool
 def mine_pairs(group: RolloutGroup, settings: MiningSettings) -> list[PreferencePair]:
     """At most `pairs_per_prompt` pairs of a group, the cases in the order of the settings.
 
-    No answer is used twice. Truncated and unscored answers are never chosen, unscored ones never
-    rejected either.
+    No answer is used twice, nor another of the same text. Truncated and unscored answers are never
+    chosen, unscored ones never rejected either.
     """
     scored = [
         Candidate(rollout, reward)
@@ -109,10 +110,9 @@ def mine_pairs(group: RolloutGroup, settings: MiningSettings) -> list[Preference
         for chosen, rejected in _ordered_pairs(scored):
             if len(pairs) == settings.pairs_per_prompt:
                 return pairs
-            if {chosen.rollout.rollout_id, rejected.rollout.rollout_id} & used:
-                continue
-            if RULES[case](chosen, rejected, settings):
-                used |= {chosen.rollout.rollout_id, rejected.rollout.rollout_id}
+            texts = {chosen.rollout.text, rejected.rollout.text}
+            if not texts & used and RULES[case](chosen, rejected, settings):
+                used |= texts
                 pairs.append(_pair(group, chosen, rejected, case))
     return pairs
 

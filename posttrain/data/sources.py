@@ -63,16 +63,17 @@ def load_sft_rows(settings: SourceSettings) -> list[SFTRow]:
         return starter_sft_rows(_size(settings), settings.seed)
     rows = []
     for number, record in _records(settings):
+        place = f"{settings.source}, line {number}"
         rows.append(
             SFTRow(
                 row_id=f"{Path(settings.source).name}:{number}",
-                prompt=_prompt(record, settings.source, number),
-                completion=_text(record, "completion", settings.source, number),
-                system=record.get("system"),
+                prompt=_prompt(record, settings.source, place),
+                completion=_text(record, "completion", place),
+                system=_optional_text(record, "system", place),
             )
         )
     if not rows:
-        raise DataError(f"sft.source: {settings.source} has no rows")
+        raise DataError(f"sft.data: {settings.source} has no rows")
     return rows
 
 
@@ -81,7 +82,13 @@ def _prompts(settings: SourceSettings, split: Literal["train", "held_out"]) -> l
         from posttrain.starter.tasks import starter_prompts
 
         return starter_prompts(split, _size(settings), settings.seed)
-    return [_prompt(record, settings.source, n) for n, record in _records(settings)]
+    prompts = []
+    for number, record in _records(settings):
+        place = f"{settings.source}, line {number}"
+        if record.get("answer") is None:
+            raise DataError(f"{place}: column 'answer' is missing. Columns there: {sorted(record)}")
+        prompts.append(_prompt(record, settings.source, place))
+    return prompts
 
 
 def _size(settings: SourceSettings) -> int:
@@ -96,34 +103,44 @@ def _records(settings: SourceSettings) -> Iterator[tuple[int, Mapping[str, Any]]
         raise DataError(
             f"{settings.source} is no file. A source is 'starter' or the path of a JSONL file."
         )
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if settings.size is not None and number > settings.size:
                 return
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode("utf-8").rstrip())
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}, line {number}: no UTF-8 text ({error})") from error
             except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: no JSON ({error})") from error
+                raise DataError(
+                    f"{path}, line {number}: no JSON ({error.msg} at character {error.colno})"
+                ) from error
             if not isinstance(record, dict):
                 raise DataError(f"{path}, line {number}: a JSON object was expected")
             yield number, record
 
 
-def _prompt(record: Mapping[str, Any], source: str, number: int) -> Prompt:
-    metadata = {"verifier": record["verifier"]} if "verifier" in record else {}
+def _prompt(record: Mapping[str, Any], source: str, place: str) -> Prompt:
+    verifier = _optional_text(record, "verifier", place)
     return make_prompt(
-        _text(record, "question", source, number),
+        _text(record, "question", place),
         reference=record.get("answer"),
-        domain=str(record.get("domain", Path(source).stem)),
-        metadata=metadata,
+        domain=_optional_text(record, "domain", place) or Path(source).stem,
+        metadata={} if verifier is None else {"verifier": verifier},
     )
 
 
-def _text(record: Mapping[str, Any], column: str, source: str, number: int) -> str:
+def _text(record: Mapping[str, Any], column: str, place: str) -> str:
+    value = _optional_text(record, column, place)
+    if value is None:
+        raise DataError(f"{place}: column {column!r} is missing. Columns there: {sorted(record)}")
+    return value
+
+
+def _optional_text(record: Mapping[str, Any], column: str, place: str) -> str | None:
     value = record.get(column)
-    if not isinstance(value, str) or not value:
+    if value is not None and (not isinstance(value, str) or not value):
         raise DataError(
-            f"{source}, line {number}: column {column!r} must be a text that is not empty, "
-            f"got {value!r}. Columns there: {sorted(record)}"
+            f"{place}: column {column!r} must be a text that is not empty, got {value!r}"
         )
     return value

@@ -1,0 +1,156 @@
+"""What the policy is shown is what its own chat template renders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from posttrain.data.chat import ChatFormat, conversation, sft_record
+from posttrain.data.prompts import make_prompt
+from posttrain.errors import DataError, ModelError
+from posttrain.types import Prompt, SFTRow, SystemInstruction
+
+BRIEF = SystemInstruction(name="brief", text="Answer only.")
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_policy: Path) -> ChatFormat:
+    return ChatFormat(str(tiny_policy))
+
+
+@pytest.fixture
+def damaged(tiny_policy: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(tiny_policy, tmp_path / "policy"))
+
+
+def ask(question: str) -> Prompt:
+    return make_prompt(question, reference="2", domain="maths")
+
+
+@pytest.mark.parametrize("question", ["1+1=?", " two\n lines ", "<user>2<end>", "[~{|}]"])
+def test_encode_is_the_template_rendered(chat: ChatFormat, question: str) -> None:
+    plain = chat.tokenizer.convert_ids_to_tokens(chat.encode(ask(question), None))
+    assert plain[0] == "<user>"
+    assert plain[-1] == "<assistant>"
+    assert chat.tokenizer.decode(chat.encode(ask(question), None)) == f"<user>{question}<assistant>"
+    under = chat.encode(ask(question), BRIEF)
+    rendered = chat.tokenizer.apply_chat_template(
+        [
+            {"role": "system", "content": BRIEF.text},
+            {"role": "user", "content": question},
+        ],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    assert rendered == f"<system>Answer only.<user>{question}<assistant>"
+    assert chat.tokenizer.decode(under) == rendered
+    assert under == tuple(chat.tokenizer(rendered)["input_ids"])
+    assert len(under) - len(plain) == 1 + len(BRIEF.text)
+
+
+def test_conversation_and_supervised_record() -> None:
+    row = SFTRow(row_id="r", prompt=ask("1+1=?"), completion="#2", system="brief")
+    user = {"role": "user", "content": "1+1=?"}
+    assert conversation(row.prompt, None) == [user]
+    assert sft_record(row, BRIEF) == {
+        "prompt": [{"role": "system", "content": "Answer only."}, user],
+        "completion": [{"role": "assistant", "content": "#2"}],
+    }
+
+
+def test_the_template_hash_follows_the_template(chat: ChatFormat, damaged: Path) -> None:
+    assert ChatFormat(str(damaged)).template_hash == chat.template_hash
+    template = damaged / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<assistant>", "<user>"))
+    assert ChatFormat(str(damaged)).template_hash != chat.template_hash
+
+
+def test_lengths_count_the_longest_system_message(chat: ChatFormat) -> None:
+    # <user> 5 characters <assistant>, and <system> with 12 characters before them.
+    prompts = [ask("1"), ask("1+1=?")]
+    chat.check_lengths(prompts, [], 7)
+    chat.check_lengths(prompts, [BRIEF], 20)
+    for instructions, room, length in (([], 6, 7), ([BRIEF], 19, 20)):
+        with pytest.raises(DataError) as caught:
+            chat.check_lengths(prompts, instructions, room)
+        message = str(caught.value)
+        assert f"the prompt '1+1=?' has {length} tokens" in message
+        assert f"policy.max_length leaves {room} beside the answer" in message
+
+
+def test_a_default_system_message_counts_where_none_is_given(damaged: Path) -> None:
+    template = damaged / "chat_template.jinja"
+    default = "{%- if messages[0]['role'] != 'system' -%}<system>You are helpful.{%- endif -%}"
+    template.write_text(default + template.read_text())
+    chat = ChatFormat(str(damaged))
+    short = SystemInstruction(name="short", text="Hi")
+    assert len(chat.encode(ask("1"), None)) == 3 + 17
+    chat.check_lengths([ask("1")], [short], 20)
+    with pytest.raises(DataError, match="has 20 tokens"):
+        chat.check_lengths([ask("1")], [short], 19)
+
+
+def test_a_template_without_system_messages_is_refused_with_the_text(damaged: Path) -> None:
+    template = damaged / "chat_template.jinja"
+    refuse = (
+        "{%- if messages[0]['role'] == 'system' -%}"
+        "{{- raise_exception('no system role') -}}{%- endif -%}"
+    )
+    template.write_text(refuse + template.read_text())
+    chat = ChatFormat(str(damaged))
+    assert chat.encode(ask("1"), None)
+    with pytest.raises(ModelError, match=r"the system message 'Answer only\.': no system role"):
+        chat.encode(ask("1"), BRIEF)
+
+
+def remove(*names: str) -> Callable[[Path], None]:
+    def spoil(policy: Path) -> None:
+        for name in names:
+            (policy / name).unlink()
+
+    return spoil
+
+
+def overwrite(name: str, content: str) -> Callable[[Path], None]:
+    def spoil(policy: Path) -> None:
+        (policy / name).write_text(content)
+
+    return spoil
+
+
+def without_setting(name: str) -> Callable[[Path], None]:
+    def spoil(policy: Path) -> None:
+        path = policy / "tokenizer_config.json"
+        settings = json.loads(path.read_text())
+        path.write_text(json.dumps({k: v for k, v in settings.items() if k != name}))
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (remove("tokenizer.json"), "no readable tokenizer"),
+        (remove("tokenizer.json", "tokenizer_config.json"), "knows no text"),
+        (overwrite("tokenizer.json", "{"), "no readable tokenizer"),
+        (overwrite("tokenizer.json", "{}"), "no readable tokenizer"),
+        (overwrite("tokenizer_config.json", "{"), "no readable tokenizer"),
+        (remove("chat_template.jinja"), "has no chat_template"),
+        (without_setting("eos_token"), "has no eos_token_id"),
+        (without_setting("pad_token"), "has no pad_token_id"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_used(
+    damaged: Path, spoil: Callable[[Path], None], said: str
+) -> None:
+    spoil(damaged)
+    with pytest.raises(ModelError) as caught:
+        ChatFormat(str(damaged))
+    assert str(caught.value).startswith("policy.model: ")
+    assert said in str(caught.value)
+    assert str(damaged) in str(caught.value)
