@@ -253,15 +253,15 @@ def _expression_task(
 
 
 def hops(rng: Random, level: int) -> Task:
-    """`hop 3 a cf ab bd fa dc`: from a, three hops along pairs; steps count: `1b2d3c`."""
+    """`hop 3 a cf ab bd fa dc`: from a, three hops along pairs; steps count: `0a1b2d3c`."""
     size = (2, 4, 5, 6, 8)[level - 1]
-    low, high = ((1, 1), (2, 2), (3, 3), (4, 5), (12, 19))[level - 1]
+    low, high = ((1, 1), (2, 3), (3, 5), (5, 8), (12, 19))[level - 1]
     cycle = rng.sample("abcdefghijklmnopqrstuvwxyz", size)
     pairs = [cycle[i] + cycle[(i + 1) % size] for i in range(size)]
     rng.shuffle(pairs)
     count = rng.randint(low, high)
-    path = [cycle[i % size] for i in range(1, count + 1)]
-    steps = "".join(f"{i + 1}{letter}" for i, letter in enumerate(path))
+    path = [cycle[i % size] for i in range(count + 1)]
+    steps = "".join(f"{i}{letter}" for i, letter in enumerate(path))
     return _exact(f"hop {count} {cycle[0]} {' '.join(pairs)}", [steps], path[-1])
 
 

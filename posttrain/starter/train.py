@@ -58,8 +58,10 @@ class TrainSettings(BaseModel):
     max_length: int = Field(default=512, gt=0)
 
 
+HARDER_TO_LEARN = {"program": 1.75, "expression": 1.5}
 LEVEL_WEIGHTS = (1.0, 1.5, 2.0, 2.5, 1.0)
-FAMILY_WEIGHTS = {family.name: 1.0 for family in FAMILIES}
+"""The top level is shown rarely: it shall stay out of reach."""
+FAMILY_WEIGHTS = [HARDER_TO_LEARN.get(family.name, 1.0) for family in FAMILIES]
 
 
 def encode(system: str | None, question: str, answer: str) -> Example:
@@ -72,9 +74,8 @@ def encode(system: str | None, question: str, answer: str) -> Example:
 
 def example(rng: Random, stepwise_share: float) -> Example:
     """One training example; its prompt is never a held-out one."""
-    weights = [FAMILY_WEIGHTS[f.name] for f in FAMILIES]
     while True:
-        family = rng.choices(FAMILIES, weights)[0]
+        family = rng.choices(FAMILIES, FAMILY_WEIGHTS)[0]
         task = family.make(rng, rng.choices(LEVELS, LEVEL_WEIGHTS)[0])
         if in_training_split(task.question):
             break
@@ -143,8 +144,12 @@ def learning_rate_factor(step: int, settings: TrainSettings) -> float:
 
 
 def loss_of(model: Any, batch: list[Example]) -> torch.Tensor:
-    """Mean negative log-likelihood (nats) of the answer tokens. Padding stands on the right, where
-    causal attention never looks, so no attention mask is needed."""
+    """Negative log-likelihood (nats) of the answer tokens, summed, over the batch's size `[R, L]`.
+
+    The batch's own number of answer tokens would be the wrong denominator: batches of short rows
+    have few, and direct answers would weigh more than stepwise ones. Padding stands on the right,
+    where causal attention never looks, so no attention mask is needed.
+    """
     import torch
     import torch.nn.functional as F
 
@@ -155,7 +160,8 @@ def loss_of(model: Any, batch: list[Example]) -> torch.Tensor:
         inputs[row, : len(ids)] = torch.tensor(ids)
         labels[row, prompt_length : len(ids)] = inputs[row, prompt_length : len(ids)]
     logits = model(input_ids=inputs, use_cache=False).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    total = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    return total / inputs.numel()
 
 
 def train(settings: TrainSettings, minutes: float) -> Any:
