@@ -6,13 +6,14 @@ import contextlib
 import json
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from posttrain.errors import Interrupted, PosttrainError
+from posttrain.errors import Interrupted, PosttrainError, StageError
 
 if TYPE_CHECKING:
     from posttrain.config import Settings
@@ -77,7 +78,7 @@ def eval_command(
     as_json: Json = False,
 ) -> None:
     """Measure pass@k of MODEL on the held-out tasks of CONFIG, by domain."""
-    changed = [*(overrides or []), f"policy.model={model}"]
+    changed = [*(overrides or []), f"policy.model={json.dumps(model, ensure_ascii=False)}"]
     settings, inputs = _prepare(config, changed + ([f"eval.k=[{k}]"] if k else []))
     from posttrain.pipeline import evaluate_model
 
@@ -99,7 +100,7 @@ def doctor_command(as_json: Json = False) -> None:
 
     findings = examine()
     if as_json:
-        print(json.dumps([finding.as_dict() for finding in findings]))
+        print(json.dumps({"findings": [finding.as_dict() for finding in findings]}))
     else:
         for finding in findings:
             mark = {True: "ok", False: "MISSING", None: "-"}[finding.works]
@@ -137,21 +138,33 @@ def _emit(record: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(record))
         return
     for name, value in record.items():
+        if isinstance(value, list):
+            value = ", ".join(value)
         print(f"{name.replace('_', ' '):28}{value}")
 
 
 @contextlib.contextmanager
 def _signals_end_the_run() -> Iterator[None]:
-    """SIGTERM ends like Ctrl-C: pools are stopped, the exit code says that it can be resumed."""
+    """SIGTERM ends like Ctrl-C: pools are stopped, the exit code says that it can be resumed.
 
-    def interrupt(number: int, _: Any) -> None:
-        raise Interrupted(
-            f"stopped by {signal.Signals(number).name}; the same command goes on where it was"
-        )
+    A signal raises SystemExit until it is out here, because asyncio and many a library swallow
+    other exceptions that come out of nowhere.
+    """
 
-    previous = {s: signal.signal(s, interrupt) for s in (signal.SIGTERM, signal.SIGINT)}
+    def stop(number: int, _: Any) -> None:
+        raise SystemExit(-number)
+
+    previous = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
+    except SystemExit as ended:
+        # ray.init puts a handler in the place of ours that raises SystemExit(SIGTERM).
+        numbers = {-s: s for s in previous} | {signal.SIGTERM: signal.SIGTERM}
+        if ended.code not in numbers:
+            raise
+        raise Interrupted(
+            f"stopped by {numbers[ended.code].name}; the same command goes on where it was"
+        ) from None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -165,6 +178,9 @@ def main() -> None:
     except PosttrainError as error:
         print(f"posttrain: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(StageError.exit_code)
 
 
 if __name__ == "__main__":

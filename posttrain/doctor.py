@@ -55,8 +55,10 @@ def _memory() -> Finding:
 
 
 def _gpu() -> Finding:
-    import torch
-
+    try:
+        import torch
+    except ImportError as error:
+        return Finding("GPU", None, f"not known without torch: {error}")
     if not torch.cuda.is_available():
         return Finding("GPU", None, "none; everything runs on CPU")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from posttrain.data.chat import ChatFormat
 from posttrain.data.instructions import InstructionMix
 from posttrain.data.prompts import check_disjoint
 from posttrain.data.sources import STARTER, load_prompts, load_sft_rows
-from posttrain.errors import ModelError
+from posttrain.errors import DataError, ModelError
 from posttrain.types import Prompt, SFTRow
 from rewards.verifiers import check_references
 
@@ -57,12 +58,15 @@ def load_inputs(settings: Settings) -> Inputs:
     sft_rows = load_sft_rows(settings.sft.data) if wants_rows and settings.sft.data else []
     sft_prompts = [row.prompt for row in sft_rows]
     check_disjoint([*train, *sft_prompts], held_out)
-    check_references([*train, *held_out, *sft_prompts], settings.rewards)
-    room = settings.policy.max_length - settings.max_answer_tokens
+    _check_references("tasks.train", train, settings)
+    _check_references("tasks.held_out", held_out, settings)
+    if "screen" in settings.stages:  # nothing else scores answers to them
+        _check_references("sft.data", sft_prompts, settings)
     mix = InstructionMix(settings.system_instructions, seed=0)
-    chat.check_lengths([*train, *held_out, *sft_prompts], mix.by_name.values(), room)
     for row in sft_rows:
-        mix.resolve(row.system)
+        _check_instruction(row, mix)
+    room = settings.policy.max_length - settings.max_answer_tokens
+    chat.check_lengths([*train, *held_out, *sft_prompts], mix.by_name.values(), room)
     return Inputs(model=model, chat=chat, train=train, held_out=held_out, sft_rows=sft_rows)
 
 
@@ -78,12 +82,40 @@ def locate_model(name: str) -> Path:
     from transformers import AutoConfig
 
     try:
-        AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # a damaged file raises whatever its parser stumbles over
         raise ModelError(f"policy.model: {path} is no readable checkpoint: {error}") from error
-    if not list(path.glob("*.safetensors")):
-        raise ModelError(f"policy.model: {path} holds no safetensors")
+    _check_weights(path)
     return path.resolve()
+
+
+def _check_weights(path: Path) -> None:
+    """Reads headers and sizes only, so that a download cut short is found in an instant."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"policy.model: {path} holds no safetensors")
+    for file in files:
+        try:
+            with safe_open(file, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"policy.model: {file} is damaged: {error}") from error
+
+
+def _check_references(key: str, prompts: Sequence[Prompt], settings: Settings) -> None:
+    try:
+        check_references(prompts, settings.rewards)
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from error
+
+
+def _check_instruction(row: SFTRow, mix: InstructionMix) -> None:
+    try:
+        mix.resolve(row.system)
+    except DataError as error:
+        raise DataError(f"sft.data, {row.row_id}: {error}") from error
 
 
 def _download(name: str) -> Path:
