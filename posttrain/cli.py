@@ -42,7 +42,10 @@ def run_command(
     as_json: Json = False,
 ) -> None:
     """Run the stages of CONFIG. The same command again resumes."""
+    from posttrain.stages.trl_settings import check_trainers
+
     settings, inputs = _prepare(config, overrides)
+    check_trainers(settings)
     if dry_run:
         _emit(_plan(settings, inputs), as_json)
         return

@@ -52,8 +52,7 @@ def run(settings: Settings, inputs: Inputs, *, fresh: bool) -> RunResult:
         fresh,
         {"data": inputs.fingerprint, "policy": fingerprint_directory(inputs.model)},
     ) as run_dir:
-        pending = _pending(run_dir, settings, inputs)
-        if pending:
+        if _pending(run_dir, settings, inputs):
             _run_stages(run_dir, settings, inputs)
         else:
             say(f"every stage of {run_dir.path} is done")

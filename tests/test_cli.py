@@ -21,7 +21,7 @@ import posttrain
 from posttrain import doctor
 from posttrain.cli import main
 from posttrain.doctor import Finding
-from posttrain.errors import Interrupted, PlacementError, RunDirError
+from posttrain.errors import Interrupted, PlacementError, RunDirError, SettingsError
 
 STARTED = {"ray", "vllm", "deepspeed", "trl"}
 
@@ -474,3 +474,13 @@ def test_doctor_survives_what_it_looks_for(
     monkeypatch.setattr(doctor, "IMPORTS", {"slow": "while True: pass"})
     monkeypatch.setattr(doctor, "IMPORT_DEADLINE_S", 0.2)
     assert Finding("slow", False, "did not import within 0.2 s") in doctor.examine()
+
+
+def test_a_setting_that_trl_does_not_know_is_refused_before_anything_is_started() -> None:
+    from posttrain.stages.trl_settings import check_trainer_settings
+
+    check_trainer_settings("dpo", {"beta": 0.1, "learning_rate": 1e-6})
+    with pytest.raises(SettingsError, match=r"sft\.trainer\.lerning_rate.*learning_rate\?"):
+        check_trainer_settings("sft", {"lerning_rate": 1.0})
+    with pytest.raises(SettingsError, match=r"sft\.trainer\.beta"):
+        check_trainer_settings("sft", {"beta": 0.1})

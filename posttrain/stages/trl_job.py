@@ -10,16 +10,15 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ray.train
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from posttrain.errors import StageError
+from posttrain.stages.trl_settings import Kind
 from posttrain.workers.settings import ActorResources
-
-Kind = Literal["sft", "dpo"]
 
 DEEPSPEED_DEFAULTS: Mapping[str, Any] = {
     "zero_optimization": {"stage": 2},
