@@ -367,7 +367,11 @@ SLOW_COMMAND = """
 import asyncio, signal, sys, time
 from posttrain import cli
 
+def ready():
+    print("started", flush=True)
+
 def asleep():
+    ready()
     time.sleep(60)
 
 def loop_of_callbacks():
@@ -378,18 +382,20 @@ def loop_of_callbacks():
             while time.monotonic() < until:
                 pass
             loop.call_soon(spin)
-        spin()
+        loop.call_soon(spin)
+        # Said by a callback, so that the signal finds the loop running.
+        loop.call_soon(ready)
         await asyncio.sleep(60)
     asyncio.run(forever())
 
 def handler_of_another():
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+    ready()
     time.sleep(60)
 
 @cli.app.command("slow")
 def slow(how: str):
     try:
-        print("started", flush=True)
         globals()[how]()
     except Exception:
         print("swallowed")
