@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from posttrain.errors import PlacementError, StageError
 from posttrain.workers.settings import ActorResources
@@ -17,10 +20,21 @@ def connect() -> None:
     """Joins the cluster that a Ray job runs in, or starts one on this machine."""
     if ray.is_initialized():
         return
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False)
-        return
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    with _signal_handlers_kept():
+        if "RAY_ADDRESS" in os.environ:
+            ray.init(log_to_driver=False)
+        else:
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+
+
+@contextlib.contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """Ray answers SIGTERM in its own way: it dumps its stack and may abort the process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def disconnect() -> None:
@@ -35,13 +49,15 @@ def start_actor(
     deadline_s: float,
     **keywords: Any,
 ) -> Any:
-    """A handle to an actor whose constructor has finished.
+    """A handle to an actor that is ready.
 
-    The actor class has a `ready` method.
+    The actor class has a method `ready`, which loads whatever can fail to load: what `ready` raises
+    arrives as it is, what a constructor raises arrives as text.
 
     Raises:
         PlacementError: it could not be placed in time; says what was asked and what there is.
-        Whatever its constructor raised.
+        StageError: its process died.
+        Whatever `ready` raised.
     """
     handle = (
         ray.remote(actor_class)
@@ -53,16 +69,32 @@ def start_actor(
         .remote(*arguments, **keywords)
     )
     try:
+        _wait_until_ready(handle, actor_class.__name__, resources, deadline_s)
+    except BaseException:
+        # Else it would hold its devices, or go on waiting for them.
+        stop_actor(handle)
+        raise
+    return handle
+
+
+def _wait_until_ready(handle: Any, name: str, resources: ActorResources, deadline_s: float) -> None:
+    try:
         ray.get(handle.ready.remote(), timeout=deadline_s)
     except GetTimeoutError as error:
         raise PlacementError(
-            f"{actor_class.__name__} asked for {resources.cpus} CPUs and {resources.gpus} GPUs and "
-            f"was not ready after {deadline_s:.0f} s. Free now: {ray.available_resources()}; in "
-            f"all: {ray.cluster_resources()}. Lower resources.* or start a larger cluster."
+            f"{name} asked for {resources.cpus:g} CPUs and {resources.gpus:g} GPUs and was not "
+            f"ready after {deadline_s:g} s. Free now: {_devices(ray.available_resources())}; in "
+            f"all: {_devices(ray.cluster_resources())}. Lower resources.* or start a larger "
+            "cluster; raise resources.deadline_s if it only needs longer."
         ) from error
+    except RayTaskError as error:
+        raise error.cause from error
     except RayActorError as error:
-        raise StageError(f"{actor_class.__name__} died while it started: {error}") from error
-    return handle
+        raise StageError(f"{name} died while it started: {error}") from error
+
+
+def _devices(resources: Mapping[str, float]) -> str:
+    return f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs"
 
 
 def stop_actor(handle: Any) -> None:

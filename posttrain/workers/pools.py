@@ -7,6 +7,7 @@ machine starting one costs more than a stage's whole generation.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -31,22 +32,28 @@ class LearnerActor:
     """A `DeepSpeedLearner` in a process of its own."""
 
     def __init__(self, model_path: str, settings: LearnerSettings, **keywords: Any) -> None:
-        self._learner = DeepSpeedLearner(model_path, settings, **keywords)
+        self._start = partial(DeepSpeedLearner, model_path, settings, **keywords)
+        self._learner: DeepSpeedLearner | None = None
 
     def ready(self) -> None:
-        pass
+        self._learner = self._start()
 
     def step(self, batch: TrainingBatch) -> dict[str, float]:
-        return self._learner.step(batch)
+        return self._running.step(batch)
 
     def write_weights(self, directory: str) -> float:
-        return self._learner.write_weights(directory)
+        return self._running.write_weights(directory)
 
     def score_tokens(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        return self._learner.score_tokens(sequences)
+        return self._running.score_tokens(sequences)
 
     def save_policy(self, directory: str, tokenizer_path: str) -> None:
-        self._learner.save_policy(directory, tokenizer_path)
+        self._running.save_policy(directory, tokenizer_path)
+
+    @property
+    def _running(self) -> DeepSpeedLearner:
+        assert self._learner is not None, "ready() comes first"
+        return self._learner
 
 
 class RemoteLearner:

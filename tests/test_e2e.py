@@ -1,0 +1,240 @@
+"""The whole pipeline as a user starts it: real vLLM, DeepSpeed, TRL and Ray on the starter policy,
+every stage a few steps long."""
+
+import hashlib
+import itertools
+import math
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from posttrain.audit import audit
+from posttrain.metrics import read_metrics
+from posttrain.run_dir import RunDir, hash_path
+from posttrain.starter import POLICY_DIR
+from posttrain.workers.weights import read_checkpoint, scratch_directory
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).parents[1]
+DEADLINE_S = 480
+NUM_STEPS, GROUPS_PER_STEP, MAX_LAG = 3, 8, 1
+SMALL = (
+    "tasks.train=[{source: starter, size: 64}]",
+    "tasks.held_out=[{source: starter, size: 16}]",
+    "sft.data.size=64",
+    f"rl.num_steps={NUM_STEPS}",
+    f"rl.groups_per_step={GROUPS_PER_STEP}",
+    f"rl.max_lag={MAX_LAG}",
+    "rl.publish.probe_every=1",
+    "dpo.mining.num_prompts=32",
+)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that has ended; `survivors` are those of its processes that have not."""
+
+    code: int
+    stdout: str
+    stderr: str
+    seconds: float
+    survivors: list[psutil.Process]
+
+
+def posttrain_run(run_dir, logs, *overrides, stop_when=lambda: False):
+    """`posttrain run` on the quickstart's settings, made small; SIGTERM once `stop_when()`."""
+    command = [sys.executable, "-m", "posttrain.cli", "run", "configs/quickstart.yaml"]
+    began = time.monotonic()
+    with (logs / "stdout").open("w+") as stdout, (logs / "stderr").open("w+") as stderr:
+        process = psutil.Popen(
+            [*command, f"run.dir={run_dir}", *SMALL, *overrides],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+        )
+        started = {process}
+        stopped = False
+        while process.poll() is None and time.monotonic() - began < DEADLINE_S:
+            # Again and again, because what loses its parent is nobody's child afterwards.
+            started |= set(process.children(recursive=True))
+            if not stopped and stop_when():
+                process.terminate()
+                stopped = True
+            time.sleep(0.2)
+        seconds = time.monotonic() - began
+        _, survivors = psutil.wait_procs(started, timeout=10)
+        for survivor in survivors:
+            survivor.kill()
+        return Finished(
+            process.wait(),
+            *((logs / name).read_text() for name in ("stdout", "stderr")),
+            seconds,
+            survivors,
+        )
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("e2e") / "run"
+
+
+def scratch_of(run_dir):
+    """Where a run's weights pass through shared memory."""
+    return scratch_directory(hashlib.sha256(str(run_dir).encode()).hexdigest()[:12])
+
+
+@pytest.fixture(scope="module")
+def scratch(run_dir):
+    """Shared memory as a killed driver of the same run would have left it."""
+    directory = scratch_of(run_dir)
+    (directory / "1.3").mkdir(parents=True)
+    (directory / "1.3" / "model.safetensors").write_bytes(b"torn")
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def finished(run_dir, scratch):
+    done = posttrain_run(run_dir, run_dir.parent)
+    assert done.code == 0, done.stderr[-5000:]
+    return done
+
+
+def test_every_stage_is_done_and_measured(finished, run_dir):
+    stages = RunDir(run_dir).stages()
+    assert list(stages) == ["start", "screen", "sft", "rl", "dpo"]
+    for name, record in stages.items():
+        assert record.state == "done"
+        assert record.seconds > 0
+        for artifact, digest in record.artifacts.items():
+            assert hash_path(run_dir / artifact) == digest, (name, artifact)
+    assert stages["screen"].metrics["samples"] == 64 * 4
+    assert stages["sft"].metrics["rows"] == stages["screen"].metrics["sft_rows_kept"] > 0
+    assert stages["dpo"].metrics["pairs"] > 0
+
+
+def test_the_table_stands_on_stdout_and_progress_on_stderr(finished, run_dir):
+    assert "pass@1" in finished.stdout
+    assert "pass@8" in finished.stdout
+    for heading in ("start", "SFT", "RL", "DPO"):
+        assert heading in finished.stdout
+    accuracy = RunDir(run_dir).stages()["dpo"].metrics["evaluation"]["all"]["pass@1"]["mean"]
+    assert f"{accuracy:.3f}".lstrip("0") in finished.stdout
+    assert str(RunDir(run_dir).policy_dir) in finished.stdout
+    assert "rl 3/3" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def test_nothing_outlives_the_run(finished, scratch):
+    assert finished.survivors == []
+    assert not scratch.exists()
+
+
+def test_every_training_stage_changed_the_policy_and_the_last_is_the_result(finished, run_dir):
+    run = RunDir(run_dir)
+    stages = [run.stage_dir(name) / "policy" for name in ("sft", "rl", "dpo")]
+    weights = [read_checkpoint(path) for path in (POLICY_DIR, *stages, run.policy_dir)]
+    for before, after in itertools.pairwise(weights[:4]):
+        assert before.keys() == after.keys()
+        assert all(tensor.isfinite().all() for tensor in after.values())
+        assert any(not torch.equal(before[name], after[name]) for name in before)
+        assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
+    assert all(torch.equal(weights[3][name], weights[4][name]) for name in weights[3])
+
+    model = AutoModelForCausalLM.from_pretrained(run.policy_dir, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(run.policy_dir)
+    assert model.dtype is torch.float32
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "add 1 2"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    text = tokenizer.decode(model.generate(**ids, do_sample=False, max_new_tokens=40)[0])
+    assert "#" in text  # it still answers in its own form
+    assert text.rstrip().endswith(tokenizer.eos_token)
+
+
+def test_every_draw_ended_once_and_those_trained_are_the_steps_groups(finished, run_dir):
+    report = audit(RunDir(run_dir).ledger_path)
+    assert report.ok, report.describe()
+    assert report.num_attempts == 1
+    assert report.counts["trained"] == NUM_STEPS * GROUPS_PER_STEP
+    assert report.counts["in_flight"] == 0
+    assert report.num_provisional == 0
+    ended = RunDir(run_dir).stages()["rl"].metrics["draws"]
+    assert {name: count for name, count in report.counts.items() if count} == ended
+
+
+def test_each_step_left_one_sound_record(finished, run_dir):
+    records = [r for r in read_metrics(RunDir(run_dir).metrics_path) if r["stage"] == "rl"]
+    steps = [r for r in records if "step" in r]
+    assert [r["step"] for r in steps] == [1, 2, 3]
+    for record in steps:
+        assert "non_finite" not in record
+        assert math.isfinite(record["learner/loss"])
+        assert record["learner/grad_norm"] > 0
+        assert record["learner/skipped_steps"] == 0
+        assert 0 <= record["lag_max"] <= MAX_LAG
+        assert record["draws/trained"] == GROUPS_PER_STEP
+        assert 0 < record["publish/mismatch_max"] <= 1e-4
+        # On-policy tokens have the learner's own probability; older ones only nearly.
+        assert record.get("learner/k3_age_0", 0.0) < 1e-8
+
+
+def test_the_same_command_again_finds_everything_done(finished, run_dir, tmp_path):
+    manifest = RunDir(run_dir).manifest_path.read_bytes()
+    again = posttrain_run(run_dir, tmp_path)
+    assert again.code == 0, again.stderr
+    assert again.seconds < 30  # no engine was started
+    assert "is done" in again.stderr
+    assert again.stdout == finished.stdout
+    assert again.survivors == []
+    assert RunDir(run_dir).manifest_path.read_bytes() == manifest
+
+
+def test_another_configuration_in_the_same_directory_is_refused(finished, run_dir, tmp_path):
+    manifest = RunDir(run_dir).manifest_path.read_bytes()
+    refused = posttrain_run(run_dir, tmp_path, "rl.learner.learning_rate=1.0e-5")
+    assert refused.code == 2
+    assert refused.stdout == ""
+    assert "rl.learner.learning_rate" in refused.stderr
+    assert "--fresh" in refused.stderr
+    assert RunDir(run_dir).manifest_path.read_bytes() == manifest
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_with_the_same_command(tmp_path):
+    run = RunDir(tmp_path / "run")
+
+    def one_step_is_done():
+        return run.metrics_path.exists() and '"step": 1' in run.metrics_path.read_text()
+
+    stopped = posttrain_run(run.path, tmp_path, "stages=[rl]", stop_when=one_step_is_done)
+    assert stopped.code == 4, stopped.stderr[-5000:]
+    assert "SIGTERM" in stopped.stderr.splitlines()[-1]
+    assert stopped.survivors == []
+    assert not scratch_of(run.path).exists()
+    states = {name: record.state for name, record in run.stages().items()}
+    assert states == {"start": "done", "rl": "running"}
+    assert audit(run.ledger_path).ok
+
+    done = posttrain_run(run.path, tmp_path, "stages=[rl]")
+    assert done.code == 0, done.stderr[-5000:]
+    assert "start: done before" in done.stderr
+    report = audit(run.ledger_path)
+    assert report.ok, report.describe()
+    assert report.num_attempts == 2
+    assert report.num_voided >= GROUPS_PER_STEP  # what the first attempt trained counts no more
+    assert report.counts["trained"] == NUM_STEPS * GROUPS_PER_STEP
+    assert report.num_provisional == 0

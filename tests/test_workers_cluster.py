@@ -1,0 +1,166 @@
+"""Actors: placed in time or refused with reasons; what goes wrong inside arrives with its name."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import ray
+
+from posttrain.errors import DataError, ModelError, PlacementError, StageError
+from posttrain.types import Message, Outcome, PolicyVersion, Prompt, Rollout, VersionSpan
+from posttrain.workers.cluster import start_actor, stop_actor
+from posttrain.workers.pools import LearnerActor
+from posttrain.workers.scoring import RewardWorkers
+from posttrain.workers.settings import ActorResources, LearnerSettings
+from rewards.shaping import RewardSettings
+
+pytest_plugins = ["engine_fixtures"]
+pytestmark = pytest.mark.engine
+
+SMALL = ActorResources(cpus=0.25)
+
+
+def test_an_actor_gets_its_arguments_and_its_environment(cluster):
+    class Echo:
+        def __init__(self, first, *, second):
+            self._arguments = (first, second)
+
+        def ready(self):
+            self._arguments += (os.environ["POSTTRAIN_TEST"], os.getpid())
+
+        def show(self):
+            return self._arguments
+
+    handle = start_actor(
+        Echo,
+        1,
+        second=2,
+        resources=SMALL,
+        environment={"POSTTRAIN_TEST": "three"},
+        deadline_s=60,
+    )
+    *arguments, pid = ray.get(handle.show.remote())
+    stop_actor(handle)
+    assert arguments == [1, 2, "three"]
+    assert pid != os.getpid()
+
+
+def test_what_cannot_be_placed_is_refused_within_its_deadline(cluster):
+    class Greedy:
+        def ready(self):
+            pass
+
+    everything = ray.cluster_resources()["CPU"]
+    began = time.monotonic()
+    with pytest.raises(PlacementError) as caught:
+        start_actor(Greedy, resources=ActorResources(cpus=1000), environment={}, deadline_s=1.0)
+    assert time.monotonic() - began < 10
+    message = str(caught.value)
+    assert "Greedy asked for 1000 CPUs and 0 GPUs" in message
+    assert f"in all: {everything:g} CPUs" in message
+    assert "resources" in message
+
+
+def test_what_getting_ready_raises_arrives_as_it_is(cluster):
+    class Broken:
+        def ready(self):
+            raise DataError("no such column: answer")
+
+    with pytest.raises(DataError) as caught:
+        start_actor(Broken, resources=SMALL, environment={}, deadline_s=60)
+    assert type(caught.value) is DataError
+    assert str(caught.value) == "no such column: answer"
+    assert "in ready" in str(caught.value.__cause__)  # where it happened, for a bug report
+
+
+def test_a_process_that_dies_while_it_starts_is_named(cluster):
+    class Dying:
+        def ready(self):
+            os._exit(1)
+
+    with pytest.raises(StageError, match="Dying died while it started"):
+        start_actor(Dying, resources=SMALL, environment={}, deadline_s=60)
+
+
+def test_an_unreadable_model_is_bad_input_and_names_its_path(cluster, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError) as caught:
+        start_actor(
+            LearnerActor,
+            str(tmp_path),
+            LearnerSettings(),
+            temperature=1.0,
+            max_age=1,
+            seed=0,
+            resources=SMALL,
+            environment={"OMP_NUM_THREADS": "1"},
+            deadline_s=60,
+        )
+    assert caught.value.exit_code == 2
+    assert str(tmp_path) in str(caught.value)
+
+
+def answer(text):
+    return Rollout(
+        rollout_id="d/0",
+        draw_id="d",
+        prompt_token_ids=(1,),
+        completion_token_ids=(2, 3),
+        rollout_logprobs=(-0.5, -0.5),
+        text=text,
+        finish_reason="stop",
+        version_spans=(VersionSpan(0, 2, PolicyVersion(1, 0)),),
+    )
+
+
+async def test_mathematics_is_verified_inside_an_actor(cluster):
+    """math-verify's own time limits raise off the main thread, where an actor's methods run."""
+    prompt = Prompt(
+        prompt_id="p",
+        messages=(Message(role="user", content="1/2 + 1/4 as a decimal"),),
+        reference=r"\frac{3}{4}",
+        domain="maths",
+        metadata={"verifier": "maths"},
+    )
+    workers = RewardWorkers.start(
+        RewardSettings(), num_workers=1, resources=ActorResources(cpus=0), deadline_s=60
+    )
+    texts = [r"so it is \boxed{0.75}", r"\boxed{\frac{6}{8}}", r"\boxed{0.7}", "<think>it is"]
+    rewards = await workers.score(prompt, [answer(text) for text in texts], None)
+    workers.stop()
+    assert [reward.outcome for reward in rewards] == [
+        Outcome.CORRECT,
+        Outcome.CORRECT,
+        Outcome.WRONG,
+        Outcome.UNPARSABLE,
+    ]
+    assert [reward.value for reward in rewards] == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_a_signal_reaches_the_handler_of_whoever_connects():
+    """Ray would put its own there, which dumps a stack and may abort: no exit code 4."""
+    script = """
+import os, signal, sys, threading, time
+def stop(number, _):
+    print("stopped by", number, flush=True)
+    raise SystemExit(0)
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGINT, stop)
+from posttrain.workers.cluster import connect, disconnect
+connect()
+assert signal.getsignal(signal.SIGINT) is stop
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+try:
+    time.sleep(30)
+finally:
+    disconnect()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=90
+    )
+    assert done.stdout == f"stopped by {signal.SIGTERM.value}\n"
+    assert "SIGTERM received" not in done.stderr
+    assert done.returncode == 0

@@ -1,0 +1,117 @@
+"""Weights as files: names, values, leftovers. No engine is started."""
+
+import numpy as np
+import pytest
+import torch
+from engine_models import save_policy
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from posttrain.errors import ModelError
+from posttrain.workers import weights
+from posttrain.workers.publisher import compare_logprobs
+from posttrain.workers.weights import (
+    clear_scratch,
+    read_checkpoint,
+    remove_weights,
+    scratch_directory,
+    with_lm_head,
+    write_weights,
+)
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def test_a_tied_head_is_named_beside_its_embedding():
+    embedding = torch.arange(6.0).view(3, 2)
+    state = {EMBEDDING: embedding, "model.norm.weight": torch.ones(2)}
+    named = with_lm_head(state, tied=True)
+    assert named.keys() == {EMBEDDING, "model.norm.weight", "lm_head.weight"}
+    assert torch.equal(named["lm_head.weight"], embedding)
+    assert named["lm_head.weight"].data_ptr() != embedding.data_ptr()  # safetensors refuses that
+    assert "lm_head.weight" not in state
+
+
+def test_an_untied_head_stays_as_it_is():
+    state = {EMBEDDING: torch.zeros(3, 2), "lm_head.weight": torch.ones(3, 2)}
+    named = with_lm_head(state, tied=False)
+    assert named.keys() == state.keys()
+    assert all(named[name] is state[name] for name in state)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_checkpoint_is_read_as_an_engine_wants_it_and_written_back(tied, tmp_path):
+    policy = save_policy(tmp_path / "policy", tied=tied)
+    assert ("lm_head.weight" in load_file(policy / "model.safetensors")) is not tied
+    state = read_checkpoint(policy)
+    expected = AutoModelForCausalLM.from_pretrained(policy).state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert torch.equal(state["lm_head.weight"], state[EMBEDDING]) is tied
+
+    written = tmp_path / "scratch" / "1.7"
+    write_weights(state, written)
+    back = load_file(written / "model.safetensors")
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], state[name]) for name in state)
+    remove_weights(written)
+    assert not written.exists()
+
+
+def test_a_checkpoint_in_several_files_is_read_whole(tmp_path):
+    policy = save_policy(tmp_path / "policy", tied=False)
+    AutoModelForCausalLM.from_pretrained(policy).save_pretrained(
+        tmp_path / "sharded", max_shard_size="100KB"
+    )
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    whole, sharded = read_checkpoint(policy), read_checkpoint(tmp_path / "sharded")
+    assert whole.keys() == sharded.keys()
+    assert all(torch.equal(whole[name], sharded[name]) for name in whole)
+
+
+def test_a_directory_without_weights_is_named(tmp_path):
+    with pytest.raises(ModelError, match=rf"{tmp_path} holds no safetensors"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_written_version_is_never_overwritten(tmp_path):
+    write_weights({"a": torch.ones(1)}, tmp_path / "1.1")
+    with pytest.raises(FileExistsError):
+        write_weights({"a": torch.zeros(1)}, tmp_path / "1.1")
+
+
+def test_a_view_is_written_with_its_own_values(tmp_path):
+    """safetensors writes contiguous memory: a transposed view must not come back untransposed."""
+    write_weights({"a": torch.arange(6.0).view(2, 3).T}, tmp_path / "1")
+    back = load_file(tmp_path / "1" / "model.safetensors")["a"]
+    assert back.tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
+
+
+def test_only_the_own_leftovers_are_cleared(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "SHARED_MEMORY", tmp_path)
+    mine, other = scratch_directory("mine"), scratch_directory("other")
+    assert mine == tmp_path / "posttrain-mine"
+    assert clear_scratch("mine") is False
+    write_weights({"a": torch.ones(1)}, mine / "1.1")
+    write_weights({"a": torch.ones(1)}, other / "1.1")
+    assert clear_scratch("mine") is True
+    assert not mine.exists()
+    assert (other / "1.1" / "model.safetensors").exists()
+
+
+def test_log_probabilities_are_compared_over_all_engines_and_tokens():
+    reference = [[-1.0, -2.0], [-3.0]]
+    same = [[-1.0, -2.0], [-3.0]]
+    off = [[-1.0, -2.5], [-3.0]]
+    assert compare_logprobs(reference, [same]) == {"mismatch_max": 0.0, "mismatch_k3": 0.0}
+    compared = compare_logprobs(reference, [same, off])
+    assert compared["mismatch_max"] == 0.5
+    # k3 = e^d − d − 1 at d = −0.5, on one of six tokens
+    assert compared["mismatch_k3"] == pytest.approx((np.exp(-0.5) - 0.5) / 6)
+
+
+@pytest.mark.parametrize("side", ["reference", "answer"])
+def test_a_log_probability_that_is_no_number_is_the_largest_mismatch(side):
+    good, bad = [[-1.0, -2.0]], [[-1.0, float("nan")]]
+    reference, answers = (bad, [good]) if side == "reference" else (good, [bad])
+    assert compare_logprobs(reference, answers)["mismatch_max"] == float("inf")
