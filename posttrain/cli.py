@@ -150,24 +150,23 @@ def _emit(record: dict[str, Any], as_json: bool) -> None:
 def _signals_end_the_run() -> Iterator[None]:
     """SIGTERM ends like Ctrl-C: pools are stopped, the exit code says that it can be resumed.
 
-    A signal raises SystemExit until it is out here, because asyncio and many a library swallow
-    other exceptions that come out of nowhere.
+    A signal raises SystemExit, because asyncio and many a library swallow other exceptions that
+    come out of nowhere. What arrives here may be another one: Ray makes its own of it.
     """
+    received: list[int] = []
 
     def stop(number: int, _: Any) -> None:
-        raise SystemExit(-number)
+        received.append(number)
+        raise SystemExit(number)
 
     previous = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
-    except SystemExit as ended:
-        # ray.init puts a handler in the place of ours that raises SystemExit(SIGTERM).
-        numbers = {-s: s for s in previous} | {signal.SIGTERM: signal.SIGTERM}
-        if ended.code not in numbers:
+    except BaseException:
+        if not received:
             raise
-        raise Interrupted(
-            f"stopped by {numbers[ended.code].name}; the same command goes on where it was"
-        ) from None
+        name = signal.Signals(received[0]).name
+        raise Interrupted(f"stopped by {name}; the same command goes on where it was") from None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

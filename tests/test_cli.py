@@ -388,10 +388,11 @@ def loop_of_callbacks():
         await asyncio.sleep(60)
     asyncio.run(forever())
 
-def handler_of_another():
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
-    ready()
-    time.sleep(60)
+def inside_ray():
+    try:
+        asleep()
+    except SystemExit:
+        sys.exit(1)
 
 @cli.app.command("slow")
 def slow(how: str):
@@ -413,8 +414,8 @@ cli.main()
         ("asleep", signal.SIGINT),
         # An exception out of a callback would be logged by asyncio and forgotten.
         ("loop_of_callbacks", signal.SIGTERM),
-        # ray.init does this to the driver.
-        ("handler_of_another", signal.SIGTERM),
+        # Ray turns what is raised inside ray.get into a SystemExit of its own.
+        ("inside_ray", signal.SIGTERM),
     ],
 )
 def test_a_signal_cleans_up_and_ends_with_4(how: str, number: signal.Signals) -> None:

@@ -24,6 +24,9 @@ def connect() -> None:
         if "RAY_ADDRESS" in os.environ:
             ray.init(log_to_driver=False)
         else:
+            # Ray's workers step back behind every other process (nice 15) unless told otherwise;
+            # beside a busy browser a run on two cores would nearly stand still.
+            os.environ.setdefault("RAY_worker_niceness", "0")
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 
 
