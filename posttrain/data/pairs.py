@@ -15,7 +15,9 @@ CornerCase = Literal["instruction", "malformed", "overlong", "wrong"]
 class MiningSettings(BaseModel):
     """The sampling pass before DPO and what counts as a pair.
 
-    `num_prompts` training prompts get `samples` answers each. A pair is *overlong* when the
+    `num_prompts` training prompts get `samples` answers each, a share `instructed_share` of them
+    under a system instruction, each of these as often as the others: whether an instruction is
+    followed shows nowhere else. A pair is *overlong* when the
     rejected answer has at least `overlong_ratio` times the tokens of the chosen one; *wrong*
     keeps the longer answer below `matched_ratio` times the shorter, so that length teaches nothing.
     """
@@ -25,6 +27,7 @@ class MiningSettings(BaseModel):
     cases: list[CornerCase] = list(get_args(CornerCase))
     num_prompts: int = Field(default=512, gt=0)
     samples: int = Field(default=8, ge=2)
+    instructed_share: float = Field(default=0.5, ge=0, le=1)
     pairs_per_prompt: int = Field(default=2, gt=0)
     overlong_ratio: float = Field(default=2.0, gt=1)
     matched_ratio: float = Field(default=1.5, gt=1)

@@ -20,6 +20,7 @@ from posttrain.types import (
     Prompt,
     RolloutGroup,
     Sampling,
+    SystemInstruction,
 )
 
 
@@ -70,16 +71,22 @@ async def _mine(context: StageContext, model: Path) -> list[PreferencePair]:
     settings = context.settings.dpo.mining
     generators = await context.pools.serving(str(model))
     scorer = context.pools.scorer
-    mix = context.instruction_mix(2)
     count = min(settings.num_prompts, len(context.train))
-    prompts = random.Random(context.seed).sample(list(context.train), count)
+    rng = random.Random(context.seed)
+    prompts = rng.sample(list(context.train), count)
+    instructions = list(context.instruction_mix(0).by_name.values())
+    systems: list[SystemInstruction | None] = [
+        rng.choice(instructions)
+        if instructions and rng.random() < settings.instructed_share
+        else None
+        for _ in prompts
+    ]
     sampling = Sampling(max_tokens=settings.max_tokens, temperature=settings.temperature)
     gate = asyncio.Semaphore(settings.concurrency)
     progress = Progress("mine pairs", count)
 
-    async def one(prompt: Prompt) -> list[PreferencePair]:
+    async def one(prompt: Prompt, system: SystemInstruction | None) -> list[PreferencePair]:
         async with gate:
-            system = mix.draw()
             request = GenerationRequest(
                 request_id=f"mine-{prompt.prompt_id}",
                 prompt_token_ids=context.chat.encode(prompt, system),
@@ -99,5 +106,5 @@ async def _mine(context: StageContext, model: Path) -> list[PreferencePair]:
         )
         return mine_pairs(group, settings)
 
-    mined = await asyncio.gather(*(one(prompt) for prompt in prompts))
+    mined = await asyncio.gather(*(map(one, prompts, systems)))
     return [pair for pairs in mined for pair in pairs]
