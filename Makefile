@@ -21,7 +21,7 @@ $(STAMP): requirements/cpu.lock pyproject.toml
 		--quiet --no-deps "torch==$(TORCH)+cpu" --index-url https://download.pytorch.org/whl/cpu
 	$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements/cpu.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
-	DS_ACCELERATOR=cpu $(BIN)/python -W ignore -c "from deepspeed.comm.torch import build_shm_op; build_shm_op()" > /dev/null 2>&1
+	DS_ACCELERATOR=cpu $(BIN)/python -W ignore -c "from deepspeed.comm.torch import build_shm_op; build_shm_op()" > /dev/null
 	@touch $@
 
 quickstart: $(STAMP)

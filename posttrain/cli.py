@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from posttrain.errors import Interrupted, PosttrainError, StageError
+from posttrain.errors import DataError, Interrupted, PosttrainError, StageError
 
 if TYPE_CHECKING:
     from posttrain.config import Settings
@@ -96,6 +96,30 @@ def eval_command(
     print_evaluation(summary, Console() if sys.stdout.isatty() else Console(width=160))
 
 
+@app.command("audit")
+def audit_command(
+    run: Annotated[Path, typer.Argument(help="Directory of a run.", metavar="RUN")],
+    prompt: Annotated[str | None, typer.Option(help="The history of one prompt, by id.")] = None,
+) -> None:
+    """Prove that every draw of RUN ended exactly once, or tell one prompt's history."""
+    from posttrain.audit import audit, prompt_history
+    from posttrain.run_dir import RunDir
+
+    run_dir = RunDir(run)
+    run_dir.config()  # raises if this is no run
+    if prompt is not None:
+        events = prompt_history(run_dir.ledger_path, prompt)
+        if not events:
+            raise DataError(f"--prompt {prompt}: {run} has never judged or drawn such a prompt")
+        for event in events:
+            print(event.describe())
+        return
+    report = audit(run_dir.ledger_path)
+    print(report.describe())
+    if not report.ok:
+        raise typer.Exit(StageError.exit_code)
+
+
 @app.command("doctor")
 def doctor_command(as_json: Json = False) -> None:
     """Say what works on this machine: engines, DeepSpeed, sandbox, GPUs, versions."""
@@ -166,7 +190,9 @@ def _signals_end_the_run() -> Iterator[None]:
         if not received:
             raise
         name = signal.Signals(received[0]).name
-        raise Interrupted(f"stopped by {name}; the same command goes on where it was") from None
+        raise Interrupted(
+            f"stopped by {name}; the same command goes on after the last finished stage"
+        ) from None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -55,7 +55,11 @@ class RunSettings(_Section):
 
 
 class PolicySettings(_Section):
-    """`model` is a checkpoint directory, a hub name, or `starter`, the one that ships."""
+    """`model` is a checkpoint directory, a hub name, or `starter`, the one that ships.
+
+    `dtype` is that of SFT and DPO; engines and the online learner have their own, since a bf16
+    engine under an fp32 learner is common (`resources.rollout.engine.dtype`, `rl.learner.dtype`).
+    """
 
     model: str
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -169,13 +173,7 @@ class Settings(_Section):
 
     @model_validator(mode="after")
     def _answers_fit(self) -> Self:
-        limits = {
-            "screen.judge.max_tokens": self.screen.judge.max_tokens,
-            "rl.max_tokens": self.rl.max_tokens,
-            "dpo.mining.max_tokens": self.dpo.mining.max_tokens,
-            "eval.max_tokens": self.eval.max_tokens,
-        }
-        for key, limit in limits.items():
+        for key, limit in self._answer_limits().items():
             if limit >= self.policy.max_length:
                 raise ValueError(
                     f"{key} = {limit} leaves no room for a prompt in policy.max_length = "
@@ -185,12 +183,18 @@ class Settings(_Section):
 
     @property
     def max_answer_tokens(self) -> int:
-        return max(
-            self.screen.judge.max_tokens,
-            self.rl.max_tokens,
-            self.dpo.mining.max_tokens,
-            self.eval.max_tokens,
-        )
+        """The longest answer that any stage of this run asks for."""
+        return max(self._answer_limits().values())
+
+    def _answer_limits(self) -> dict[str, int]:
+        limits = {"eval.max_tokens": self.eval.max_tokens}
+        if "screen" in self.stages:
+            limits["screen.judge.max_tokens"] = self.screen.judge.max_tokens
+        if "rl" in self.stages:
+            limits["rl.max_tokens"] = self.rl.max_tokens
+        if "dpo" in self.stages:
+            limits["dpo.mining.max_tokens"] = self.dpo.mining.max_tokens
+        return limits
 
 
 class _Loader(yaml.SafeLoader):

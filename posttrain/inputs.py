@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from curricula.mixture import check_quotas
 from posttrain.config import Settings
 from posttrain.data.chat import ChatFormat
 from posttrain.data.instructions import InstructionMix
@@ -34,12 +37,17 @@ class Inputs:
     def fingerprint(self) -> str:
         content = json.dumps(
             [
-                [p.prompt_id for p in self.train],
-                [p.prompt_id for p in self.held_out],
-                [[r.row_id, r.prompt.prompt_id, r.completion, r.system] for r in self.sft_rows],
-            ]
+                [_content(p) for p in self.train],
+                [_content(p) for p in self.held_out],
+                [[r.row_id, _content(r.prompt), r.completion, r.system] for r in self.sft_rows],
+            ],
+            sort_keys=True,
         )
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _content(prompt: Prompt) -> list[Any]:
+    return [prompt.prompt_id, prompt.reference, prompt.domain, dict(prompt.metadata)]
 
 
 def load_inputs(settings: Settings) -> Inputs:
@@ -65,8 +73,11 @@ def load_inputs(settings: Settings) -> Inputs:
     mix = InstructionMix(settings.system_instructions, seed=0)
     for row in sft_rows:
         _check_instruction(row, mix)
+    if "rl" in settings.stages and settings.rl.curriculum.quotas is not None:
+        check_quotas(settings.rl.curriculum.quotas, Counter(p.domain for p in train))
     room = settings.policy.max_length - settings.max_answer_tokens
     chat.check_lengths([*train, *held_out, *sft_prompts], mix.by_name.values(), room)
+    chat.check_rows(sft_rows, mix, settings.policy.max_length)
     return Inputs(model=model, chat=chat, train=train, held_out=held_out, sft_rows=sft_rows)
 
 

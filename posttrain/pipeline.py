@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from posttrain import config
 from posttrain.atomic import staged_directory, write_atomically
 from posttrain.config import Settings
 from posttrain.data.instructions import InstructionMix
+from posttrain.errors import Interrupted, PosttrainError, StageError
 from posttrain.evaluation import PromptResult, evaluate, summarise
 from posttrain.inputs import Inputs
 from posttrain.ledger import Ledger
@@ -76,6 +78,11 @@ def _run_stages(run_dir: RunDir, settings: Settings, inputs: Inputs) -> None:
                 sft_rows=inputs.sft_rows,
             )
             asyncio.run(_Runner(context, inputs).run())
+    except PosttrainError as error:
+        if error.exit_code == StageError.exit_code or isinstance(error, Interrupted):
+            raise
+        # Bad input ends with 2 only where nothing had been started.
+        raise StageError(str(error)) from error
     finally:
         ledger.close()
         metrics.close()
@@ -91,15 +98,14 @@ class _Runner:
         self._kept_rows: frozenset[str] | None = None
 
     async def run(self) -> None:
-        for name in _names(self._context.settings):
+        *earlier, last = _names(self._context.settings)
+        for name in earlier:
             await self._stage(name)
-        target = self._context.run.policy_dir
-        with staged_directory(target) as staged:
-            shutil.copytree(self._model, staged, dirs_exist_ok=True)
+        await self._stage(last, is_last=True)
 
-    async def _stage(self, name: str) -> None:
+    async def _stage(self, name: str, *, is_last: bool = False) -> None:
         run_dir = self._context.run
-        fingerprint = _fingerprint(name, self._context.settings, self._inputs)
+        fingerprint = _fingerprint(name, self._inputs)
         if run_dir.stage_done(name, fingerprint):
             say(f"{name}: done before")
             self._take_over(name)
@@ -111,6 +117,10 @@ class _Runner:
         if name != "screen":
             artifacts.append(await self._evaluate(name))
             metrics["evaluation"] = _summary(artifacts[-1], self._context.settings)
+        if is_last:
+            with staged_directory(run_dir.policy_dir) as staged:
+                shutil.copytree(self._model, staged, dirs_exist_ok=True)
+            artifacts.append(run_dir.policy_dir)
         seconds = time.perf_counter() - began
         run_dir.finish_stage(name, artifacts, metrics, seconds)
         self._context.metrics.append({"stage": name, "event": "done", "seconds": seconds})
@@ -171,7 +181,7 @@ class _Runner:
 
 def evaluate_model(settings: Settings, inputs: Inputs) -> dict[str, Any]:
     """The policy's `summarise` on the held-out tasks; leaves nothing on disk."""
-    with _pools(Path.cwd() / "eval", settings) as pools:
+    with _pools(Path.cwd() / f"eval-{os.getpid()}", settings) as pools:
 
         async def measure() -> list[PromptResult]:
             return await evaluate(
@@ -204,14 +214,13 @@ def _pending(run_dir: RunDir, settings: Settings, inputs: Inputs) -> list[str]:
     return [
         name
         for name in _names(settings)
-        if not run_dir.stage_done(name, _fingerprint(name, settings, inputs))
+        if not run_dir.stage_done(name, _fingerprint(name, inputs))
     ]
 
 
-def _fingerprint(name: str, settings: Settings, inputs: Inputs) -> str:
-    """Of everything that a stage's result rests on: the run's settings are all or nothing."""
-    content = json.dumps([name, config.resolved(settings), inputs.fingerprint], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+def _fingerprint(name: str, inputs: Inputs) -> str:
+    """Of the data that a stage rests on; the run directory itself refuses other settings."""
+    return hashlib.sha256(f"{name} {inputs.fingerprint}".encode()).hexdigest()[:16]
 
 
 def _kept_file(run_dir: RunDir) -> Path:

@@ -22,6 +22,9 @@ from posttrain import doctor
 from posttrain.cli import main
 from posttrain.doctor import Finding
 from posttrain.errors import Interrupted, PlacementError, RunDirError, SettingsError
+from posttrain.ledger import Ledger
+from posttrain.run_dir import RunDir
+from posttrain.types import DrawOutcome
 
 STARTED = {"ray", "vllm", "deepspeed", "trl"}
 
@@ -434,7 +437,10 @@ def test_a_signal_cleans_up_and_ends_with_4(how: str, number: signal.Signals) ->
             process.kill()
     assert process.returncode == 4
     assert out == "cleaned up\n"
-    assert err == (f"posttrain: stopped by {number.name}; the same command goes on where it was\n")
+    assert err == (
+        f"posttrain: stopped by {number.name}; the same command goes on after the last finished "
+        "stage\n"
+    )
 
 
 def test_handlers_are_put_back(desk: Desk) -> None:
@@ -491,3 +497,30 @@ def test_a_setting_that_trl_does_not_know_is_refused_before_anything_is_started(
         check_trainer_settings("sft", {"lerning_rate": 1.0})
     with pytest.raises(SettingsError, match=r"sft\.trainer\.beta"):
         check_trainer_settings("sft", {"beta": 0.1})
+
+
+def test_audit_tells_a_prompts_history_and_fails_on_what_is_no_run(
+    call: Callable[..., Done], tmp_path: Path
+) -> None:
+    with RunDir.create_or_open(tmp_path / "run", {"run": {"seed": 0}}, fresh=False) as run:
+        ledger = Ledger(run.ledger_path)
+        attempt = ledger.open_attempt("rl", from_step=0)
+        ledger.open_draw(
+            draw_id="d1-0", prompt_id="p0", domain="sums", system=None,
+            attempt=attempt, drawn_at_step=0,
+        )  # fmt: skip
+        ledger.close_draw("d1-0", DrawOutcome.TRAINED, step=1, num_scored=8, num_correct=3)
+        ledger.close()
+    done = call("audit", str(tmp_path / "run"))
+    assert (done.code, done.err) == (0, "")
+    assert "1" in done.out
+    history = call("audit", str(tmp_path / "run"), "--prompt", "p0")
+    assert history.code == 0
+    assert len(history.out.splitlines()) == 2
+    assert "trained" in history.out.splitlines()[1]
+    unknown = call("audit", str(tmp_path / "run"), "--prompt", "p1")
+    assert unknown.code == 2
+    assert "p1" in unknown.err
+    nothing = call("audit", str(tmp_path))
+    assert nothing.code == 2
+    assert str(tmp_path) in nothing.err

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from posttrain.data.chat import ChatFormat, conversation, sft_record
+from posttrain.data.instructions import InstructionMix, InstructionSettings
 from posttrain.data.prompts import make_prompt
 from posttrain.errors import DataError, ModelError
 from posttrain.types import Prompt, SFTRow, SystemInstruction
@@ -154,3 +155,16 @@ def test_a_tokenizer_that_cannot_be_used(
     assert str(caught.value).startswith("policy.model: ")
     assert said in str(caught.value)
     assert str(damaged) in str(caught.value)
+
+
+def test_a_row_that_training_would_cut_is_refused(chat: ChatFormat) -> None:
+    mix = InstructionMix([InstructionSettings(name="brief", text="Answer only.")], seed=0)
+    plain = SFTRow(row_id="plain", prompt=ask("1+1=?"), completion="#2")
+    instructed = SFTRow(row_id="brief", prompt=ask("1+1=?"), completion="#2", system="brief")
+    # <user>1+1=?<assistant>#2<end>: 1 + 5 + 1 + 2 + 1 tokens; <system> and its text are 13 more.
+    chat.check_rows([plain], mix, 10)
+    with pytest.raises(DataError, match=r"row plain has 10 tokens.*9"):
+        chat.check_rows([plain], mix, 9)
+    chat.check_rows([plain, instructed], mix, 23)
+    with pytest.raises(DataError, match=r"row brief has 23 tokens.*22"):
+        chat.check_rows([plain, instructed], mix, 22)

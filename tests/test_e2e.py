@@ -190,6 +190,7 @@ def test_each_step_left_one_sound_record(finished, run_dir):
         assert 0 < record["publish/mismatch_max"] <= 1e-4
         # On-policy tokens have the learner's own probability; older ones only nearly.
         assert record.get("learner/k3_age_0", 0.0) < 1e-8
+    assert "learner/k3_age_0" in steps[0]  # nothing can be older than the first weights
 
 
 def test_the_same_command_again_finds_everything_done(finished, run_dir, tmp_path):

@@ -7,6 +7,7 @@ import reprlib
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from posttrain.data.instructions import InstructionMix
 from posttrain.errors import DataError, ModelError
 from posttrain.types import Prompt, SFTRow, SystemInstruction
 
@@ -80,6 +81,21 @@ class ChatFormat:
                     f"the prompt {reprlib.repr(prompt.messages[-1].content)} has {length} tokens "
                     f"with its system message; policy.max_length leaves {max_prompt_tokens} beside "
                     "the answer. Raise it, lower the max_tokens of answers or remove the prompt."
+                )
+
+    def check_rows(self, rows: Sequence[SFTRow], mix: InstructionMix, max_length: int) -> None:
+        """Raises DataError if a supervised row is longer than `max_length` tokens: its end, and
+        the end-of-turn token with it, would be cut off in training."""
+        for row in rows:
+            record = sft_record(row, mix.resolve(row.system))
+            rendered = self.tokenizer.apply_chat_template(
+                [*record["prompt"], *record["completion"]], return_dict=True
+            )
+            length = len(rendered["input_ids"])
+            if length > max_length:
+                raise DataError(
+                    f"sft.data: row {row.row_id} has {length} tokens, more than policy.max_length "
+                    f"= {max_length}. Raise it or remove the row."
                 )
 
 

@@ -82,7 +82,9 @@ async def _probe_sequences(
             sampling=Sampling(max_tokens=context.settings.rl.max_tokens),
         )
         (rollout,) = await generators.generate(request)
-        sequences.append(rollout.prompt_token_ids + rollout.completion_token_ids)
+        sequence = rollout.prompt_token_ids + rollout.completion_token_ids
+        # An engine scores a sequence only with room for one more token.
+        sequences.append(sequence[: context.settings.policy.max_length - 1])
     return sequences
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
-from ray.train import RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from posttrain.errors import StageError
 from posttrain.stages.trl_settings import Kind
-from posttrain.workers.settings import ActorResources
+from posttrain.workers.settings import ActorResources, merged
 
 DEEPSPEED_DEFAULTS: Mapping[str, Any] = {
     "zero_optimization": {"stage": 2},
@@ -45,6 +45,13 @@ class TrainingJob:
     dtype: str
 
 
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """Ray Train's trainer without its answer to Ctrl-C, which ends the process with 0."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
+
+
 def run_job(job: TrainingJob, *, resources: ActorResources, scratch: Path) -> dict[str, Any]:
     """Trains, writes the policy to `job.output`, returns TRL's own metrics and log history.
 
@@ -59,7 +66,7 @@ def run_job(job: TrainingJob, *, resources: ActorResources, scratch: Path) -> di
     }
     if resources.gpus == 0:
         environment["DS_ACCELERATOR"] = "cpu"
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _train_rank,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
@@ -72,6 +79,8 @@ def run_job(job: TrainingJob, *, resources: ActorResources, scratch: Path) -> di
             name=job.kind,
             storage_path=str(scratch.resolve()),
             worker_runtime_env={"env_vars": environment},
+            # Else devices that are never free are asked for again and again, without a word.
+            failure_config=FailureConfig(controller_failure_limit=0),
         ),
     )
     try:
@@ -113,7 +122,7 @@ def _train_rank(config: Mapping[str, Any]) -> None:
             "save_strategy": "no",
             "report_to": [],
             "disable_tqdm": True,
-            "deepspeed": {**DEEPSPEED_DEFAULTS, **job.deepspeed},
+            "deepspeed": merged(DEEPSPEED_DEFAULTS, job.deepspeed),
             **job.trainer,
         }
     )

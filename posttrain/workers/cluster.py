@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from posttrain.errors import PlacementError, StageError
+from posttrain.errors import EngineError, PlacementError, StageError
 from posttrain.workers.settings import ActorResources
 
 
@@ -23,6 +23,7 @@ def connect() -> None:
     with _signal_handlers_kept():
         if "RAY_ADDRESS" in os.environ:
             ray.init(log_to_driver=False)
+            _refuse_several_nodes()
         else:
             # Ray's workers step back behind every other process (nice 15) unless told otherwise;
             # beside a busy browser a run on two cores would nearly stand still.
@@ -30,14 +31,25 @@ def connect() -> None:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 
 
+def _refuse_several_nodes() -> None:
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    if nodes > 1:
+        raise PlacementError(
+            f"the cluster has {nodes} nodes, and weights are published through the shared memory "
+            "of one: run on a cluster of one node"
+        )
+
+
 @contextlib.contextmanager
 def _signal_handlers_kept() -> Iterator[None]:
     """Ray answers SIGTERM in its own way: it dumps its stack and may abort the process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def disconnect() -> None:
@@ -98,6 +110,21 @@ def _wait_until_ready(handle: Any, name: str, resources: ActorResources, deadlin
 
 def _devices(resources: Mapping[str, float]) -> str:
     return f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs"
+
+
+async def answer(reference: Any, actor: str) -> Any:
+    """What a remote call comes to, with errors under their own names.
+
+    Raises:
+        EngineError: the actor's process died.
+        Whatever the call raised, as it was raised there.
+    """
+    try:
+        return await reference
+    except RayTaskError as error:
+        raise error.cause from error
+    except RayActorError as error:
+        raise EngineError(f"{actor} died: {error}") from error
 
 
 def stop_actor(handle: Any) -> None:

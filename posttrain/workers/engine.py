@@ -138,13 +138,25 @@ class VllmEngine:
         keeps the old head otherwise. The prefix cache is cleared, it belongs to the old weights.
 
         Returns: seconds that generation stood still.
+
+        Raises:
+            EngineError: the engine did not take them in time; it stays paused and is of no use.
         """
         async with self._update_lock:
             began = time.perf_counter()
-            await self._llm.pause_generation(mode="keep", clear_cache=True)
-            await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": directory})
-            await self._llm.update_weight_version(str(version))
-            await self._llm.resume_generation()
+            try:
+                async with asyncio.timeout(self._settings.deadline_s):
+                    await self._llm.pause_generation(mode="keep", clear_cache=True)
+                    await self._llm.collective_rpc(
+                        "reload_weights", kwargs={"weights_path": directory}
+                    )
+                    await self._llm.update_weight_version(str(version))
+                    await self._llm.resume_generation()
+            except TimeoutError as error:
+                raise EngineError(
+                    f"an engine did not take the weights {version} within "
+                    f"{self._settings.deadline_s:g} s (resources.rollout.engine.deadline_s)"
+                ) from error
             self.version = version
             return {"pause_s": time.perf_counter() - began}
 
@@ -162,7 +174,8 @@ class VllmEngine:
                     final = output
         except TimeoutError as error:
             raise EngineError(
-                f"request {label} was not answered within {self._settings.deadline_s} s"
+                f"request {label} was not answered within {self._settings.deadline_s:g} s "
+                "(resources.rollout.engine.deadline_s)"
             ) from error
         assert final is not None and final.finished
         return final

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from posttrain.types import GenerationRequest, PolicyVersion, Rollout
-from posttrain.workers.cluster import start_actor, stop_actor
+from posttrain.workers.cluster import answer, start_actor, stop_actor
 from posttrain.workers.engine import VllmEngine, engine_environment
 from posttrain.workers.settings import ActorResources, EngineSettings
 
@@ -84,7 +84,7 @@ class GeneratorPool:
         self._outstanding[index] += request.num_rollouts
         reference = self._actors[index].generate.remote(request)
         try:
-            rollouts: tuple[Rollout, ...] = await reference
+            rollouts: tuple[Rollout, ...] = await answer(reference, "a generator")
             return rollouts
         except asyncio.CancelledError:
             # Else the engine would go on writing an answer that nobody waits for.
@@ -98,13 +98,21 @@ class GeneratorPool:
     ) -> list[list[list[float]]]:
         """Each engine's log-probabilities of the same fixed tokens, engine by engine."""
         return list(
-            await asyncio.gather(*(a.score_tokens.remote(sequences, label) for a in self._actors))
+            await asyncio.gather(
+                *(
+                    answer(actor.score_tokens.remote(sequences, label), "a generator")
+                    for actor in self._actors
+                )
+            )
         )
 
     async def update_weights(self, directory: str, version: PolicyVersion) -> list[float]:
         """Returns the seconds that each engine stood still, once all of them have confirmed."""
         reports = await asyncio.gather(
-            *(a.update_weights.remote(directory, version) for a in self._actors)
+            *(
+                answer(actor.update_weights.remote(directory, version), "a generator")
+                for actor in self._actors
+            )
         )
         return [report["pause_s"] for report in reports]
 

@@ -23,7 +23,7 @@ from posttrain.losses.diagnostics import diagnostic_sums, summarise
 from posttrain.losses.logprobs import token_logprobs
 from posttrain.losses.policy import LOSSES
 from posttrain.types import MicroBatch, TrainingBatch
-from posttrain.workers.settings import LearnerSettings
+from posttrain.workers.settings import LearnerSettings, merged
 from posttrain.workers.weights import with_lm_head, write_weights
 
 
@@ -231,7 +231,7 @@ def _backend() -> str:
 
 
 def _ds_config(settings: LearnerSettings) -> dict[str, Any]:
-    return {
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         # Boundaries are set by hand: micro-batches are cut by tokens, their number varies, and the
         # loss already carries the batch's denominator.
@@ -249,4 +249,5 @@ def _ds_config(settings: LearnerSettings) -> dict[str, Any]:
                 "torch_adam": True,
             },
         },
-    } | settings.deepspeed
+    }
+    return merged(config, settings.deepspeed)

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from posttrain.types import PolicyVersion, TrainingBatch
-from posttrain.workers.cluster import connect, disconnect, start_actor, stop_actor
+from posttrain.workers.cluster import answer, connect, disconnect, start_actor, stop_actor
 from posttrain.workers.generator import GeneratorPool
 from posttrain.workers.learner import DeepSpeedLearner
 from posttrain.workers.scoring import RewardWorkers
@@ -63,11 +63,11 @@ class RemoteLearner:
         self.actor = actor
 
     async def step(self, batch: TrainingBatch) -> Mapping[str, float]:
-        metrics: Mapping[str, float] = await self.actor.step.remote(batch)
+        metrics: Mapping[str, float] = await answer(self.actor.step.remote(batch), "the learner")
         return metrics
 
     async def save_policy(self, directory: Path, tokenizer_path: str) -> None:
-        await self.actor.save_policy.remote(str(directory), tokenizer_path)
+        await answer(self.actor.save_policy.remote(str(directory), tokenizer_path), "the learner")
 
     def stop(self) -> None:
         stop_actor(self.actor)
@@ -115,13 +115,15 @@ class Pools:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if error is None:
-            if self._generators is not None:
-                self._generators.stop()
-            if self._scorer is not None:
-                self._scorer.stop()
-        disconnect()
-        clear_scratch(self._run_id)
+        try:
+            if error is None:
+                if self._generators is not None:
+                    self._generators.stop()
+                if self._scorer is not None:
+                    self._scorer.stop()
+        finally:
+            disconnect()
+            clear_scratch(self._run_id)
 
     @property
     def scorer(self) -> RewardWorkers:

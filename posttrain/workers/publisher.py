@@ -12,6 +12,7 @@ from typing import Any
 
 from posttrain.errors import MismatchError
 from posttrain.types import PolicyVersion
+from posttrain.workers.cluster import answer
 from posttrain.workers.generator import GeneratorPool
 from posttrain.workers.settings import PublishSettings
 from posttrain.workers.weights import remove_weights
@@ -50,7 +51,7 @@ class SharedMemoryPublisher:
         """
         began = time.perf_counter()
         directory = self._scratch / str(version)
-        write_s = await self._learner.write_weights.remote(str(directory))
+        write_s = await answer(self._learner.write_weights.remote(str(directory)), "the learner")
         pauses = await self._generators.update_weights(str(directory), version)
         remove_weights(directory)
         metrics = {
@@ -66,7 +67,9 @@ class SharedMemoryPublisher:
 
     async def probe(self, version: PolicyVersion) -> dict[str, float]:
         """Compares engines and learner on the probe's tokens."""
-        reference = await self._learner.score_tokens.remote(self._probe_sequences)
+        reference = await answer(
+            self._learner.score_tokens.remote(self._probe_sequences), "the learner"
+        )
         answers = await self._generators.score_tokens(self._probe_sequences, f"probe-{version}")
         mismatch = compare_logprobs(reference, answers)
         if mismatch["mismatch_max"] > self._settings.max_mismatch:

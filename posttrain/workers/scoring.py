@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from posttrain.types import Prompt, Reward, Rollout, SystemInstruction
-from posttrain.workers.cluster import start_actor, stop_actor
+from posttrain.workers.cluster import answer, start_actor, stop_actor
 from posttrain.workers.settings import ActorResources
 from rewards.pool import ScorerPool
 from rewards.shaping import RewardSettings
@@ -58,7 +58,9 @@ class RewardWorkers:
     async def score(
         self, prompt: Prompt, rollouts: Sequence[Rollout], system: SystemInstruction | None
     ) -> tuple[Reward, ...]:
-        rewards: tuple[Reward, ...] = await self._actor.score.remote(prompt, rollouts, system)
+        rewards: tuple[Reward, ...] = await answer(
+            self._actor.score.remote(prompt, rollouts, system), "the reward actor"
+        )
         return rewards
 
     def stop(self) -> None:

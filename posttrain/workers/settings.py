@@ -3,11 +3,22 @@ settings are checked in an instant."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from posttrain.losses.settings import LossKind
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` over it, table by table: what a nested table leaves out stays."""
+    result = dict(base)
+    for key, value in changes.items():
+        old = result.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        result[key] = merged(old, value) if both else value  # type: ignore[arg-type]
+    return result
 
 
 class ActorResources(BaseModel):
@@ -29,7 +40,7 @@ class EngineSettings(BaseModel):
     max_num_seqs: int = Field(default=256, gt=0)
     threads: int = Field(default=1, gt=0, description="CPU threads, without a GPU")
     kv_cache_gib: int = Field(default=1, gt=0, description="KV cache, without a GPU")
-    deadline_s: float = Field(default=300.0, gt=0, description="for one request or one update")
+    deadline_s: float = Field(default=900.0, gt=0, description="for one request or one update")
     extra: dict[str, Any] = {}
 
 

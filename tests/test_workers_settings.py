@@ -1,0 +1,15 @@
+"""Tables of settings that go over defaults."""
+
+from posttrain.workers.settings import merged
+
+
+def test_a_nested_table_changes_only_what_it_names() -> None:
+    base = {"zero": {"stage": 2, "overlap": False}, "clip": "auto"}
+    changed = merged(base, {"zero": {"overlap": True}, "extra": {"a": 1}})
+    assert changed == {"zero": {"stage": 2, "overlap": True}, "clip": "auto", "extra": {"a": 1}}
+    assert base == {"zero": {"stage": 2, "overlap": False}, "clip": "auto"}
+
+
+def test_a_table_and_a_value_replace_each_other() -> None:
+    assert merged({"a": {"b": 1}}, {"a": 3}) == {"a": 3}
+    assert merged({"a": 3}, {"a": {"b": 1}}) == {"a": {"b": 1}}
