@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import math
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -50,8 +51,8 @@ class Finished:
     survivors: list[psutil.Process]
 
 
-def posttrain_run(run_dir, logs, *overrides, stop_when=lambda: False):
-    """`posttrain run` on the quickstart's settings, made small; SIGTERM once `stop_when()`."""
+def posttrain_run(run_dir, logs, *overrides, stop_when=lambda: False, stop_by=signal.SIGTERM):
+    """`posttrain run` on the quickstart's settings, made small; `stop_by` once `stop_when()`."""
     command = [sys.executable, "-m", "posttrain.cli", "run", "configs/quickstart.yaml"]
     began = time.monotonic()
     with (logs / "stdout").open("w+") as stdout, (logs / "stderr").open("w+") as stderr:
@@ -68,7 +69,7 @@ def posttrain_run(run_dir, logs, *overrides, stop_when=lambda: False):
             # Again and again, because what loses its parent is nobody's child afterwards.
             started |= set(process.children(recursive=True))
             if not stopped and stop_when():
-                process.terminate()
+                process.send_signal(stop_by)
                 stopped = True
             time.sleep(0.2)
         seconds = time.monotonic() - began
@@ -239,3 +240,21 @@ def test_a_stopped_run_goes_on_with_the_same_command(tmp_path):
     assert report.num_voided >= GROUPS_PER_STEP  # what the first attempt trained counts no more
     assert report.counts["trained"] == NUM_STEPS * GROUPS_PER_STEP
     assert report.num_provisional == 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_ray_train_is_at_work_ends_with_4(tmp_path):
+    """Ray Train has an answer of its own to Ctrl-C, which would end the process with 0."""
+    run = RunDir(tmp_path / "run")
+
+    def a_rank_is_at_work():
+        running = psutil.process_iter(["cmdline"])
+        return any("RayTrainWorker" in " ".join(p.info["cmdline"] or ()) for p in running)
+
+    stopped = posttrain_run(
+        run.path, tmp_path, "stages=[sft]", stop_when=a_rank_is_at_work, stop_by=signal.SIGINT
+    )
+    assert stopped.code == 4, stopped.stderr[-5000:]
+    assert "SIGINT" in stopped.stderr.splitlines()[-1]
+    assert stopped.survivors == []
+    assert run.stages()["sft"].state == "running"

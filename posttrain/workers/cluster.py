@@ -13,7 +13,10 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from posttrain.errors import EngineError, PlacementError, StageError
+from posttrain.progress import say
 from posttrain.workers.settings import ActorResources
+
+CLOSE_DEADLINE_S = 30.0
 
 
 def connect() -> None:
@@ -125,6 +128,15 @@ async def answer(reference: Any, actor: str) -> Any:
         raise error.cause from error
     except RayActorError as error:
         raise EngineError(f"{actor} died: {error}") from error
+
+
+def close_actor(handle: Any) -> None:
+    """Lets an actor end what it started, for a bounded time, then ends the actor itself."""
+    try:
+        ray.get(handle.close.remote(), timeout=CLOSE_DEADLINE_S)
+    except (GetTimeoutError, RayActorError) as error:
+        say(f"an actor did not close in good order and is killed: {error}")
+    stop_actor(handle)
 
 
 def stop_actor(handle: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from posttrain.types import GenerationRequest, PolicyVersion, Rollout
-from posttrain.workers.cluster import answer, start_actor, stop_actor
+from posttrain.workers.cluster import answer, close_actor, start_actor
 from posttrain.workers.engine import VllmEngine, engine_environment
 from posttrain.workers.settings import ActorResources, EngineSettings
 
@@ -117,6 +117,5 @@ class GeneratorPool:
         return [report["pause_s"] for report in reports]
 
     def stop(self) -> None:
-        ray.get([actor.close.remote() for actor in self._actors])
         for actor in self._actors:
-            stop_actor(actor)
+            close_actor(actor)

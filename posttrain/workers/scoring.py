@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from posttrain.types import Prompt, Reward, Rollout, SystemInstruction
-from posttrain.workers.cluster import answer, start_actor, stop_actor
+from posttrain.workers.cluster import answer, close_actor, start_actor
 from posttrain.workers.settings import ActorResources
 from rewards.pool import ScorerPool
 from rewards.shaping import RewardSettings
@@ -64,7 +64,4 @@ class RewardWorkers:
         return rewards
 
     def stop(self) -> None:
-        import ray
-
-        ray.get(self._actor.close.remote())
-        stop_actor(self._actor)
+        close_actor(self._actor)
