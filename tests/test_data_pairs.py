@@ -99,9 +99,19 @@ def test_wrong_rejects_wrong_answers_only(rejected: Outcome) -> None:
 
 
 def test_wrong_keeps_the_form_equal() -> None:
-    good, bad = answer("good", CORRECT, follows=0.0), answer("bad", WRONG, follows=1.0)
+    good, bad = answer("good", CORRECT, follows=1.0), answer("bad", WRONG, follows=0.0)
     assert mine("wrong", good, bad) == []
-    assert mine("wrong", good, answer("bad", WRONG, follows=0.0)) == [("good", "bad")]
+    assert mine("wrong", good, answer("bad", WRONG, follows=1.0)) == [("good", "bad")]
+
+
+@pytest.mark.parametrize("case", ["instruction", "malformed", "overlong", "wrong"])
+def test_what_ignores_its_instruction_is_never_chosen(case: CornerCase) -> None:
+    ignoring = [
+        answer(f"{outcome}{length}", outcome, follows=0.0, length=length)
+        for outcome in (CORRECT, WRONG, UNPARSABLE)
+        for length in (10, 12, 40)
+    ]
+    assert mine(case, *ignoring) == []
 
 
 @pytest.mark.parametrize(
@@ -117,7 +127,7 @@ def test_malformed_prefers_what_can_be_read_at_equal_correctness(
 
 @pytest.mark.parametrize(
     ("chosen", "rejected", "paired"),
-    [(None, None, True), (1.0, 0.0, True), (1.0, 1.0, True), (0.0, 0.0, True), (0.0, 1.0, False)],
+    [(None, None, True), (1.0, 0.0, True), (1.0, 1.0, True), (0.0, 0.0, False), (0.0, 1.0, False)],
 )
 def test_malformed_never_teaches_to_ignore_an_instruction(
     chosen: float | None, rejected: float | None, paired: bool
@@ -146,11 +156,11 @@ def test_overlong_wants_the_ratio_and_two_correct_answers(length: int, paired: b
         (WRONG, WRONG, True),
         (WRONG, UNPARSABLE, True),
         (WRONG, CORRECT, False),
-        (CORRECT, WRONG, False),
+        (CORRECT, WRONG, True),
         (TRUNCATED, WRONG, False),
     ],
 )
-def test_instruction_prefers_the_follower_at_equal_correctness(
+def test_instruction_prefers_the_follower_unless_the_other_alone_is_right(
     chosen: Outcome, rejected: Outcome, paired: bool
 ) -> None:
     followed, ignored = answer("yes", chosen, follows=1.0), answer("no", rejected, follows=0.0)

@@ -67,7 +67,6 @@ def _malformed(chosen: Candidate, rejected: Candidate, _: MiningSettings) -> boo
         rejected.reward.outcome is Outcome.UNPARSABLE
         and chosen.reward.correctness == rejected.reward.correctness
         and chosen.reward.outcome not in (Outcome.UNPARSABLE, Outcome.LIMIT)
-        and (chosen.follows, rejected.follows) != (0.0, 1.0)
     )
 
 
@@ -84,7 +83,7 @@ def _instruction(chosen: Candidate, rejected: Candidate, _: MiningSettings) -> b
     return (
         chosen.follows == 1.0
         and rejected.follows == 0.0
-        and chosen.reward.correct == rejected.reward.correct
+        and chosen.reward.correct >= rejected.reward.correct
     )
 
 
@@ -100,7 +99,8 @@ def mine_pairs(group: RolloutGroup, settings: MiningSettings) -> list[Preference
     """At most `pairs_per_prompt` pairs of a group, the cases in the order of the settings.
 
     No answer is used twice, nor another of the same text. Truncated and unscored answers are never
-    chosen, unscored ones never rejected either.
+    chosen, nor those that ignore their instruction: whatever a pair is about, it would teach that
+    too. Unscored ones are never rejected either.
     """
     scored = [
         Candidate(rollout, reward)
@@ -122,7 +122,7 @@ def mine_pairs(group: RolloutGroup, settings: MiningSettings) -> list[Preference
 
 def _ordered_pairs(scored: list[Candidate]) -> Iterator[tuple[Candidate, Candidate]]:
     for chosen in scored:
-        if chosen.rollout.truncated:
+        if chosen.rollout.truncated or chosen.follows == 0.0:
             continue
         for rejected in scored:
             if rejected.rollout.text != chosen.rollout.text:
