@@ -62,6 +62,8 @@ def summarise(sums: Mapping[str, Tensor]) -> dict[str, float]:
         "clipped_fraction": float(sums["clipped"].sum()) / total,
         "entropy": float(sums["entropy"].sum()) / total,
     }
+    if "ref_kl" in sums:
+        metrics["ref_kl"] = float(sums["ref_kl"]) / total
     for age in torch.nonzero(tokens).flatten().tolist():
         metrics[f"k3_age_{age}"] = float(sums["k3"][age] / tokens[age])
         metrics[f"clipped_fraction_age_{age}"] = float(sums["clipped"][age] / tokens[age])

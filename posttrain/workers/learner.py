@@ -5,6 +5,7 @@ A plain class. It runs in a Ray actor or in a process of its own, never in an en
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import socket
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from posttrain.errors import DivergenceError, ModelError
 from posttrain.losses.aggregate import global_token_mean
 from posttrain.losses.diagnostics import diagnostic_sums, summarise
+from posttrain.losses.kl import k3_to_reference
 from posttrain.losses.logprobs import token_logprobs
 from posttrain.losses.policy import LOSSES
 from posttrain.types import MicroBatch, TrainingBatch
@@ -38,6 +40,8 @@ class PolicyLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
+        # In a list: what is not trained must be no submodule, or DeepSpeed would shard it too.
+        self._reference = [_frozen_copy(model)] if settings.kl_coefficient > 0 else []
         self._settings = settings
         self._temperature = temperature
         self._max_age = max_age
@@ -46,22 +50,19 @@ class PolicyLoss(nn.Module):
         self, batch: dict[str, Tensor], num_loss_tokens: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's share of the loss, and its `diagnostic_sums`."""
-        hidden = self.model.model(
-            input_ids=batch["token_ids"],
-            position_ids=batch["position_ids"],
-            use_cache=False,  # with a cache, packed sequences would see each other
-        ).last_hidden_state
-        logprobs, entropy = token_logprobs(
-            hidden,
-            self.model.lm_head.weight,
-            batch["token_ids"],
-            self._temperature,
-            self._settings.logprob_chunk_tokens,
-        )
+        logprobs, entropy = self._token_logprobs(self.model, batch)
         token_losses = LOSSES[self._settings.loss](
             logprobs, batch["rollout_logprobs"], batch["advantages"]
         )
-        loss = global_token_mean(token_losses.losses, batch["loss_mask"], num_loss_tokens)
+        losses = token_losses.losses
+        kl = None
+        for reference in self._reference:
+            reference.to(batch["token_ids"].device)
+            with torch.no_grad():
+                ref_logprobs, _ = self._token_logprobs(reference, batch)
+            kl = k3_to_reference(logprobs, ref_logprobs)
+            losses = losses + self._settings.kl_coefficient * kl
+        loss = global_token_mean(losses, batch["loss_mask"], num_loss_tokens)
         sums = diagnostic_sums(
             logprobs,
             batch["rollout_logprobs"],
@@ -71,7 +72,27 @@ class PolicyLoss(nn.Module):
             batch["ages"],
             self._max_age,
         )
+        if kl is not None:
+            sums["ref_kl"] = (kl.detach() * batch["loss_mask"]).double().sum()
         return loss, sums
+
+    def _token_logprobs(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        hidden = model.model(
+            input_ids=batch["token_ids"],
+            position_ids=batch["position_ids"],
+            use_cache=False,  # with a cache, packed sequences would see each other
+        ).last_hidden_state
+        return token_logprobs(
+            hidden,
+            model.lm_head.weight,
+            batch["token_ids"],
+            self._temperature,
+            self._settings.logprob_chunk_tokens,
+        )
+
+
+def _frozen_copy(model: Any) -> Any:
+    return copy.deepcopy(model).requires_grad_(False).eval()
 
 
 class DeepSpeedLearner:
