@@ -38,7 +38,7 @@ def test_defaults_stand_beside_what_the_file_states(minimal: Path) -> None:
     assert settings.stages == ["screen", "sft", "rl", "dpo"]
     assert (settings.run.dir, settings.run.seed) == ("runs/test", 0)
     assert settings.rl.group_size == 8
-    assert settings.rl.learner.loss == "cispo"
+    assert settings.rl.learner.loss.kind == "cispo"
     assert settings.screen.selection.drop_easiest == 0.5
     assert settings.max_answer_tokens == 512
 

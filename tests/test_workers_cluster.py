@@ -94,6 +94,7 @@ def test_an_unreadable_model_is_bad_input_and_names_its_path(cluster, tmp_path):
             LearnerSettings(),
             temperature=1.0,
             max_age=1,
+            max_tokens=40,
             seed=0,
             resources=SMALL,
             environment={"OMP_NUM_THREADS": "1"},

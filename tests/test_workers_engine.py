@@ -101,6 +101,7 @@ def stack(request, cluster, tmp_path_factory):
             LearnerSettings(learning_rate=3e-2),
             temperature=TEMPERATURE,
             max_age=1,
+            max_tokens=40,
             seed=0,
             resources=resources,
             environment={"OMP_NUM_THREADS": "1"},

@@ -126,6 +126,7 @@ def pair(cluster, tmp_path_factory):
         SETTINGS,
         temperature=TEMPERATURE,
         max_age=2,
+        max_tokens=40,
         seed=0,
         resources=ActorResources(cpus=0.25),
         environment={"OMP_NUM_THREADS": "1"},

@@ -1,33 +1,46 @@
-"""Losses per token `[R, L]` of one micro-batch to its share of the batch's loss, a scalar.
+"""Losses `[N]` of one micro-batch's loss tokens to its share of the batch's loss, a scalar.
 
 Every denominator counts the whole batch and is fixed before the split, so the shares of all
-micro-batches add up to the batch's loss, and masking a token never makes another one heavier.
+micro-batches and ranks add up to the batch's loss, whatever rows, padding and order they have.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-def global_token_mean(losses: Tensor, mask: Tensor, num_loss_tokens: int) -> Tensor:
-    """Every token weighs the same (DAPO, Yu et al. 2025)."""
-    return (losses * mask).sum() / num_loss_tokens
+class Denominators(NamedTuple):
+    """Of the whole batch, all ranks included; `max_tokens` is the limit of a completion."""
+
+    num_loss_tokens: int
+    num_sequences: int
+    max_tokens: int
 
 
-def sequence_mean(losses: Tensor, mask: Tensor, position_ids: Tensor, num_sequences: int) -> Tensor:
+def sequence_numbers(position_ids: Tensor) -> Tensor:
+    """The number of each token's sequence in its micro-batch, `[R, L]`, from 0, row by row.
+
+    `position_ids` `[R, L]` tell packed sequences apart: each starts at 0, padding included.
+    """
+    return (position_ids == 0).flatten().cumsum(0).view_as(position_ids) - 1
+
+
+def global_token_mean(losses: Tensor, _sequence: Tensor, over: Denominators) -> Tensor:
+    """Every token weighs the same: sum / num_loss_tokens (DAPO, Yu et al. 2025)."""
+    return losses.sum() / over.num_loss_tokens
+
+
+def sequence_mean(losses: Tensor, sequence: Tensor, over: Denominators) -> Tensor:
     """Every sequence weighs the same, its tokens share the weight (GRPO, Shao et al. 2024).
 
-    `position_ids` `[R, L]` tell the packed sequences apart: each starts at 0.
+    `sequence` `[N]` numbers the sequence of each token; no sequence spans two micro-batches.
     """
-    sequence = (position_ids == 0).flatten().cumsum(0) - 1
-    tokens = torch.zeros(losses.numel(), dtype=losses.dtype, device=losses.device)
-    tokens.index_add_(0, sequence, mask.flatten().to(losses.dtype))
-    # A prompt's or padding's tokens may stand in a sequence without a single loss token.
-    weight = mask / tokens[sequence].view_as(losses).clamp(min=1)
-    return (losses * weight).sum() / num_sequences
+    return (losses / torch.bincount(sequence)[sequence]).sum() / over.num_sequences
 
 
-def fixed_length_mean(losses: Tensor, mask: Tensor, num_sequences: int, max_tokens: int) -> Tensor:
-    """Sum over B·L_max (Dr.GRPO, Liu et al. 2025): `max_tokens` is the limit of a completion."""
-    return (losses * mask).sum() / (num_sequences * max_tokens)
+def fixed_length_mean(losses: Tensor, _sequence: Tensor, over: Denominators) -> Tensor:
+    """Sum over B·L_max, so that length changes no token's weight (Dr.GRPO, Liu et al. 2025)."""
+    return losses.sum() / (over.num_sequences * over.max_tokens)

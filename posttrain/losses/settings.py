@@ -1,7 +1,63 @@
-"""Names of the losses, apart from their code so that settings can be read without torch."""
+"""Which policy loss and within which bounds, apart from its code so that torch is not needed."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Self
 
-LossKind = Literal["cispo", "grpo"]
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+LossKind = Literal["cispo", "grpo", "dr_grpo", "dapo", "gspo"]
+
+BOUNDS: Mapping[LossKind, Mapping[str, float]] = {
+    "cispo": {"c_max": 5.0},
+    "grpo": {"eps_low": 0.2, "eps_high": 0.2},
+    "dr_grpo": {"eps_low": 0.2, "eps_high": 0.2},
+    "dapo": {"eps_low": 0.2, "eps_high": 0.28},
+    "gspo": {"eps_low": 3e-4, "eps_high": 4e-4},
+}
+"""The bounds on the ratio that each loss reads, with the values of its paper."""
+
+
+def _of_the_kind(bound: str) -> Callable[[dict[str, Any]], float | None]:
+    return lambda earlier_fields: BOUNDS[earlier_fields["kind"]].get(bound)
+
+
+class LossSettings(BaseModel):
+    """The loss of the online learner; `posttrain.losses.objective` says what each kind is.
+
+    `c_max` bounds CISPO's ratio, `eps_low` and `eps_high` clip that of the others to
+    [1 − eps_low, 1 + eps_high]; by default as in the kind's paper, None where it reads none.
+
+    The ratio is π_θ/π_rollout. With `tis_max` (2 is usual) the method keeps its own π_old instead:
+    the ratio is π_θ/π_old, and the loss is weighted by min(π_old/π_rollout, tis_max).
+
+    `kl_coefficient` weighs the k3 divergence per token from the policy that entered the stage,
+    which then stays in memory beside the trained one; 0 does without.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: LossKind = "cispo"
+    c_max: float | None = Field(default_factory=_of_the_kind("c_max"), ge=1)
+    eps_low: float | None = Field(default_factory=_of_the_kind("eps_low"), gt=0, le=1)
+    eps_high: float | None = Field(default_factory=_of_the_kind("eps_high"), gt=0)
+    tis_max: float | None = Field(default=None, ge=1)
+    kl_coefficient: float = Field(default=0.0, ge=0)
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """The bounds that this kind reads, by name."""
+        given = {"c_max": self.c_max, "eps_low": self.eps_low, "eps_high": self.eps_high}
+        return {name: bound for name, bound in given.items() if bound is not None}
+
+    @model_validator(mode="after")
+    def _bounds_fit_the_kind(self) -> Self:
+        read = BOUNDS[self.kind]
+        for name in read.keys() ^ self.bounds.keys():
+            raise ValueError(
+                f"{self.kind} needs {name}, got none"
+                if name in read
+                else f"{self.kind} does not read {name}, remove it; it reads {' and '.join(read)}"
+            )
+        return self

@@ -27,6 +27,7 @@ async def rl(context: StageContext, model: Path) -> dict[str, Any]:
         settings.learner,
         temperature=settings.temperature,
         max_age=settings.max_lag,
+        max_tokens=settings.max_tokens,
         seed=context.seed,
     )
     publisher = SharedMemoryPublisher(

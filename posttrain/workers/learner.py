@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import DivergenceError, ModelError
-from posttrain.losses.aggregate import global_token_mean
+from posttrain.losses.aggregate import Denominators
 from posttrain.losses.diagnostics import diagnostic_sums, summarise
-from posttrain.losses.kl import k3_to_reference
 from posttrain.losses.logprobs import token_logprobs
-from posttrain.losses.policy import LOSSES
+from posttrain.losses.objective import policy_loss
 from posttrain.types import MicroBatch, TrainingBatch
 from posttrain.workers.settings import LearnerSettings, merged
 from posttrain.workers.weights import with_lm_head, write_weights
@@ -41,40 +40,33 @@ class PolicyLoss(nn.Module):
         super().__init__()
         self.model = model
         # In a list: what is not trained must be no submodule, or DeepSpeed would shard it too.
-        self._reference = [_frozen_copy(model)] if settings.kl_coefficient > 0 else []
+        self._reference = [_frozen_copy(model)] if settings.loss.kl_coefficient > 0 else []
         self._settings = settings
         self._temperature = temperature
         self._max_age = max_age
 
     def forward(
-        self, batch: dict[str, Tensor], num_loss_tokens: int
+        self, batch: dict[str, Tensor], over: Denominators
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's share of the loss, and its `diagnostic_sums`."""
         logprobs, entropy = self._token_logprobs(self.model, batch)
-        token_losses = LOSSES[self._settings.loss](
-            logprobs, batch["rollout_logprobs"], batch["advantages"]
-        )
-        losses = token_losses.losses
-        kl = None
-        for reference in self._reference:
-            reference.to(batch["token_ids"].device)
-            with torch.no_grad():
-                ref_logprobs, _ = self._token_logprobs(reference, batch)
-            kl = k3_to_reference(logprobs, ref_logprobs)
-            losses = losses + self._settings.kl_coefficient * kl
-        loss = global_token_mean(losses, batch["loss_mask"], num_loss_tokens)
-        sums = diagnostic_sums(
+        share = policy_loss(
             logprobs,
-            batch["rollout_logprobs"],
-            token_losses.clipped,
-            entropy,
-            batch["loss_mask"],
-            batch["ages"],
-            self._max_age,
+            batch,
+            over,
+            self._settings.loss,
+            # A batch trains one step, so the policy that starts it is the one that is trained.
+            old_logprobs=logprobs.detach(),
+            ref_logprobs=self._ref_logprobs(batch),
         )
-        if kl is not None:
-            sums["ref_kl"] = (kl.detach() * batch["loss_mask"]).double().sum()
-        return loss, sums
+        return share.loss, diagnostic_sums(logprobs, entropy, batch, share, self._max_age)
+
+    @torch.no_grad()
+    def _ref_logprobs(self, batch: dict[str, Tensor]) -> Tensor | None:
+        if not self._reference:
+            return None
+        reference = self._reference[0].to(batch["token_ids"].device)
+        return self._token_logprobs(reference, batch)[0]
 
     def _token_logprobs(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         hidden = model.model(
@@ -102,6 +94,7 @@ class DeepSpeedLearner:
         model_path: a checkpoint directory or hub name that transformers loads.
         temperature: the sampling temperature of the rollouts; the loss's log-probabilities use it.
         max_age: the lag bound; diagnostics are kept by age up to it.
+        max_tokens: the limit of a completion, which Dr.GRPO divides by.
     """
 
     def __init__(
@@ -111,6 +104,7 @@ class DeepSpeedLearner:
         *,
         temperature: float,
         max_age: int,
+        max_tokens: int,
         seed: int,
     ) -> None:
         _prepare_process(settings, seed)
@@ -125,6 +119,7 @@ class DeepSpeedLearner:
         except (OSError, ValueError) as error:
             raise ModelError(f"transformers cannot load {model_path!r}: {error}") from error
         self._settings = settings
+        self._max_tokens = max_tokens
         self._module = PolicyLoss(model, settings, temperature, max_age)
         self._engine, _, _, _ = deepspeed.initialize(
             model=self._module, model_parameters=model.parameters(), config=_ds_config(settings)
@@ -143,10 +138,11 @@ class DeepSpeedLearner:
         self._set_learning_rate()
         loss = 0.0
         sums: dict[str, Tensor] = {}
+        over = Denominators(batch.num_loss_tokens, batch.num_sequences, self._max_tokens)
         last = len(batch.micro_batches) - 1
         for index, micro_batch in enumerate(batch.micro_batches):
             self._engine.set_gradient_accumulation_boundary(is_boundary=index == last)
-            share, micro_sums = self._engine(self._tensors(micro_batch), batch.num_loss_tokens)
+            share, micro_sums = self._engine(self._tensors(micro_batch), over)
             self._engine.backward(share)
             self._engine.step()
             loss += share.item()

@@ -164,6 +164,7 @@ class Pools:
         *,
         temperature: float,
         max_age: int,
+        max_tokens: int,
         seed: int,
     ) -> RemoteLearner:
         """A learner that starts from the checkpoint `model`. Whoever publishes its weights leaves
@@ -174,6 +175,7 @@ class Pools:
             settings,
             temperature=temperature,
             max_age=max_age,
+            max_tokens=max_tokens,
             seed=seed,
             resources=self._learner,
             environment={"OMP_NUM_THREADS": str(settings.threads)},

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from posttrain.losses.settings import LossKind
+from posttrain.losses.settings import LossSettings
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,16 +45,11 @@ class EngineSettings(BaseModel):
 
 
 class LearnerSettings(BaseModel):
-    """How the policy is trained online. `deepspeed` is merged over the configuration made here.
-
-    `kl_coefficient` weighs the k3 divergence per token from the policy that entered the stage,
-    which then stays in memory beside the trained one; 0 does without.
-    """
+    """How the policy is trained online. `deepspeed` is merged over the configuration made here."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    loss: LossKind = "cispo"
-    kl_coefficient: float = Field(default=0.0, ge=0)
+    loss: LossSettings = LossSettings()
     learning_rate: float = Field(default=1e-5, gt=0)
     warmup_steps: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
