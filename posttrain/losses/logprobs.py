@@ -23,7 +23,7 @@ def token_logprobs(
         token_ids: `[R, L]`.
         temperature: the one that the rollouts were sampled with, > 0.
         chunk_tokens: at most `chunk_tokens · V` logits exist at once, in the backward pass too
-            (each chunk is computed again there).
+            (each chunk is computed again there), with up to four tensors of that size beside them.
 
     Returns:
         `logprobs` and `entropy`, `[R, L]`, nats, in fp32 (fp64 for fp64 input) whatever the
