@@ -1,4 +1,4 @@
-"""The module that the learner trains: its reference stays what it was."""
+"""The module that the learner trains: which policies its loss compares."""
 
 from __future__ import annotations
 
@@ -52,3 +52,12 @@ def test_the_reference_is_the_policy_that_entered_and_is_not_trained(tiny_policy
     torch.testing.assert_close(sums["ref_kl"].sum() / 12, expected, rtol=1e-4, atol=1e-6)
     without, _ = policy_loss_of(model)(batch, OVER)
     torch.testing.assert_close((loss - without).double(), 0.1 * expected, rtol=1e-3, atol=1e-6)
+
+
+def test_a_step_starts_from_its_own_old_policy(tiny_policy):
+    model = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32)
+    metrics = [
+        summarise(policy_loss_of(model, kind="dapo", tis_max=tis_max)(random_batch(), OVER)[1])
+        for tis_max in (None, 2.0)
+    ]
+    assert metrics[0]["clipped_fraction"] > 0 == metrics[1]["clipped_fraction"]
