@@ -10,42 +10,56 @@ from numpy.typing import NDArray
 
 from curricula.buckets import BUCKETS
 
+DROPPED = len(BUCKETS)
+"""The cell after the buckets of a domain: prompts that re-screening took out, to be re-tested."""
+
+_CELLS = len(BUCKETS) + 1
+
 
 class BucketedPool:
-    """One array of prompt numbers `[N]`, a contiguous cell for each (domain, bucket).
+    """One array of prompt numbers `[N]`, a contiguous cell for each (domain, bucket) and for the
+    dropped ones of each domain.
 
     A prompt moves to a neighbouring cell by a swap with the last of its own and a shift of one
-    boundary, so a move costs at most five swaps and nothing is ever allocated: 8 bytes a prompt.
+    boundary, so a move costs at most six swaps and nothing is ever allocated: 8 bytes a prompt.
     """
 
     def __init__(
         self, domain: NDArray[np.int16], bucket: NDArray[np.int64], num_domains: int
     ) -> None:
-        cell = domain.astype(np.int64) * len(BUCKETS) + bucket
-        counts = np.bincount(cell, minlength=num_domains * len(BUCKETS))
+        cell = domain.astype(np.int64) * _CELLS + bucket
+        counts = np.bincount(cell, minlength=num_domains * _CELLS)
         self._starts = np.concatenate([[0], np.cumsum(counts)])
         self._order = np.argsort(cell, kind="stable").astype(np.int32)
         self._position = _inverse(self._order)
 
     def counts(self, domain: int) -> NDArray[np.int64]:
         """Prompts in each bucket of a domain, `[len(BUCKETS)]`."""
-        first = domain * len(BUCKETS)
+        first = domain * _CELLS
         return np.diff(self._starts[first : first + len(BUCKETS) + 1])
+
+    def num_dropped(self, domain: int) -> int:
+        first = domain * _CELLS + DROPPED
+        return int(self._starts[first + 1] - self._starts[first])
+
+    def is_dropped(self, index: int) -> bool:
+        return self._cell_of(index) % _CELLS == DROPPED
 
     def pick(
         self, domain: int, buckets: NDArray[np.int64], fractions: NDArray[np.float64]
     ) -> NDArray[np.int32]:
-        """The prompt that stands at `fractions[i]` in [0, 1) of the way through `buckets[i]`."""
-        cells = domain * len(BUCKETS) + buckets
+        """The prompt that stands at `fractions[i]` in [0, 1) of the way through `buckets[i]`, which
+        may be `DROPPED`; none of them may be empty."""
+        cells = domain * _CELLS + buckets
         starts = self._starts[cells]
         offsets = fractions * (self._starts[cells + 1] - starts)
         picked: NDArray[np.int32] = self._order[starts + offsets.astype(np.int64)]
         return picked
 
     def move(self, index: int, bucket: int) -> None:
-        """Puts a prompt into a bucket of its own domain."""
+        """Puts a prompt into a bucket of its own domain, or to the `DROPPED` ones."""
         cell = self._cell_of(index)
-        target = cell // len(BUCKETS) * len(BUCKETS) + bucket
+        target = cell // _CELLS * _CELLS + bucket
         while cell < target:
             cell += 1
             self._starts[cell] -= 1

@@ -13,13 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from curricula.buckets import BUCKETS, bucket_of
 from curricula.catalogue import PromptCatalogue
 from curricula.mixture import DomainMixture, check_quotas
-from curricula.pool import BucketedPool
+from curricula.pool import DROPPED, BucketedPool
 from curricula.state import PosteriorState
-from posttrain.types import Curriculum, Prompt, Verdict
+from posttrain.types import Prompt, Verdict
 
 # How readily a bucket gives candidates: p(1-p) at its middle; at its ends E[p(1-p)] after 8 answers
 # that are all wrong or all correct.
 _BUCKET_SIGNAL = np.array([0.047, 0.109, 0.234, 0.234, 0.109, 0.047])
+
+# How many prompts are looked at for each one that is judged again.
+_CHOICE = 4
 
 
 class CurriculumSettings(BaseModel):
@@ -103,8 +106,37 @@ class DifficultySampler:
         """
         index = self._catalogue.index_of(prompt_id)
         self._posterior.observe(index, num_scored, num_correct, step)
-        rate = self._posterior.rate(np.array([index]))
-        self._pool.move(index, int(bucket_of(rate)[0]))
+        if not self._pool.is_dropped(index):
+            self._pool.move(index, self._bucket(index))
+
+    def rescreen_slice(self, size: int, retest_share: float) -> list[Prompt]:
+        """Those of a random few whose last observation is oldest: what is drawn often is known
+        from the policy's own answers, what is passed over is known from nobody's."""
+        dropped = self._spread(round(size * retest_share), dropped=True)
+        active = self._spread(_CHOICE * (size - len(dropped)), dropped=False)
+        oldest = active[np.argsort(self._posterior.last_step[active], kind="stable")]
+        chosen = np.concatenate([oldest[: size - len(dropped)], dropped])
+        return [self._catalogue.prompts[index] for index in chosen]
+
+    def drop(self, prompt_id: str) -> None:
+        """Not the last one of a domain: it would have nothing to draw."""
+        index = self._catalogue.index_of(prompt_id)
+        if self._pool.counts(int(self._catalogue.domain[index])).sum() > 1:
+            self._pool.move(index, DROPPED)
+
+    def restore(self, prompt_id: str) -> None:
+        index = self._catalogue.index_of(prompt_id)
+        self._pool.move(index, self._bucket(index))
+
+    def is_dropped(self, prompt_id: str) -> bool:
+        return self._pool.is_dropped(self._catalogue.index_of(prompt_id))
+
+    def pool(self) -> dict[str, dict[str, int]]:
+        return {
+            name: dict(zip(BUCKETS, self._pool.counts(domain).tolist(), strict=True))
+            | {"dropped": self._pool.num_dropped(domain)}
+            for domain, name in enumerate(self._catalogue.domains)
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Numpy arrays without objects, so that `numpy.savez` stores them unpickled."""
@@ -125,6 +157,32 @@ class DifficultySampler:
         self._drawn_at = np.array(state["drawn_at"], np.int32)
         self._num_draws = int(state["num_draws"])
         _restore_rng(self._rng, state["rng"])
+
+    def _bucket(self, index: int) -> int:
+        return int(bucket_of(self._posterior.rate(np.array([index])))[0])
+
+    def _spread(self, size: int, *, dropped: bool) -> NDArray[np.int32]:
+        """Up to `size` distinct prompts of all domains in proportion to what each has."""
+        domains = range(len(self._catalogue.domains))
+        cells = np.array(
+            [
+                [0] * len(BUCKETS) + [self._pool.num_dropped(d)]
+                if dropped
+                else [*self._pool.counts(d), 0]
+                for d in domains
+            ],
+            np.float64,
+        )
+        if size == 0 or cells.sum() == 0:
+            return np.empty(0, np.int32)
+        upto = np.cumsum(cells.ravel())
+        cells_at, fractions = self._rng.random((2, size))
+        cell = np.searchsorted(upto, cells_at * upto[-1], side="right")
+        picked = [
+            self._pool.pick(int(c // cells.shape[1]), np.array([c % cells.shape[1]]), f[None])
+            for c, f in zip(cell, fractions, strict=True)
+        ]
+        return np.unique(np.concatenate(picked))
 
     def _candidates(self, domain: int, weights: NDArray[np.float64]) -> NDArray[np.int32]:
         """Distinct prompts of a domain, buckets by weight; those drawn lately only if all were,
@@ -182,6 +240,10 @@ class UniformSampler:
     def observe(self, prompt_id: str, num_scored: int, num_correct: int, step: int) -> None:
         """Nothing is learned, by definition."""
 
+    def pool(self) -> dict[str, dict[str, int]]:
+        """Nothing is known of any prompt's difficulty."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Numpy arrays without objects, so that `numpy.savez` stores them unpickled."""
         return {
@@ -208,7 +270,7 @@ def build_curriculum(
     group_size: int,
     seed: int,
     batch_size: int = 1,
-) -> Curriculum:
+) -> DifficultySampler | UniformSampler:
     """The curriculum that the settings name, started from a judge's verdicts.
 
     Every run of `batch_size` draws is within one of its domain quotas. Raises SettingsError for

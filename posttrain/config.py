@@ -30,6 +30,7 @@ from posttrain.data.pairs import MiningSettings
 from posttrain.data.sources import SourceSettings
 from posttrain.errors import SettingsError
 from posttrain.evaluation import EvalSettings
+from posttrain.online.rescreen import RescreenSettings
 from posttrain.online.settings import LoopSettings
 from posttrain.workers.settings import (
     ActorResources,
@@ -94,9 +95,27 @@ class SFTSettings(TrainerSettings):
     data: SourceSettings | None = None
 
 
-class RLSettings(LoopSettings):
-    """Asynchronous online RL: the loop's own settings, and those of its parts."""
+class TrainingEvalSettings(EvalSettings):
+    """Evaluation on the first `prompts` held-out prompts every so many steps, beside training."""
 
+    every_steps: int = Field(default=20, gt=0)
+    prompts: int = Field(default=128, gt=0)
+    k: list[int] = Field(default=[1])
+    num_samples: int = Field(default=1, gt=0)
+    instruction_samples: int = Field(default=0, ge=0)
+    concurrency: int = Field(default=8, gt=0)
+
+
+class RLSettings(LoopSettings):
+    """Asynchronous online RL: the loop's own settings, and those of its parts.
+
+    `keep_checkpoints` counts the newest ones; `evaluation` and `rescreen` are off unless given.
+    """
+
+    checkpoint_every: int = Field(default=20, gt=0)
+    keep_checkpoints: int = Field(default=2, gt=0)
+    evaluation: TrainingEvalSettings | None = None
+    rescreen: RescreenSettings | None = None
     learner: LearnerSettings = LearnerSettings()
     curriculum: CurriculumSettings = CurriculumSettings()
     publish: PublishSettings = PublishSettings()
@@ -124,9 +143,11 @@ class RolloutPoolSettings(_Section):
 
 
 class ResourceSettings(_Section):
-    """The pools. `deadline_s` is how long a pool may take until it is placed and ready."""
+    """The pools. `judge` is the engine of a dedicated critic during RL, where one is asked for;
+    `deadline_s` is how long a pool may take until it is placed and ready."""
 
     rollout: RolloutPoolSettings = RolloutPoolSettings()
+    judge: RolloutPoolSettings = RolloutPoolSettings()
     learner: ActorResources = ActorResources()
     rewards: RewardPoolSettings = RewardPoolSettings()
     deadline_s: float = Field(default=300.0, gt=0)
@@ -181,6 +202,15 @@ class Settings(_Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _rescreening_has_a_curriculum(self) -> Self:
+        if self.rl.rescreen is not None and self.rl.curriculum.kind == "uniform":
+            raise ValueError(
+                "rl.rescreen: a uniform curriculum draws every prompt whatever is judged; leave it "
+                "out, or take rl.curriculum.kind = difficulty"
+            )
+        return self
+
     @property
     def max_answer_tokens(self) -> int:
         """The longest answer that any stage of this run asks for."""
@@ -192,6 +222,8 @@ class Settings(_Section):
             limits["screen.judge.max_tokens"] = self.screen.judge.max_tokens
         if "rl" in self.stages:
             limits["rl.max_tokens"] = self.rl.max_tokens
+            if self.rl.evaluation is not None:
+                limits["rl.evaluation.max_tokens"] = self.rl.evaluation.max_tokens
         if "dpo" in self.stages:
             limits["dpo.mining.max_tokens"] = self.dpo.mining.max_tokens
         return limits

@@ -22,12 +22,14 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Counts up to `total` and says how long the rest will take at the pace so far."""
+    """Counts up to `total`, of which an earlier attempt did `done`, and says how long the rest will
+    take at the pace so far."""
 
-    def __init__(self, label: str, total: int) -> None:
+    def __init__(self, label: str, total: int, done: int = 0) -> None:
         self._label = label
         self._total = total
-        self._done = 0
+        self._before = done
+        self._done = done
         self._began = time.monotonic()
         self._terminal = sys.stderr.isatty()
         self._shown_at = self._began
@@ -41,7 +43,7 @@ class Progress:
             return
         self._shown_at = now
         elapsed = now - self._began
-        left = elapsed / self._done * (self._total - self._done)
+        left = elapsed / (self._done - self._before) * (self._total - self._done)
         when = f"{duration(elapsed)}" if last else f"{duration(left)} left"
         line = f"{self._label} {self._done}/{self._total} · {note + ' · ' if note else ''}{when}"
         if self._terminal:

@@ -124,6 +124,7 @@ class CountingCurriculum:
     def __init__(self, domains: Sequence[str] = ("toy",)) -> None:
         self.num_drawn = 0
         self.observed: list[tuple[str, int, int, int]] = []
+        self.dropped: set[str] = set()
         self._domains = domains
 
     def draw(self) -> Prompt:
@@ -133,6 +134,23 @@ class CountingCurriculum:
 
     def observe(self, prompt_id: str, num_scored: int, num_correct: int, step: int) -> None:
         self.observed.append((prompt_id, num_scored, num_correct, step))
+
+    def rescreen_slice(self, size: int, retest_share: float) -> list[Prompt]:
+        retest = sorted(self.dropped)[: round(size * retest_share)]
+        active = [f"p{i}" for i in range(self.num_drawn) if f"p{i}" not in self.dropped]
+        return [make_prompt(int(p[1:])) for p in [*active[: size - len(retest)], *retest]]
+
+    def drop(self, prompt_id: str) -> None:
+        self.dropped.add(prompt_id)
+
+    def restore(self, prompt_id: str) -> None:
+        self.dropped.remove(prompt_id)
+
+    def is_dropped(self, prompt_id: str) -> bool:
+        return prompt_id in self.dropped
+
+    def pool(self) -> dict[str, dict[str, int]]:
+        return {"toy": {"1": self.num_drawn - len(self.dropped), "dropped": len(self.dropped)}}
 
     def state_dict(self) -> dict[str, Any]:
         return {"num_drawn": self.num_drawn}
@@ -261,9 +279,10 @@ class World:
             publisher=self.publisher,
             ledger=self.ledger,
             encode=parts.pop("encode", lambda prompt, system: (1, 2)),
-            draw_system=parts.pop("draw_system", lambda: None),
+            draw_system=parts.pop("draw_system", lambda number: None),
             pad_token_id=0,
             attempt=parts.pop("attempt", 1),
+            seed=parts.pop("seed", 0),
             on_step=self._record,
             on_group=lambda group, outcome: self.groups.append((group, outcome)),
             **parts,

@@ -16,7 +16,7 @@ STEPS = InstructionSettings(name="steps", text="Show steps.", weight=2)
 
 
 def names(mix: InstructionMix, count: int) -> list[str | None]:
-    drawn = (mix.draw() for _ in range(count))
+    drawn = (mix.draw(number) for number in range(count))
     return [None if system is None else system.name for system in drawn]
 
 

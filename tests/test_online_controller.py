@@ -68,7 +68,7 @@ def test_requests_carry_the_settings_and_the_draw() -> None:
     world = World(
         loop_settings(num_steps=1, max_lag=0, temperature=0.5),
         ScriptedGenerator(marks=lambda n: "10"),
-        draw_system=lambda: system,
+        draw_system=lambda number: system,
         encode=encode,
         attempt=3,
     )

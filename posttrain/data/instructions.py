@@ -38,7 +38,10 @@ class InstructionSettings(BaseModel):
 
 
 class InstructionMix:
-    """Draws a system instruction, or None, with the declared weights; reproducible by seed."""
+    """Draws a system instruction, or None, with the declared weights.
+
+    The seed and a draw's number decide, not what was drawn before: nothing needs to be saved.
+    """
 
     def __init__(self, entries: Sequence[InstructionSettings], seed: int) -> None:
         self.by_name = {
@@ -48,10 +51,12 @@ class InstructionMix:
         }
         self._choices = [self.by_name.get(e.name) for e in entries] or [None]
         self._weights = [e.weight for e in entries] or [1.0]
-        self._random = random.Random(seed)
+        self._seed = seed
 
-    def draw(self) -> SystemInstruction | None:
-        return self._random.choices(self._choices, self._weights)[0]
+    def draw(self, number: int) -> SystemInstruction | None:
+        """That of draw `number`; the same one whenever it is asked for."""
+        generator = random.Random(f"{self._seed}:{number}")
+        return generator.choices(self._choices, self._weights)[0]
 
     def resolve(self, name: str | None) -> SystemInstruction | None:
         """The instruction of that name; None for None. Raises DataError for an unknown name."""

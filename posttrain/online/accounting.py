@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +13,29 @@ from posttrain.types import DrawOutcome, Prompt, RolloutGroup, SystemInstruction
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draw:
-    """A prompt picked for training and the system instruction drawn for it."""
+    """A prompt picked for training and the system instruction drawn for it.
+
+    `draw_id` names the attempt that drew it first and its number among the lineage's draws.
+    """
 
     draw_id: str
     prompt: Prompt
     system: SystemInstruction | None
+
+    @staticmethod
+    def make_id(attempt: int, number: int) -> str:
+        return f"d{attempt}-{number:07d}"
+
+    @property
+    def number(self) -> int:
+        """The same for a draw of an undisturbed run and for that of a resumed one."""
+        return int(self.draw_id.partition("-")[2])
+
+
+def stable_seed(seed: int, name: str | int) -> int:
+    """62 bits from the run's seed and what they are for: the same in every attempt."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 2
 
 
 class DrawLedger(Protocol):

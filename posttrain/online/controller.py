@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any
 
 from posttrain.advantages import group_to_samples
 from posttrain.errors import EngineError
-from posttrain.online.accounting import Accounting, Draw, DrawLedger
+from posttrain.online.accounting import Accounting, Draw, DrawLedger, stable_seed
 from posttrain.online.admission import Admission
+from posttrain.online.arrivals import Arrivals
 from posttrain.online.gate import Reason, classify
 from posttrain.online.metrics import (
     Interval,
@@ -57,17 +59,24 @@ class Controller:
     Three kinds of tasks run at the same time, under one task group: `_dispatch` fills slots with
     draws, one `_play` per draw answers and scores it, `_train` turns groups into steps.
 
+    With `max_lag` 0 it is reproducible: answers are taken in the order of draws, each with a seed
+    of its own, and a slot is filled in the moment in which it is freed. Otherwise time decides
+    which prompt comes next, and which weights write a token.
+
     Args:
         encode: token ids of a prompt under a system instruction, generation prompt included.
-        draw_system: the system instruction of the next draw, or None for none.
+        draw_system: the system instruction of a draw by its number, or None for none.
         attempt: how often the run has been started; policy versions and draw ids begin with it.
+        seed: where the seeds of the draws' samples come from when they have one.
         first_step: optimizer steps done by earlier attempts.
+        first_draw: how many draws the checkpoint of `first_step` holds; new ones count on.
         reissue: the draws that were open in the checkpoint of `first_step`; they are drawn again
             under their old ids before the curriculum is asked for more.
-        on_step: awaited by the train loop after each step; evaluation and checkpoints belong
-            here, generation goes on meanwhile. What it reads of curriculum and ledger before its
-            own first await is exactly the state of that step.
+        on_step: awaited by the train loop after each step; checkpoints belong here. What it reads
+            of curriculum, ledger and `num_draws` before its own first await is exactly the state
+            of that step; generation goes on meanwhile, except with `max_lag` 0.
         on_group: told of every group with answers when its draw ends.
+        beside: loops that run until the stage ends: evaluation, re-screening.
 
     Before the first draw the learner's weights are published as (attempt, first_step): whatever
     the generators hold from before, every rollout then names a version of this attempt.
@@ -84,13 +93,16 @@ class Controller:
         publisher: Publisher,
         ledger: DrawLedger,
         encode: Callable[[Prompt, SystemInstruction | None], tuple[int, ...]],
-        draw_system: Callable[[], SystemInstruction | None],
+        draw_system: Callable[[int], SystemInstruction | None],
         pad_token_id: int,
         attempt: int,
+        seed: int,
         first_step: int = 0,
+        first_draw: int = 0,
         reissue: Sequence[Draw] = (),
         on_step: Callable[[StepRecord], Awaitable[None]] | None = None,
         on_group: Callable[[RolloutGroup, DrawOutcome], None] | None = None,
+        beside: Sequence[Callable[[], Coroutine[Any, Any, None]]] = (),
     ) -> None:
         self._settings = settings
         self._curriculum = curriculum
@@ -102,10 +114,11 @@ class Controller:
         self._draw_system = draw_system
         self._pad_token_id = pad_token_id
         self._on_step = on_step
-        self._sampling = Sampling(max_tokens=settings.max_tokens, temperature=settings.temperature)
+        self._beside = beside
+        self._seed = seed
         self._version = PolicyVersion(attempt, first_step)
         self._first_step = first_step
-        self._num_draws = 0
+        self.num_draws = first_draw
         self._admission = Admission(
             groups_per_step=settings.groups_per_step,
             max_lag=settings.max_lag,
@@ -116,6 +129,8 @@ class Controller:
         self._accounting = Accounting(ledger, attempt=attempt, on_group=on_group)
         self._starvation = StarvationWatch(settings.starvation_draws)
         self._trainable: dict[str, RolloutGroup] = {}
+        self._arrivals = Arrivals(ordered=settings.max_lag == 0)
+        self._tasks = asyncio.TaskGroup()
         self._playing: set[asyncio.Task[None]] = set()
         self._slot_freed = asyncio.Event()
         self._group_ready = asyncio.Event()
@@ -137,58 +152,68 @@ class Controller:
         await self._publisher.publish(self._version)
         failure: BaseException | None = None
         try:
-            async with asyncio.TaskGroup() as tasks:
-                dispatcher = tasks.create_task(self._dispatch(tasks))
-                tasks.create_task(self._train(dispatcher))
+            async with self._tasks:
+                loops = [self._dispatch, *self._beside]
+                endless = [self._tasks.create_task(loop()) for loop in loops]
+                self._tasks.create_task(self._train(endless))
         except BaseExceptionGroup as group:
             failure = _first_cause(group)
         if failure is not None:
             raise failure
         return self._summary(_now() - started)
 
-    async def _dispatch(self, tasks: asyncio.TaskGroup) -> None:
+    async def _dispatch(self) -> None:
         """Consumes free slots and prompts, produces draws in flight.
 
-        Waits for: a free slot. Woken by: the gate ending a draw, and the train loop once the
-        generators hold the weights of a step.
+        Waits for: a free slot. Woken by: the train loop once the generators hold the weights of a
+        step. (A slot that the gate frees is filled by whoever brought the answers.)
         """
         while self._version.step < self._settings.num_steps:
-            while self._admission.num_free:
-                draw = self._next_draw()
-                self._admission.admit(draw.draw_id)
-                self._accounting.open(draw, drawn_at_step=self._version.step)
-                task = tasks.create_task(self._play(draw))
-                self._playing.add(task)
-                task.add_done_callback(self._playing.discard)
+            self._fill_slots()
             self._slot_freed.clear()
             await self._slot_freed.wait()
+
+    def _fill_slots(self) -> None:
+        while self._admission.num_free:
+            draw = self._next_draw()
+            self._admission.admit(draw.draw_id)
+            self._arrivals.expect(draw.draw_id)
+            self._accounting.open(draw, drawn_at_step=self._version.step)
+            task = self._tasks.create_task(self._play(draw))
+            self._playing.add(task)
+            task.add_done_callback(self._playing.discard)
 
     def _next_draw(self) -> Draw:
         if self._reissue:
             return self._reissue.popleft()
-        draw_id = f"d{self._version.attempt}-{self._num_draws:07d}"
-        self._num_draws += 1
-        return Draw(draw_id=draw_id, prompt=self._curriculum.draw(), system=self._draw_system())
+        number, self.num_draws = self.num_draws, self.num_draws + 1
+        return Draw(
+            draw_id=Draw.make_id(self._version.attempt, number),
+            prompt=self._curriculum.draw(),
+            system=self._draw_system(number),
+        )
 
     async def _play(self, draw: Draw) -> None:
-        """Consumes one draw, produces a trainable group or a free slot.
+        """Consumes one draw, produces a trainable group or a free slot, which it fills.
 
         Waits for: the generator, then the scorer, both within the draw's deadline. Wakes the
-        train loop, and the dispatcher when the draw ends here.
+        train loop.
         """
         group = await self._answer(draw)
-        if group is None:
-            self._end(draw.draw_id, DrawOutcome.STALE, Reason.DEADLINE, group=None)
-        else:
-            self._receive(group)
+        for draw_id, arrived in self._arrivals.arrive(draw.draw_id, group):
+            if arrived is None:
+                self._end(draw_id, DrawOutcome.STALE, Reason.DEADLINE, group=None)
+            else:
+                self._receive(arrived)
 
     async def _answer(self, draw: Draw) -> RolloutGroup | None:
         """The draw's scored answers; None past its deadline."""
+        sampling = self._sampling_of(draw)
         request = GenerationRequest(
             request_id=draw.draw_id,
             prompt_token_ids=self._encode(draw.prompt, draw.system),
             num_rollouts=self._settings.group_size,
-            sampling=self._sampling,
+            sampling=sampling,
         )
         try:
             async with asyncio.timeout(self._settings.draw_deadline_s) as deadline:
@@ -202,9 +227,18 @@ class Controller:
             draw_id=draw.draw_id,
             prompt=draw.prompt,
             system=draw.system.name if draw.system else None,
-            sampling=self._sampling,
+            sampling=sampling,
             rollouts=rollouts,
             rewards=rewards,
+        )
+
+    def _sampling_of(self, draw: Draw) -> Sampling:
+        # Seeded sampling costs an engine throughput, and buys nothing where time decides anyway.
+        lock_step = self._settings.max_lag == 0
+        return Sampling(
+            max_tokens=self._settings.max_tokens,
+            temperature=self._settings.temperature,
+            seed=stable_seed(self._seed, draw.number) if lock_step else None,
         )
 
     def _receive(self, group: RolloutGroup) -> None:
@@ -225,12 +259,12 @@ class Controller:
     def _end(
         self, draw_id: str, outcome: DrawOutcome, reason: Reason, *, group: RolloutGroup | None
     ) -> None:
-        """Ends a draw untrained: its slot is free, and those behind it move up in the order."""
+        """Ends a draw untrained: another takes its slot, those behind it move up in the order."""
         self._close(draw_id, outcome, group=group, reason=reason)
         self._admission.end(draw_id)
-        self._slot_freed.set()
         self._group_ready.set()
         self._starvation.ended(reason)
+        self._fill_slots()
 
     def _close(
         self, draw_id: str, outcome: DrawOutcome, *, group: RolloutGroup | None, reason: str = ""
@@ -241,7 +275,7 @@ class Controller:
         step = min(self._version.step + 1, self._settings.num_steps)
         self._accounting.close(draw_id, outcome, step=step, group=group, reason=reason)
 
-    async def _train(self, dispatcher: asyncio.Task[None]) -> None:
+    async def _train(self, endless: Sequence[asyncio.Task[None]]) -> None:
         """Consumes trainable groups, P at a time and in order of admission; produces steps.
 
         Waits for: P groups that may leave, the learner, the publisher, `on_step`. Woken by: a
@@ -255,10 +289,13 @@ class Controller:
             record = await self._train_step(groups, waited=waited, recorded_at=recorded_at)
             recorded_at = _now()
             if record.step == self._settings.num_steps:
-                await self._end_stage(dispatcher)
+                await self._end_stage(endless)
             self._accounting.flush()
             if self._on_step:
                 await self._on_step(record)
+            self._slot_freed.set()
+        for task in endless:  # nothing was left to do for an attempt that starts at the end
+            task.cancel()
 
     async def _next_groups(self) -> list[RolloutGroup]:
         while True:
@@ -291,7 +328,8 @@ class Controller:
             self._close(group.draw_id, DrawOutcome.TRAINED, group=group)
         self._version = version
         self._admission.free([group.draw_id for group in groups])
-        self._slot_freed.set()
+        if self._settings.max_lag > 0:
+            self._slot_freed.set()
         interval, self._interval = self._interval, Interval()
         times = StepTimes(
             interval=published_at - recorded_at,
@@ -326,9 +364,9 @@ class Controller:
                 )
             self._totals.max_lag = max(self._totals.max_lag, lag)
 
-    async def _end_stage(self, dispatcher: asyncio.Task[None]) -> None:
+    async def _end_stage(self, endless: Sequence[asyncio.Task[None]]) -> None:
         """Cancels what is in flight; it ends as unused, before the last step is recorded."""
-        tasks = [dispatcher, *self._playing]
+        tasks = [*endless, *self._playing]
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)

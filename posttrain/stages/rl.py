@@ -5,21 +5,33 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from curricula.sampler import build_curriculum
+from curricula.sampler import DifficultySampler, UniformSampler, build_curriculum
+from posttrain.errors import RunDirError
+from posttrain.online.accounting import Draw
 from posttrain.online.controller import Controller
 from posttrain.online.metrics import LoopSummary, StepRecord
-from posttrain.progress import Progress
+from posttrain.progress import Progress, say
+from posttrain.rollout_log import RolloutLog
 from posttrain.stages.context import StageContext
+from posttrain.stages.rl_beside import Beside
+from posttrain.stages.rl_checkpoint import LoopState, RLCheckpoints, read_state
 from posttrain.types import GenerationRequest, Sampling
 from posttrain.workers.generator import GeneratorPool
 from posttrain.workers.publisher import SharedMemoryPublisher
 
 NUM_PROBES = 8
+STAGE = "rl"
 
 
 async def rl(context: StageContext, model: Path) -> dict[str, Any]:
-    """Trains from the checkpoint `model`; the curriculum starts from the ledger's verdicts."""
+    """Trains from the checkpoint `model`, or goes on from the stage's own last checkpoint.
+
+    The curriculum starts from the ledger's verdicts.
+    """
     settings = context.settings.rl
+    checkpoints = RLCheckpoints(context.run.stage_dir(STAGE), settings.keep_checkpoints)
+    checkpoint = checkpoints.latest()
+    state = read_state(checkpoint) if checkpoint is not None else None
     generators = await context.pools.serving(str(model))
     probes = await _probe_sequences(context, generators)
     learner = context.pools.start_learner(
@@ -29,27 +41,52 @@ async def rl(context: StageContext, model: Path) -> dict[str, Any]:
         max_age=settings.max_lag,
         max_tokens=settings.max_tokens,
         seed=context.seed,
+        checkpoint=checkpoint / "learner" if checkpoint is not None else None,
     )
     publisher = SharedMemoryPublisher(
         learner.actor, generators, context.pools.scratch, probes, settings.publish
     )
-    attempt = context.ledger.open_attempt("rl", from_step=0)
-    progress = Progress("rl", settings.num_steps)
+    curriculum = _curriculum(context, state)
+    first_step = state.step if state is not None else 0
+    attempt = context.ledger.open_attempt(STAGE, from_step=first_step)
+    reissue = _open_draws(context, attempt)
+    if state is not None:
+        say(f"rl: goes on from step {first_step}, {len(reissue)} draws are drawn again")
+    rollouts = RolloutLog(context.run.rollouts_dir, attempt)
+    beside = await Beside.start(context, model, generators, curriculum, learner.actor, probes)
+    progress = Progress(STAGE, settings.num_steps, done=first_step)
 
     async def on_step(record: StepRecord) -> None:
-        context.metrics.append({"stage": "rl", "step": record.step} | dict(record.metrics))
+        if settings.max_lag == 0:
+            # Nothing is drawn meanwhile, so what it changes is the same in every run.
+            await beside.rescreen_now(record.version)
+        due = record.step % settings.checkpoint_every == 0 or record.step == settings.num_steps
+        loop_state = LoopState(
+            step=record.step,
+            num_draws=controller.num_draws,
+            curriculum=curriculum.state_dict() if due else {},
+        )
+        pool = {
+            f"pool/{domain}/{bucket}": count
+            for domain, buckets in curriculum.pool().items()
+            for bucket, count in buckets.items()
+        }
+        context.metrics.append(
+            {"stage": STAGE, "step": record.step, "attempt": attempt} | dict(record.metrics) | pool
+        )
         progress.advance(_note(record))
+        if due:
+            rollouts.flush()
+            await checkpoints.save(
+                loop_state,
+                save_learner=lambda directory: learner.save_checkpoint(directory, record.version),
+                commit=lambda: context.ledger.commit_step(record.step),
+            )
+        await beside.reached(record.version)
 
     controller = Controller(
         settings,
-        curriculum=build_curriculum(
-            context.train,
-            context.ledger.verdicts(),
-            settings.curriculum,
-            settings.group_size,
-            context.seed,
-            batch_size=settings.groups_per_step,
-        ),
+        curriculum=curriculum,
         generator=generators,
         scorer=context.pools.scorer,
         learner=learner,
@@ -59,15 +96,60 @@ async def rl(context: StageContext, model: Path) -> dict[str, Any]:
         draw_system=context.instruction_mix(1).draw,
         pad_token_id=context.chat.pad_token_id,
         attempt=attempt,
+        seed=context.seed,
+        first_step=first_step,
+        first_draw=state.num_draws if state is not None else 0,
+        reissue=reissue,
         on_step=on_step,
+        on_group=rollouts.append,
+        beside=beside.loops,
     )
     summary = await controller.run()
-    target = context.policy_of("rl")
+    rollouts.flush()
+    beside.stop()
+    target = context.policy_of(STAGE)
     await learner.save_policy(target, str(model))
-    context.ledger.commit_step(settings.num_steps)
     context.pools.serves_checkpoint(str(target))
     learner.stop()
     return _metrics(summary)
+
+
+def _curriculum(
+    context: StageContext, state: LoopState | None
+) -> DifficultySampler | UniformSampler:
+    settings = context.settings.rl
+    curriculum = build_curriculum(
+        context.train,
+        context.ledger.verdicts(),
+        settings.curriculum,
+        settings.group_size,
+        context.seed,
+        batch_size=settings.groups_per_step,
+    )
+    if state is not None:
+        curriculum.load_state_dict(state.curriculum)
+    return curriculum
+
+
+def _open_draws(context: StageContext, attempt: int) -> list[Draw]:
+    """What was in flight when the checkpoint was taken that this attempt starts from."""
+    prompts = {prompt.prompt_id: prompt for prompt in context.train}
+    mix = context.instruction_mix(1)
+    draws = []
+    for row in context.ledger.open_draws(attempt):
+        if row.prompt_id not in prompts:
+            raise RunDirError(
+                f"draw {row.draw_id} is in flight for prompt {row.prompt_id}, which is no longer "
+                "among the training prompts: restore the data, or start over with --fresh"
+            )
+        draws.append(
+            Draw(
+                draw_id=row.draw_id,
+                prompt=prompts[row.prompt_id],
+                system=mix.resolve(row.system),
+            )
+        )
+    return draws
 
 
 async def _probe_sequences(

@@ -1,0 +1,235 @@
+"""Continuous re-screening: the critic moves up, and prompts leave or come back.
+
+The judge's verdict decides who is drawn at all; which of those, and how often, the policy's own
+answers say (`curricula`). Nothing is dropped for ever: a share of every slice are dropped prompts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from judges.estimators import posterior
+from judges.labels import LabelSettings, label
+from posttrain.online.accounting import stable_seed
+from posttrain.types import (
+    Action,
+    Decision,
+    GenerationRequest,
+    Generator,
+    Label,
+    Outcome,
+    PolicyVersion,
+    Prompt,
+    Reward,
+    Rollout,
+    Sampling,
+    Scorer,
+    SystemInstruction,
+    Verdict,
+)
+
+RULE = "re-screening"
+
+
+class RescreenSettings(BaseModel):
+    """When, what and by whom prompts are judged again while RL goes on.
+
+    - `prompts`: how many in a slice, every `every_steps` steps.
+    - `samples`: answers to each; 13 right ones of 13 make a prompt easy by default.
+    - `retest_share`: of a slice, for prompts that were dropped.
+    - `placement`: *shared* judges with the engines and weights that serve rollouts, *dedicated*
+      with an engine of its own (`resources.judge`) whose weights stand still between slices.
+    - `concurrency`: prompts in flight; every answer of theirs takes room from a rollout.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    every_steps: int = Field(default=10, gt=0)
+    prompts: int = Field(default=64, gt=0)
+    samples: int = Field(default=16, gt=0)
+    retest_share: float = Field(default=0.25, ge=0, le=1)
+    placement: Literal["shared", "dedicated"] = "shared"
+    concurrency: int = Field(default=1, gt=0)
+    labels: LabelSettings = LabelSettings()
+
+
+class ScreenedCurriculum(Protocol):
+    """What re-screening needs of a curriculum."""
+
+    def observe(self, prompt_id: str, num_scored: int, num_correct: int, step: int) -> None: ...
+
+    def rescreen_slice(self, size: int, retest_share: float) -> list[Prompt]:
+        """Prompts to judge again, each once: mostly those whose difficulty was observed longest
+        ago, and a share of those that were dropped, as far as there are any."""
+        ...
+
+    def drop(self, prompt_id: str) -> None:
+        """Takes a prompt out of what is drawn, until it is restored."""
+        ...
+
+    def restore(self, prompt_id: str) -> None: ...
+
+    def is_dropped(self, prompt_id: str) -> bool: ...
+
+
+class VerdictLedger(Protocol):
+    """What re-screening needs of the run's ledger."""
+
+    def record_decisions(self, stage: str, decisions: Sequence[Decision]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RescreenReport:
+    """What one slice came to. `discarded` answers were written by more than one version, or by
+    another than the last of their prompt."""
+
+    prompts: int
+    samples: int
+    discarded: int
+    dropped: int
+    restored: int
+    labels: Mapping[str, int]
+
+
+class Rescreener:
+    """Judges a slice of the curriculum's prompts; owns nothing but how that is done.
+
+    Args:
+        seed: of the samples; None leaves them to the engine.
+        template: the chat template's hash: verdicts hold for one only.
+    """
+
+    def __init__(
+        self,
+        settings: RescreenSettings,
+        *,
+        stage: str,
+        generator: Generator,
+        scorer: Scorer,
+        encode: Callable[[Prompt, SystemInstruction | None], tuple[int, ...]],
+        curriculum: ScreenedCurriculum,
+        ledger: VerdictLedger,
+        sampling: Sampling,
+        seed: int | None,
+        template: str,
+    ) -> None:
+        self._settings = settings
+        self._stage = stage
+        self._generator = generator
+        self._scorer = scorer
+        self._encode = encode
+        self._curriculum = curriculum
+        self._ledger = ledger
+        self._sampling = sampling
+        self._seed = seed
+        self._template = template
+
+    async def slice(self, step: int) -> RescreenReport:
+        """Judges one slice after `step`. All verdicts are in before the first prompt moves, so
+        that the order in which answers come changes nothing."""
+        prompts = self._curriculum.rescreen_slice(
+            self._settings.prompts, self._settings.retest_share
+        )
+        gate = asyncio.Semaphore(self._settings.concurrency)
+
+        async def judge(prompt: Prompt) -> tuple[Verdict | None, int]:
+            async with gate:
+                return await self._judge(prompt, step)
+
+        async with asyncio.TaskGroup() as tasks:
+            judging = [tasks.create_task(judge(prompt)) for prompt in prompts]
+        judged = [task.result() for task in judging]
+        verdicts = [verdict for verdict, _ in judged if verdict is not None]
+        decisions = [self._decide(verdict, step) for verdict in verdicts]
+        self._ledger.record_decisions(self._stage, decisions)
+        moved = Counter(d.action for d in decisions if self._move(d))
+        return RescreenReport(
+            prompts=len(verdicts),
+            samples=sum(v.num_samples for v in verdicts),
+            discarded=sum(discarded for _, discarded in judged),
+            dropped=moved[Action.DROP],
+            restored=moved[Action.KEEP],
+            labels=Counter(v.label.value for v in verdicts),
+        )
+
+    async def _judge(self, prompt: Prompt, step: int) -> tuple[Verdict | None, int]:
+        """The verdict, None without a usable answer; and how many answers were of no use."""
+        request_id = f"rescreen-{step}-{prompt.prompt_id}"
+        seed = None if self._seed is None else stable_seed(self._seed, request_id)
+        request = GenerationRequest(
+            request_id=request_id,
+            prompt_token_ids=self._encode(prompt, None),
+            num_rollouts=self._settings.samples,
+            sampling=replace(self._sampling, seed=seed),
+        )
+        rollouts = await self._generator.generate(request)
+        version, usable = of_one_version(rollouts)
+        rewards = await self._scorer.score(prompt, usable, None) if usable else ()
+        discarded = len(rollouts) - len(usable)
+        if not any(reward.correctness is not None for reward in rewards):
+            return None, discarded
+        return self._verdict(prompt, version, rewards), discarded
+
+    def _verdict(
+        self, prompt: Prompt, version: PolicyVersion, rewards: Sequence[Reward]
+    ) -> Verdict:
+        outcomes = Counter(reward.outcome for reward in rewards)
+        n = outcomes.total() - outcomes[Outcome.INFRASTRUCTURE]
+        c = sum(reward.correct for reward in rewards)
+        decided = label(n, c, cap=n, settings=self._settings.labels)
+        assert decided is not None
+        return Verdict(
+            prompt_id=prompt.prompt_id,
+            judge="critic",
+            critic=f"{self._stage}:{version}",
+            num_samples=n,
+            num_correct=c,
+            outcomes=dict(outcomes),
+            posterior=posterior(n, c),
+            label=decided,
+            decided_by="fixed n",
+            sampling={
+                "temperature": self._sampling.temperature,
+                "max_tokens": self._sampling.max_tokens,
+                "template": self._template,
+                "system": None,
+            },
+        )
+
+    def _decide(self, verdict: Verdict, step: int) -> Decision:
+        easy = verdict.label is Label.EASY
+        return Decision(
+            prompt_id=verdict.prompt_id,
+            action=Action.DROP if easy else Action.KEEP,
+            rule=RULE,
+            reason=f"{verdict.label} at step {step}: {verdict.num_correct} of "
+            f"{verdict.num_samples} right",
+            verdict=verdict,
+        )
+
+    def _move(self, decision: Decision) -> bool:
+        """Whether the decision changed anything for the prompt."""
+        verdict, prompt_id = decision.verdict, decision.prompt_id
+        version = PolicyVersion.parse(verdict.critic.rpartition(":")[2])
+        self._curriculum.observe(prompt_id, verdict.num_samples, verdict.num_correct, version.step)
+        before = self._curriculum.is_dropped(prompt_id)
+        if decision.action is Action.DROP and not before:
+            self._curriculum.drop(prompt_id)
+        elif decision.action is Action.KEEP and before:
+            self._curriculum.restore(prompt_id)
+        return self._curriculum.is_dropped(prompt_id) is not before
+
+
+def of_one_version(rollouts: Sequence[Rollout]) -> tuple[PolicyVersion, list[Rollout]]:
+    """The latest version that wrote one of these, and those that it wrote alone.
+
+    A verdict is about one critic: what spans a publish was written by two.
+    """
+    latest = max(span.version for rollout in rollouts for span in rollout.version_spans)
+    return latest, [r for r in rollouts if {s.version for s in r.version_spans} == {latest}]

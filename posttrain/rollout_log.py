@@ -1,0 +1,73 @@
+"""Groups on disk as they were trained or rejected: Parquet files, for inspection and mining."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from posttrain.atomic import PARTIAL
+from posttrain.types import DrawOutcome, RolloutGroup
+
+GROUPS_PER_FILE = 512
+
+
+class RolloutLog:
+    """Writes one file for every `GROUPS_PER_FILE` groups, and on `flush` for those that remain.
+
+    A row is one answer: `draw_id`, `prompt_id`, `domain`, `system` (null for none), `outcome` of
+    the draw, `text`, `num_tokens`, `finish_reason`, `reward` and `correctness` (null if unscored),
+    `reward_outcome`, `components` (JSON), `oldest_version`, `newest_version`. Files are named by
+    attempt and number, so that a resumed run adds to them.
+    """
+
+    def __init__(self, directory: Path, attempt: int) -> None:
+        self._directory = directory
+        self._attempt = attempt
+        self._rows: list[dict[str, Any]] = []
+        self._groups = 0
+        self._files = 0
+
+    def append(self, group: RolloutGroup, outcome: DrawOutcome) -> None:
+        self._rows += rows_of(group, outcome)
+        self._groups += 1
+        if self._groups == GROUPS_PER_FILE:
+            self.flush()
+
+    def flush(self) -> None:
+        """A reader sees whole files only."""
+        if not self._rows:
+            return
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self._directory.mkdir(exist_ok=True)
+        target = self._directory / f"{self._attempt:03d}-{self._files:05d}.parquet"
+        partial = target.with_name(f".{target.name}{PARTIAL}")
+        pq.write_table(pa.Table.from_pylist(self._rows), partial)
+        partial.rename(target)
+        self._rows, self._groups = [], 0
+        self._files += 1
+
+
+def rows_of(group: RolloutGroup, outcome: DrawOutcome) -> list[dict[str, Any]]:
+    """One row an answer, see `RolloutLog`."""
+    return [
+        {
+            "draw_id": group.draw_id,
+            "prompt_id": group.prompt.prompt_id,
+            "domain": group.prompt.domain,
+            "system": group.system,
+            "outcome": outcome.value,
+            "text": rollout.text,
+            "num_tokens": len(rollout.completion_token_ids),
+            "finish_reason": rollout.finish_reason,
+            "reward": reward.value,
+            "correctness": reward.correctness,
+            "reward_outcome": reward.outcome.value,
+            "components": json.dumps(dict(reward.components)),
+            "oldest_version": str(rollout.oldest_version),
+            "newest_version": str(max(span.version for span in rollout.version_spans)),
+        }
+        for rollout, reward in zip(group.rollouts, group.rewards, strict=True)
+    ]

@@ -1,0 +1,132 @@
+"""What goes on beside RL training: held-out evaluation and re-screening."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from curricula.sampler import DifficultySampler, UniformSampler
+from posttrain.evaluation import evaluate, summarise
+from posttrain.online.periodic import Periodic
+from posttrain.online.rescreen import Rescreener
+from posttrain.stages.context import StageContext
+from posttrain.types import PolicyVersion, Sampling
+from posttrain.workers.generator import GeneratorPool
+from posttrain.workers.publisher import SharedMemoryPublisher
+
+
+class Beside:
+    """Owns the loops beside training, and the critic's engine where it has one of its own."""
+
+    def __init__(
+        self,
+        context: StageContext,
+        generators: GeneratorPool,
+        curriculum: DifficultySampler | UniformSampler,
+        critic: GeneratorPool | None,
+        to_critic: SharedMemoryPublisher | None,
+    ) -> None:
+        settings = context.settings.rl
+        self._context = context
+        self._generators = generators
+        self._critic = critic
+        self._to_critic = to_critic
+        self._evaluating = (
+            Periodic(settings.evaluation.every_steps, self._evaluate)
+            if settings.evaluation is not None
+            else None
+        )
+        self._rescreening: Periodic | None = None
+        if settings.rescreen is None:
+            return
+        assert isinstance(curriculum, DifficultySampler)  # the settings refuse anything else
+        lock_step = settings.max_lag == 0
+        self._rescreener = Rescreener(
+            settings.rescreen,
+            stage="rl",
+            generator=critic or generators,
+            scorer=context.pools.scorer,
+            encode=context.chat.encode,
+            curriculum=curriculum,
+            ledger=context.ledger,
+            sampling=Sampling(max_tokens=settings.max_tokens, temperature=settings.temperature),
+            seed=context.seed if lock_step else None,
+            template=context.chat.template_hash,
+        )
+        self._rescreening = Periodic(settings.rescreen.every_steps, self._rescreen)
+
+    @classmethod
+    async def start(
+        cls,
+        context: StageContext,
+        model: Path,
+        generators: GeneratorPool,
+        curriculum: DifficultySampler | UniformSampler,
+        learner: Any,
+        probes: Sequence[Sequence[int]],
+    ) -> Beside:
+        settings = context.settings.rl
+        critic = to_critic = None
+        if settings.rescreen is not None and settings.rescreen.placement == "dedicated":
+            critic = context.pools.start_critic(str(model))
+            to_critic = SharedMemoryPublisher(
+                learner, critic, context.pools.scratch / "critic", probes, settings.publish
+            )
+        return cls(context, generators, curriculum, critic, to_critic)
+
+    @property
+    def loops(self) -> list[Callable[[], Coroutine[Any, Any, None]]]:
+        """For the controller. In lock-step re-screening has its turn between steps instead."""
+        loops = [self._evaluating]
+        if self._context.settings.rl.max_lag > 0:
+            loops.append(self._rescreening)
+        return [loop.run for loop in loops if loop is not None]
+
+    async def reached(self, version: PolicyVersion) -> None:
+        """A step is done. The learner stands still until this returns."""
+        if self._evaluating is not None:
+            self._evaluating.reached(version.step)
+        if self._rescreening is not None and self._context.settings.rl.max_lag > 0:
+            await self._advance_critic(version)
+            self._rescreening.reached(version.step)
+
+    async def rescreen_now(self, version: PolicyVersion) -> None:
+        """In lock-step: judges a slice if one is due, and returns when prompts have moved."""
+        if self._rescreening is not None and self._rescreening.is_due(version.step):
+            await self._advance_critic(version)
+            await self._rescreen(version.step)
+
+    def stop(self) -> None:
+        if self._critic is not None:
+            self._critic.stop()
+
+    async def _advance_critic(self, version: PolicyVersion) -> None:
+        """While the learner stands still, so that its weights are those of `version`."""
+        assert self._rescreening is not None
+        if self._to_critic is not None and self._rescreening.is_due(version.step):
+            await self._to_critic.publish(version)
+
+    async def _rescreen(self, step: int) -> None:
+        report = await self._rescreener.slice(step)
+        self._context.metrics.append(
+            {"stage": "rl", "event": "rescreen", "step": step} | asdict(report)
+        )
+
+    async def _evaluate(self, step: int) -> None:
+        """Weights may change meanwhile: the figure is that of `step` or a little later."""
+        context = self._context
+        settings = context.settings.rl.evaluation
+        assert settings is not None
+        results = await evaluate(
+            context.held_out[: settings.prompts],
+            generator=self._generators,
+            scorer=context.pools.scorer,
+            encode=context.chat.encode,
+            instructions=list(context.instruction_mix(0).by_name.values()),
+            settings=settings,
+            label=f"step-{step}",
+        )
+        summary = summarise(results, settings.k)
+        context.metrics.append({"stage": "rl", "event": "evaluation", "step": step} | summary)
