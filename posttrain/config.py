@@ -34,9 +34,9 @@ from posttrain.online.rescreen import RescreenSettings
 from posttrain.online.settings import LoopSettings
 from posttrain.workers.settings import (
     ActorResources,
-    EngineSettings,
     LearnerSettings,
     PublishSettings,
+    RolloutPoolSettings,
 )
 from rewards.shaping import RewardSettings
 
@@ -132,14 +132,6 @@ class RewardPoolSettings(_Section):
 
     workers: int = Field(default=1, gt=0)
     actor: ActorResources = ActorResources(cpus=0.0)
-
-
-class RolloutPoolSettings(_Section):
-    """vLLM engines, each in an actor with these resources."""
-
-    replicas: int = Field(default=1, gt=0)
-    actor: ActorResources = ActorResources()
-    engine: EngineSettings = EngineSettings()
 
 
 class ResourceSettings(_Section):

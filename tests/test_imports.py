@@ -26,7 +26,7 @@ LAYERS = [
         " posttrain.advantages posttrain.packing posttrain.progress"
         " posttrain.atomic posttrain.metrics posttrain.ledger_schema",
         "posttrain.online posttrain.evaluation posttrain.report posttrain.starter"
-        " posttrain.ledger posttrain.audit posttrain.run_dir",
+        " posttrain.ledger posttrain.audit posttrain.run_dir posttrain.rollout_log",
         "posttrain.workers",
         # Every component's settings come together, then what they name is read.
         "posttrain.config",
@@ -43,7 +43,15 @@ CLUSTER = {"ray", "vllm", "deepspeed", "trl", "peft", "accelerate"}
 """Imported in these two packages only, wherever in a module it is."""
 CLUSTER_USERS = {"posttrain.workers", "posttrain.stages"}
 
-SLOW = CLUSTER | {"torch", "transformers", "datasets", "reasoning_gym", "math_verify", "polars"}
+SLOW = CLUSTER | {
+    "torch",
+    "transformers",
+    "datasets",
+    "pyarrow",
+    "reasoning_gym",
+    "math_verify",
+    "polars",
+}
 """Outside these units only inside functions."""
 SLOW_USERS = CLUSTER_USERS | {"posttrain.losses"}
 SCRIPTS = {"posttrain.starter.train", "posttrain.starter.evaluate"}

@@ -33,6 +33,7 @@ class Run:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.step = 0
+        self.num_draws = 0
         self.curriculum_state: dict[str, Any] = {"num_drawn": 0}
 
     def attempt(self, *, seconds: float | None) -> World:
@@ -43,10 +44,11 @@ class Run:
             curriculum.load_state_dict(self.curriculum_state)
 
             async def on_step(record: Any) -> None:
-                state = curriculum.state_dict()
+                state, num_draws = curriculum.state_dict(), world.controller.num_draws
                 await asyncio.sleep(0.4)
                 if record.step % 3 == 0:
-                    self.step, self.curriculum_state = record.step, state
+                    self.step, self.num_draws = record.step, num_draws
+                    self.curriculum_state = state
                     ledger.commit_step(record.step)
 
             world = World(
@@ -59,6 +61,7 @@ class Run:
                 ledger=ledger,
                 attempt=attempt,
                 first_step=self.step,
+                first_draw=self.num_draws,
                 reissue=[
                     Draw(
                         draw_id=draw.draw_id,
@@ -108,9 +111,10 @@ def test_a_resumed_run_draws_again_what_was_open(tmp_path: Path) -> None:
     run = Run(tmp_path / "ledger.sqlite")
     run.attempt(seconds=11.3)
     assert run.step > 0
+    first_draw = run.num_draws
     again = run.attempt(seconds=None)
     requested = [request.request_id for request in again.generator.requests]
     reissued = [draw_id for draw_id in requested if draw_id.startswith("d1-")]
     assert 0 < len(reissued) <= 6
-    assert requested[: len(reissued) + 1] == [*reissued, "d2-0000000"]
+    assert requested[: len(reissued) + 1] == [*reissued, f"d2-{first_draw:07d}"]
     assert audit(run.path).num_voided > 0

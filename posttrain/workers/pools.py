@@ -17,7 +17,7 @@ from posttrain.workers.cluster import answer, connect, disconnect, start_actor, 
 from posttrain.workers.generator import GeneratorPool
 from posttrain.workers.learner import DeepSpeedLearner
 from posttrain.workers.scoring import RewardWorkers
-from posttrain.workers.settings import ActorResources, EngineSettings, LearnerSettings
+from posttrain.workers.settings import ActorResources, LearnerSettings, RolloutPoolSettings
 from posttrain.workers.weights import (
     clear_scratch,
     read_checkpoint,
@@ -80,18 +80,16 @@ class Pools:
         self,
         run_id: str,
         *,
-        engine: EngineSettings,
-        replicas: int,
-        rollout: ActorResources,
+        rollout: RolloutPoolSettings,
+        judge: RolloutPoolSettings,
         learner: ActorResources,
         rewards: RewardSettings,
         reward_workers: int,
         reward_actor: ActorResources,
         deadline_s: float,
     ) -> None:
-        self._engine = engine
-        self._replicas = replicas
         self._rollout = rollout
+        self._judge = judge
         self._learner = learner
         self._rewards = rewards
         self._reward_workers = reward_workers
@@ -139,13 +137,8 @@ class Pools:
     async def serving(self, model: str) -> GeneratorPool:
         """The engines, serving the checkpoint `model`."""
         if self._generators is None:
-            self._generators = GeneratorPool.start(
-                model,
-                PolicyVersion(0, self._versions),
-                self._engine,
-                replicas=self._replicas,
-                resources=self._rollout,
-                deadline_s=self._deadline_s,
+            self._generators = self._start_engines(
+                model, PolicyVersion(0, self._versions), self._rollout
             )
         elif self._served != model:
             self._versions += 1
@@ -156,6 +149,10 @@ class Pools:
             remove_weights(directory)
         self._served = model
         return self._generators
+
+    def start_critic(self, model: str) -> GeneratorPool:
+        """Engines of a critic's own, serving the checkpoint `model`; whoever starts it stops it."""
+        return self._start_engines(model, PolicyVersion(0, 0), self._judge)
 
     def start_learner(
         self,
@@ -182,6 +179,18 @@ class Pools:
             deadline_s=self._deadline_s,
         )
         return RemoteLearner(actor)
+
+    def _start_engines(
+        self, model: str, version: PolicyVersion, settings: RolloutPoolSettings
+    ) -> GeneratorPool:
+        return GeneratorPool.start(
+            model,
+            version,
+            settings.engine,
+            replicas=settings.replicas,
+            resources=settings.actor,
+            deadline_s=self._deadline_s,
+        )
 
     def serves_checkpoint(self, model: str) -> None:
         """The engines now hold what was saved as `model`, by another way than `serving`."""

@@ -44,6 +44,16 @@ class EngineSettings(BaseModel):
     extra: dict[str, Any] = {}
 
 
+class RolloutPoolSettings(BaseModel):
+    """vLLM engines, each in an actor with these resources."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    replicas: int = Field(default=1, gt=0)
+    actor: ActorResources = ActorResources()
+    engine: EngineSettings = EngineSettings()
+
+
 class LearnerSettings(BaseModel):
     """How the policy is trained online. `deepspeed` is merged over the configuration made here."""
 

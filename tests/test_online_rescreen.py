@@ -1,0 +1,186 @@
+"""Re-screening: whose verdict it is, who leaves, who comes back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from online_fakes import CountingCurriculum, TextScorer, make_rollout, run_virtual
+
+from posttrain.online.periodic import Periodic
+from posttrain.online.rescreen import Rescreener, RescreenReport, RescreenSettings, of_one_version
+from posttrain.types import (
+    Action,
+    Decision,
+    GenerationRequest,
+    PolicyVersion,
+    Rollout,
+    Sampling,
+    VersionSpan,
+)
+
+V6, V7 = PolicyVersion(2, 6), PolicyVersion(2, 7)
+
+
+class Critic:
+    """Prompt i is answered with the marks of `answers[i % len]`, by one version or two."""
+
+    def __init__(self, answers: Sequence[str], versions: Sequence[PolicyVersion] = (V7,)) -> None:
+        self.answers = answers
+        self.versions = versions
+        self.requests: list[GenerationRequest] = []
+        self.running = 0
+        self.most_running = 0
+
+    async def generate(self, request: GenerationRequest) -> tuple[Rollout, ...]:
+        self.requests.append(request)
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        await asyncio.sleep(1.0)
+        self.running -= 1
+        marks = self.answers[request.prompt_token_ids[0] % len(self.answers)]
+        return tuple(
+            make_rollout(request.request_id, i, mark, self.versions[i % len(self.versions)])
+            for i, mark in enumerate(marks)
+        )
+
+
+class Decisions:
+    def __init__(self) -> None:
+        self.recorded: list[tuple[str, Decision]] = []
+
+    def record_decisions(self, stage: str, decisions: Sequence[Decision]) -> None:
+        self.recorded += [(stage, decision) for decision in decisions]
+
+
+def rescreen(
+    critic: Critic, curriculum: CountingCurriculum, seed: int | None = None, **settings: Any
+) -> tuple[RescreenReport, Decisions]:
+    ledger = Decisions()
+    rescreener = Rescreener(
+        RescreenSettings(**{"prompts": 4, "samples": 16, **settings}),
+        stage="rl",
+        generator=critic,
+        scorer=TextScorer(),
+        encode=lambda prompt, system: (int(prompt.prompt_id[1:]),),
+        curriculum=curriculum,
+        ledger=ledger,
+        sampling=Sampling(max_tokens=8, temperature=0.5),
+        seed=seed,
+        template="abc",
+    )
+    return run_virtual(rescreener.slice(step=7)), ledger
+
+
+def pool_of(num_prompts: int, *dropped: str) -> CountingCurriculum:
+    curriculum = CountingCurriculum()
+    curriculum.num_drawn = num_prompts
+    curriculum.dropped = set(dropped)
+    return curriculum
+
+
+def test_easy_prompts_leave_and_dropped_ones_come_back_when_they_are_not() -> None:
+    curriculum = pool_of(4, "p2", "p3")
+    critic = Critic(["1" * 16, "0" * 8 + "1" * 8, "1" * 16, "1" * 12 + "0" * 4])
+    report, ledger = rescreen(critic, curriculum, retest_share=0.5)
+
+    assert curriculum.dropped == {"p0", "p2"}  # p2 is still easy, p3 is back
+    assert report == RescreenReport(
+        prompts=4, samples=64, discarded=0, dropped=1, restored=1, labels={"easy": 2, "medium": 2}
+    )
+    assert [(d.prompt_id, d.action) for _, d in ledger.recorded] == [
+        ("p0", Action.DROP),
+        ("p1", Action.KEEP),
+        ("p2", Action.DROP),
+        ("p3", Action.KEEP),
+    ]
+    decision = ledger.recorded[0][1]
+    assert decision.rule == "re-screening"
+    assert decision.reason == "easy at step 7: 16 of 16 right"
+    assert decision.verdict.critic == "rl:2.7"
+    assert decision.verdict.posterior == (16.5, 0.5)
+    assert decision.verdict.sampling == {
+        "temperature": 0.5,
+        "max_tokens": 8,
+        "template": "abc",
+        "system": None,
+    }
+    # The policy's posterior learns from the same answers, at the version that gave them.
+    assert curriculum.observed == [
+        ("p0", 16, 16, 7),
+        ("p1", 16, 8, 7),
+        ("p2", 16, 16, 7),
+        ("p3", 16, 12, 7),
+    ]
+
+
+def test_answers_of_another_version_are_discarded() -> None:
+    curriculum = pool_of(1)
+    critic = Critic(["10" * 8], versions=[V6, V7])  # what V7 wrote is wrong throughout
+    report, ledger = rescreen(critic, curriculum)
+    assert (report.samples, report.discarded) == (8, 8)
+    verdict = ledger.recorded[0][1].verdict
+    assert (verdict.critic, verdict.num_samples, verdict.num_correct) == ("rl:2.7", 8, 0)
+
+
+def test_an_answer_that_spans_a_publish_belongs_to_neither_version() -> None:
+    spanning = Rollout(
+        rollout_id="r",
+        draw_id="d",
+        prompt_token_ids=(1,),
+        completion_token_ids=(3, 3),
+        rollout_logprobs=(-0.5, -0.5),
+        text="1",
+        finish_reason="stop",
+        version_spans=(VersionSpan(0, 1, V6), VersionSpan(1, 2, V7)),
+    )
+    old, new = make_rollout("d", 1, "1", V6), make_rollout("d", 2, "1", V7)
+    assert of_one_version([old, spanning, new]) == (V7, [new])
+    assert of_one_version([old, spanning]) == (V7, [])
+
+
+def test_a_prompt_without_a_usable_answer_gets_no_verdict() -> None:
+    curriculum = pool_of(1)
+    report, ledger = rescreen(Critic(["?" * 16]), curriculum)
+    assert (report.prompts, report.samples, report.discarded) == (0, 0, 0)
+    assert ledger.recorded == []
+    assert curriculum.observed == []
+
+
+def test_prompts_in_flight_are_capped() -> None:
+    critic = Critic(["1" * 16])
+    rescreen(critic, pool_of(8), prompts=8, concurrency=3)
+    assert (len(critic.requests), critic.most_running) == (8, 3)
+    assert {r.num_rollouts for r in critic.requests} == {16}
+
+
+def test_samples_are_seeded_only_where_a_run_must_repeat_itself() -> None:
+    free, seeded, again = Critic(["1" * 16]), Critic(["1" * 16]), Critic(["1" * 16])
+    rescreen(free, pool_of(4))
+    rescreen(seeded, pool_of(4), seed=3)
+    rescreen(again, pool_of(4), seed=3)
+    assert {r.sampling.seed for r in free.requests} == {None}
+    assert len({r.sampling.seed for r in seeded.requests}) == 4
+    assert [r.sampling.seed for r in seeded.requests] == [r.sampling.seed for r in again.requests]
+
+
+def test_periodic_work_never_overlaps_and_skips_what_it_missed() -> None:
+    done: list[tuple[int, float]] = []
+
+    async def work(step: int) -> None:
+        await asyncio.sleep(3.5)
+        done.append((step, asyncio.get_running_loop().time()))
+
+    async def steps() -> None:
+        periodic = Periodic(2, work)
+        running = asyncio.create_task(periodic.run())
+        for step in range(1, 9):  # a step a second: 2, 4, 6, 8 are due at 1, 3, 5, 7
+            periodic.reached(step)
+            await asyncio.sleep(1.0)
+        await asyncio.sleep(10)
+        running.cancel()
+        await asyncio.wait([running])
+
+    run_virtual(steps())
+    assert done == [(2, 4.5), (4, 8.0), (8, 11.5)]

@@ -1,0 +1,60 @@
+"""Groups on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from online_fakes import make_group
+
+from posttrain import rollout_log
+from posttrain.rollout_log import RolloutLog
+from posttrain.types import DrawOutcome, PolicyVersion
+
+
+def test_every_answer_is_a_row(tmp_path: Path) -> None:
+    log = RolloutLog(tmp_path / "rollouts", attempt=2)
+    group = make_group(
+        "1?",
+        draw_id="d1-7",
+        system="brief",
+        version=PolicyVersion(1, 3),
+        components={"length": -0.5},
+    )
+    log.append(group, DrawOutcome.TRAINED)
+    log.flush()
+    (file,) = (tmp_path / "rollouts").iterdir()
+    assert file.name == "002-00000.parquet"
+    first, second = pq.read_table(file).to_pylist()
+    assert first == {
+        "draw_id": "d1-7",
+        "prompt_id": "p0",
+        "domain": "toy",
+        "system": "brief",
+        "outcome": "trained",
+        "text": "1",
+        "num_tokens": 2,
+        "finish_reason": "stop",
+        "reward": 1.0,
+        "correctness": 1.0,
+        "reward_outcome": "correct",
+        "components": '{"length": -0.5}',
+        "oldest_version": "1.3",
+        "newest_version": "1.3",
+    }
+    assert (second["reward"], second["correctness"]) == (None, None)
+    assert second["reward_outcome"] == "infrastructure"
+
+
+def test_files_are_bounded_and_an_empty_flush_writes_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout_log, "GROUPS_PER_FILE", 3)
+    log = RolloutLog(tmp_path, attempt=1)
+    for number in range(7):
+        log.append(make_group("01", draw_id=f"d1-{number}"), DrawOutcome.ZERO_ADVANTAGE)
+    log.flush()
+    log.flush()
+    rows = [pq.read_table(f).num_rows for f in sorted(tmp_path.iterdir())]
+    assert rows == [6, 6, 2]
