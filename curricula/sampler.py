@@ -28,7 +28,7 @@ _CHOICE = 4
 class CurriculumSettings(BaseModel):
     """How prompts are drawn. All but `kind` and `quotas` concern the difficulty sampler.
 
-    - `quotas`: share of the draws for each domain; None: as many as it has prompts.
+    - `quotas`: share of the trained groups for each domain; None: as many as it has prompts.
     - `forgetting`: what the evidence of a group is worth one group of the same prompt later.
     - `prior_strength`: how many answers of the policy a judge's verdict counts for, at most.
     - `candidates`: drawn and ranked for each draw.
@@ -104,10 +104,19 @@ class DifficultySampler:
 
         Raises DataError for a prompt that is not of this curriculum.
         """
+        index = self._learn(prompt_id, num_scored, num_correct, step)
+        _observe_mixture(self._mixture, self._catalogue, index, num_scored, num_correct)
+
+    def observe_verdict(self, verdict: Verdict, step: int) -> None:
+        """Learns from a judge's answers: about the prompt alone, since nobody drew it."""
+        self._learn(verdict.prompt_id, verdict.num_samples, verdict.num_correct, step)
+
+    def _learn(self, prompt_id: str, num_scored: int, num_correct: int, step: int) -> int:
         index = self._catalogue.index_of(prompt_id)
         self._posterior.observe(index, num_scored, num_correct, step)
         if not self._pool.is_dropped(index):
             self._pool.move(index, self._bucket(index))
+        return index
 
     def rescreen_slice(self, size: int, retest_share: float) -> list[Prompt]:
         """Those of a random few whose last observation is oldest: what is drawn often is known
@@ -238,7 +247,9 @@ class UniformSampler:
         return self._catalogue.prompts[index]
 
     def observe(self, prompt_id: str, num_scored: int, num_correct: int, step: int) -> None:
-        """Nothing is learned, by definition."""
+        """Learns how often a domain's groups carry a signal, and nothing about prompts."""
+        index = self._catalogue.index_of(prompt_id)
+        _observe_mixture(self._mixture, self._catalogue, index, num_scored, num_correct)
 
     def pool(self) -> dict[str, dict[str, int]]:
         """Nothing is known of any prompt's difficulty."""
@@ -288,6 +299,13 @@ def build_curriculum(
     return DifficultySampler(
         catalogue, mixture, posterior, settings, group_size=group_size, seed=seed
     )
+
+
+def _observe_mixture(
+    mixture: DomainMixture, catalogue: PromptCatalogue, index: int, scored: int, correct: int
+) -> None:
+    domain = catalogue.domains[catalogue.domain[index]]
+    mixture.observe(domain, trainable=0 < correct < scored)
 
 
 def _rng_state(rng: np.random.Generator) -> NDArray[np.uint8]:

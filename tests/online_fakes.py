@@ -22,6 +22,7 @@ from posttrain.types import (
     Sampling,
     SystemInstruction,
     TrainingBatch,
+    Verdict,
     VersionSpan,
 )
 
@@ -134,6 +135,9 @@ class CountingCurriculum:
 
     def observe(self, prompt_id: str, num_scored: int, num_correct: int, step: int) -> None:
         self.observed.append((prompt_id, num_scored, num_correct, step))
+
+    def observe_verdict(self, verdict: Verdict, step: int) -> None:
+        self.observe(verdict.prompt_id, verdict.num_samples, verdict.num_correct, step)
 
     def rescreen_slice(self, size: int, retest_share: float) -> list[Prompt]:
         retest = sorted(self.dropped)[: round(size * retest_share)]

@@ -1,3 +1,4 @@
+import random
 from collections import Counter
 
 import pytest
@@ -62,12 +63,46 @@ def test_a_share_of_zero_is_never_drawn():
     assert Counter(mixture.next() for _ in range(300)) == {"a": 210, "c": 90}
 
 
+def play(rates, quotas, num_draws, seed=0):
+    """Draws by domain and trained groups by domain, for a chance of a signal in each."""
+    mixture = DomainMixture(quotas, batch_size=16)
+    chance = random.Random(seed)
+    drawn, trained = Counter(), Counter()
+    for _ in range(num_draws):
+        domain = mixture.next()
+        signal = chance.random() < rates[domain]
+        mixture.observe(domain, trainable=signal)
+        drawn[domain] += 1
+        trained[domain] += signal
+    return drawn, trained
+
+
+def test_quotas_are_kept_by_what_is_trained():
+    rates, quotas = {"a": 0.9, "b": 0.45, "c": 0.3}, {"a": 0.5, "b": 0.25, "c": 0.25}
+    drawn, trained = play(rates, quotas, 6000)
+    for name, quota in quotas.items():
+        assert trained[name] / trained.total() == pytest.approx(quota, abs=0.03)
+    assert drawn["c"] > drawn["b"] > 0
+
+
+def test_a_domain_without_any_signal_takes_no_more_than_its_boost():
+    drawn, trained = play({"a": 0.8, "hopeless": 0.0}, {"a": 0.5, "hopeless": 0.5}, 4000)
+    assert drawn["hopeless"] / drawn.total() == pytest.approx(4 / 5, abs=0.02)
+    assert trained["a"] > 500
+
+
+def test_a_run_without_any_signal_goes_on_drawing_by_quota():
+    rates, quotas = {"a": 0.0, "b": 0.0}, {"a": 0.25, "b": 0.75}
+    drawn = play(rates, quotas, 4000)[0] - play(rates, quotas, 2000)[0]
+    assert drawn["b"] / drawn.total() == pytest.approx(0.75, abs=0.02)
+
+
 @given(shares, st.integers(1, 12), st.integers(0, 40))
 def test_a_restored_mixture_goes_on_where_it_was(weights, batch_size, drawn):
     quotas = {f"d{i}": weight for i, weight in enumerate(weights)}
     mixture, restored = DomainMixture(quotas, batch_size), DomainMixture(quotas, batch_size)
-    for _ in range(drawn):
-        mixture.next()
+    for number in range(drawn):
+        mixture.observe(mixture.next(), trainable=number % 3 == 0)
     restored.load_state_dict(mixture.state_dict())
     assert [mixture.next() for _ in range(30)] == [restored.next() for _ in range(30)]
 

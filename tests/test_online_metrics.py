@@ -25,6 +25,8 @@ def test_answers_of_rejected_groups_count() -> None:
         "pass@1": 7 / 13,
         "pass@1/sums": 6 / 8,
         "pass@1/words": 1 / 5,
+        "pass@4/sums": 1.0,
+        "pass@4/words": 0.0,  # of one group; the other has unscored answers
         "unparsable_share": 1 / 13,
         "truncated_share": 1 / 13,
         "unscored_share": 3 / 16,
@@ -71,10 +73,12 @@ def test_step_record() -> None:
         groups=[*trained[:2], make_group("11"), make_group("00"), make_group("?1")],
         ended=Counter(
             {
-                DrawOutcome.TRAINED: 4,
-                DrawOutcome.ZERO_ADVANTAGE: 2,
-                DrawOutcome.ERRORED: 1,
-                DrawOutcome.STALE: 1,
+                (DrawOutcome.TRAINED, "", "sums"): 3,
+                (DrawOutcome.TRAINED, "", "words"): 1,
+                (DrawOutcome.ZERO_ADVANTAGE, "all_correct", "sums"): 1,
+                (DrawOutcome.ZERO_ADVANTAGE, "none_correct", "sums"): 1,
+                (DrawOutcome.ERRORED, "unscored", "words"): 1,
+                (DrawOutcome.STALE, "deadline", "words"): 1,
             }
         ),
     )
@@ -105,6 +109,12 @@ def test_step_record() -> None:
         "draws/stale": 1,
         "draws/trained": 4,
         "draws/zero_advantage": 2,
+        "ended/all_correct/sums": 1,
+        "ended/deadline/words": 1,
+        "ended/none_correct/sums": 1,
+        "ended/unscored/words": 1,
+        "trained/sums": 3,
+        "trained/words": 1,
         "learner/loss": 0.5,
         "publish/pause_s": 0.25,
     }
@@ -112,7 +122,7 @@ def test_step_record() -> None:
 
 def test_a_step_whose_groups_all_came_earlier_has_no_pass_rate() -> None:
     metrics = step_metrics(
-        Interval(ended=Counter({DrawOutcome.TRAINED: 1})),
+        Interval(ended=Counter({(DrawOutcome.TRAINED, "", "toy"): 1})),
         trained=[make_group("10")],
         current=PolicyVersion(1, 0),
         num_loss_tokens=4,

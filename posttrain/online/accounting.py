@@ -112,8 +112,8 @@ class Accounting:
         step: int,
         group: RolloutGroup | None,
         reason: str = "",
-    ) -> None:
-        """Ends a draw; `group` is None when it has no answers, `step` the record it counts in."""
+    ) -> Draw:
+        """Ends a draw and returns it; `group` is None when it has no answers, `step` the record it counts in."""
         draw = self._open.pop(draw_id)
         self.counts[outcome, reason, draw.prompt.domain] += 1
         self._ledger.close_draw(
@@ -126,6 +126,7 @@ class Accounting:
         )
         if group and self._on_group:
             self._on_group(group, outcome)
+        return draw
 
     def flush(self) -> None:
         self._ledger.flush()

@@ -269,11 +269,11 @@ class Controller:
     def _close(
         self, draw_id: str, outcome: DrawOutcome, *, group: RolloutGroup | None, reason: str = ""
     ) -> None:
-        self._interval.ended[outcome] += 1
         # What ends after the record of step N belongs to step N+1: a checkpoint at N holds
         # exactly what its curriculum had seen.
         step = min(self._version.step + 1, self._settings.num_steps)
-        self._accounting.close(draw_id, outcome, step=step, group=group, reason=reason)
+        draw = self._accounting.close(draw_id, outcome, step=step, group=group, reason=reason)
+        self._interval.ended[outcome, reason, draw.prompt.domain] += 1
 
     async def _train(self, endless: Sequence[asyncio.Task[None]]) -> None:
         """Consumes trainable groups, P at a time and in order of admission; produces steps.

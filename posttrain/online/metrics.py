@@ -37,10 +37,11 @@ class LoopSummary:
 
 @dataclass(slots=True)
 class Interval:
-    """What came to the gate and which draws ended since the last step's record."""
+    """What came to the gate and which draws ended since the last step's record: how many by
+    (outcome, reason, domain); the reason of a trained one is empty."""
 
     groups: list[RolloutGroup] = field(default_factory=list)
-    ended: Counter[DrawOutcome] = field(default_factory=Counter)
+    ended: Counter[tuple[DrawOutcome, str, str]] = field(default_factory=Counter)
 
     @property
     def generated_tokens(self) -> int:
@@ -77,13 +78,17 @@ def answer_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     """Quality of all answers of `groups`, rejected groups included: reward, pass@1, lengths.
 
     Shares are over scored answers (`unscored_share`: over all). pass@1 over rejected groups too,
-    because over trained groups alone it would be near one half whatever the policy can do.
+    because over trained groups alone it would be near one half whatever the policy can do. pass@G
+    by domain is the share of whole groups of G answers with a right one: G was fixed beforehand.
     """
     rewards = [r for group in groups for r in group.rewards]
     scored = [r for r in rewards if r.value is not None]
     by_domain: defaultdict[str, list[bool]] = defaultdict(list)
+    solved: defaultdict[str, list[bool]] = defaultdict(list)
     followed: defaultdict[str, list[float]] = defaultdict(list)
     for group in groups:
+        if group.num_scored == len(group.rewards):
+            solved[f"pass@{len(group.rewards)}/{group.prompt.domain}"].append(group.num_correct > 0)
         for reward in group.rewards:
             if reward.value is None:
                 continue
@@ -94,6 +99,7 @@ def answer_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         "reward_mean": [r.value for r in scored if r.value is not None],
         "pass@1": [r.correct for r in scored],
         **{f"pass@1/{domain}": by_domain[domain] for domain in sorted(by_domain)},
+        **{name: solved[name] for name in sorted(solved)},
         "unparsable_share": [r.outcome is Outcome.UNPARSABLE for r in scored],
         "truncated_share": [r.outcome is Outcome.TRUNCATED for r in scored],
         "unscored_share": [r.value is None for r in rewards],
@@ -122,7 +128,8 @@ def step_metrics(
     """
     lags = [lag_of(group, current) for group in trained]
     gated = len(interval.groups)
-    zero_advantage = interval.ended[DrawOutcome.ZERO_ADVANTAGE]
+    outcomes, reasons, domains = _ended_by(interval.ended)
+    zero_advantage = outcomes[DrawOutcome.ZERO_ADVANTAGE]
     return {
         **answer_metrics(interval.groups),
         **({"zero_advantage_share": zero_advantage / gated} if gated else {}),
@@ -136,10 +143,28 @@ def step_metrics(
         "publish_s": times.publishing,
         "step_s": times.interval,
         "outstanding": outstanding,
-        **{f"draws/{outcome}": count for outcome, count in sorted(interval.ended.items())},
+        **{f"draws/{outcome}": count for outcome, count in sorted(outcomes.items())},
+        **{f"ended/{reason}": count for reason, count in sorted(reasons.items())},
+        **{f"trained/{domain}": count for domain, count in sorted(domains.items())},
         **{f"learner/{name}": value for name, value in learner.items()},
         **{f"publish/{name}": value for name, value in publish.items()},
     }
+
+
+def _ended_by(
+    ended: Counter[tuple[DrawOutcome, str, str]],
+) -> tuple[Counter[DrawOutcome], Counter[str], Counter[str]]:
+    """By outcome; untrained ones by `reason/domain`; trained ones by domain."""
+    outcomes: Counter[DrawOutcome] = Counter()
+    reasons: Counter[str] = Counter()
+    domains: Counter[str] = Counter()
+    for (outcome, reason, domain), count in ended.items():
+        outcomes[outcome] += count
+        if outcome is DrawOutcome.TRAINED:
+            domains[domain] += count
+        else:
+            reasons[f"{reason}/{domain}"] += count
+    return outcomes, reasons, domains
 
 
 def _lengths(groups: Iterable[RolloutGroup]) -> list[int]:

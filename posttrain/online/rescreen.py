@@ -62,7 +62,7 @@ class RescreenSettings(BaseModel):
 class ScreenedCurriculum(Protocol):
     """What re-screening needs of a curriculum."""
 
-    def observe(self, prompt_id: str, num_scored: int, num_correct: int, step: int) -> None: ...
+    def observe_verdict(self, verdict: Verdict, step: int) -> None: ...
 
     def rescreen_slice(self, size: int, retest_share: float) -> list[Prompt]:
         """Prompts to judge again, each once: mostly those whose difficulty was observed longest
