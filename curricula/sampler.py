@@ -246,7 +246,13 @@ class UniformSampler:
         self._drawn[domain] += 1
         return self._catalogue.prompts[index]
 
-    def observe(self, prompt_id: str, num_scored: int, num_correct: int, step: int) -> None:
+    def observe(
+        self,
+        prompt_id: str,
+        num_scored: int,
+        num_correct: int,
+        step: int,  # noqa: ARG002 (other curricula date what they learn)
+    ) -> None:
         """Learns how often a domain's groups carry a signal, and nothing about prompts."""
         index = self._catalogue.index_of(prompt_id)
         _observe_mixture(self._mixture, self._catalogue, index, num_scored, num_correct)

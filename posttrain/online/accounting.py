@@ -113,7 +113,8 @@ class Accounting:
         group: RolloutGroup | None,
         reason: str = "",
     ) -> Draw:
-        """Ends a draw and returns it; `group` is None when it has no answers, `step` the record it counts in."""
+        """Ends a draw and returns it; `group` is None when it has no answers, `step` the record
+        it counts in."""
         draw = self._open.pop(draw_id)
         self.counts[outcome, reason, draw.prompt.domain] += 1
         self._ledger.close_draw(
