@@ -217,7 +217,7 @@ class Rescreener:
         """Whether the decision changed anything for the prompt."""
         verdict, prompt_id = decision.verdict, decision.prompt_id
         version = PolicyVersion.parse(verdict.critic.rpartition(":")[2])
-        self._curriculum.observe(prompt_id, verdict.num_samples, verdict.num_correct, version.step)
+        self._curriculum.observe_verdict(verdict, version.step)
         before = self._curriculum.is_dropped(prompt_id)
         if decision.action is Action.DROP and not before:
             self._curriculum.drop(prompt_id)
