@@ -83,9 +83,9 @@ def eval_command(
     """Measure pass@k of MODEL on the held-out tasks of CONFIG, by domain."""
     changed = [*(overrides or []), f"policy.model={json.dumps(model, ensure_ascii=False)}"]
     settings, inputs = _prepare(config, changed + ([f"eval.k=[{k}]"] if k else []))
-    from posttrain.pipeline import evaluate_model
+    from posttrain.pipeline import evaluate_models
 
-    summary = evaluate_model(settings, inputs)
+    (summary,) = evaluate_models(settings, inputs, [inputs.model])
     if as_json:
         print(json.dumps(summary))
         return

@@ -109,11 +109,14 @@ class TrainingEvalSettings(EvalSettings):
 class RLSettings(LoopSettings):
     """Asynchronous online RL: the loop's own settings, and those of its parts.
 
-    `keep_checkpoints` counts the newest ones; `evaluation` and `rescreen` are off unless given.
+    `keep_checkpoints` counts the newest ones; `export_every` so many steps the policy is also
+    written to `rl/export-N` in Hugging Face's format, and stays. That, `evaluation` and `rescreen`
+    are off unless given.
     """
 
     checkpoint_every: int = Field(default=20, gt=0)
     keep_checkpoints: int = Field(default=2, gt=0)
+    export_every: int | None = Field(default=None, gt=0)
     evaluation: TrainingEvalSettings | None = None
     rescreen: RescreenSettings | None = None
     learner: LearnerSettings = LearnerSettings()

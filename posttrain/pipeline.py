@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -180,22 +180,31 @@ class _Runner:
         return target
 
 
-def evaluate_model(settings: Settings, inputs: Inputs) -> dict[str, Any]:
-    """The policy's `summarise` on the held-out tasks; leaves nothing on disk."""
+def evaluate_models(
+    settings: Settings, inputs: Inputs, models: Sequence[Path]
+) -> list[dict[str, Any]]:
+    """`summarise` of each policy on the held-out tasks; leaves nothing on disk.
+
+    All have the tokenizer and the architecture of the first: the engines change weights.
+    """
     with _pools(Path.cwd() / f"eval-{os.getpid()}", settings) as pools:
 
-        async def measure() -> list[PromptResult]:
+        async def measure(model: Path, label: str) -> list[PromptResult]:
             return await evaluate(
                 inputs.held_out,
-                generator=await pools.serving(str(inputs.model)),
+                generator=await pools.serving(str(model)),
                 scorer=pools.scorer,
                 encode=inputs.chat.encode,
                 instructions=list(InstructionMix(settings.system_instructions, 0).by_name.values()),
                 settings=settings.eval,
-                label="eval",
+                label=label,
             )
 
-        return summarise(asyncio.run(measure()), settings.eval.k)
+        async def measure_all() -> list[list[PromptResult]]:
+            return [await measure(m, f"eval-{number}") for number, m in enumerate(models)]
+
+        results = asyncio.run(measure_all())
+    return [summarise(result, settings.eval.k) for result in results]
 
 
 def read_evaluation(path: Path) -> list[PromptResult]:

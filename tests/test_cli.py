@@ -331,12 +331,12 @@ def test_eval_measures_the_model_it_is_given(
 ) -> None:
     odd = Path(shutil.copytree(tiny_policy, desk.path / "a: policy #1 ü"))
 
-    def evaluate_model(settings: Any, inputs: Any) -> dict[str, Any]:
-        assert inputs.model == odd
+    def evaluate_models(settings: Any, inputs: Any, models: Any) -> list[dict[str, Any]]:
+        assert models == [inputs.model] == [odd]
         assert (settings.eval.k, settings.eval.num_samples) == ([1, 4], 4)
-        return one_metric(0.25)
+        return [one_metric(0.25)]
 
-    pipeline.evaluate_model = evaluate_model  # type: ignore[attr-defined]
+    pipeline.evaluate_models = evaluate_models  # type: ignore[attr-defined]
     arguments = ["eval", str(odd), desk.config, "eval.num_samples=4", "--k", "1,4"]
     done = desk.call(*arguments, "--json")
     assert (done.code, json.loads(done.out)) == (0, one_metric(0.25))

@@ -82,6 +82,9 @@ async def rl(context: StageContext, model: Path) -> dict[str, Any]:
                 save_learner=lambda directory: learner.save_checkpoint(directory, record.version),
                 commit=lambda: context.ledger.commit_step(record.step),
             )
+        if settings.export_every is not None and record.step % settings.export_every == 0:
+            export = context.run.stage_dir(STAGE) / f"export-{record.step}"
+            await learner.save_policy(export, str(model))
         await beside.reached(record.version)
 
     controller = Controller(
