@@ -12,7 +12,7 @@ from posttrain.progress import Progress
 from posttrain.stages.context import StageContext
 from posttrain.types import GenerationRequest, Sampling
 from posttrain.workers.generator import GeneratorPool
-from posttrain.workers.publisher import SharedMemoryPublisher
+from posttrain.workers.publisher import WeightPublisher
 
 NUM_PROBES = 8
 
@@ -30,8 +30,13 @@ async def rl(context: StageContext, model: Path) -> dict[str, Any]:
         max_tokens=settings.max_tokens,
         seed=context.seed,
     )
-    publisher = SharedMemoryPublisher(
-        learner.actor, generators, context.pools.scratch, probes, settings.publish
+    publisher = WeightPublisher(
+        learner,
+        generators,
+        model=model,
+        scratch=context.pools.scratch,
+        probe_sequences=probes,
+        settings=settings.publish,
     )
     attempt = context.ledger.open_attempt("rl", from_step=0)
     progress = Progress("rl", settings.num_steps)
