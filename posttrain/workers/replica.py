@@ -125,10 +125,12 @@ class Replica:
 
     async def generate(self, request: GenerationRequest) -> tuple[Rollout, ...]:
         """Raises EngineLost if the engine died or hung; its answer is then lost for good."""
+        actor = self._actor
         rollouts: tuple[Rollout, ...] = await self._work(
-            self._actor.generate.remote(request), request.num_rollouts
+            actor.generate.remote(request), request.num_rollouts
         )
-        self._failures.clear()
+        if actor is self._actor:  # else it was lost after this answer
+            self._failures.clear()
         return rollouts
 
     async def score_tokens(
