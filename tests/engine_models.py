@@ -12,6 +12,8 @@ from posttrain.types import GenerationRequest, Sampling
 PAD, END = 0, 2
 MAX_MODEL_LEN = 256
 VOCAB_SIZE = 128
+TEMPERATURE = 0.7
+PROBES = [list(range(3, 100)), [5, 60, 7], [127, 126, 125, 124]]
 CORPUS = (
     "the quick brown fox jumps over the lazy dog while the other foxes watch the same dog sleep "
     "in the shade of an old oak and think that nothing in this world is better than a long nap"

@@ -2,125 +2,21 @@
 
 import asyncio
 import itertools
-from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
+import shutil
 
 import pytest
 import torch
-from engine_models import MAX_MODEL_LEN, build_tokenizer, request, save_policy
-from safetensors.torch import load_file, save_file
+from engine_models import MAX_MODEL_LEN, PROBES, TEMPERATURE, build_tokenizer, request
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from posttrain.advantages import group_to_samples
 from posttrain.errors import MismatchError
-from posttrain.packing import pack
-from posttrain.types import Message, Outcome, PolicyVersion, Prompt, Reward, RolloutGroup
-from posttrain.workers.cluster import start_actor, stop_actor
-from posttrain.workers.generator import GeneratorPool
-from posttrain.workers.pools import LearnerActor
-from posttrain.workers.publisher import SharedMemoryPublisher, compare_logprobs
-from posttrain.workers.settings import (
-    ActorResources,
-    EngineSettings,
-    LearnerSettings,
-    PublishSettings,
-)
+from posttrain.types import PolicyVersion
+from posttrain.workers.probe import compare_logprobs
+from posttrain.workers.weights import write_weights
 
 pytest_plugins = ["engine_fixtures"]
 pytestmark = pytest.mark.engine
-
-TEMPERATURE = 0.7
-PROBES = [list(range(3, 100)), [5, 60, 7], [127, 126, 125, 124]]
-
-
-class Stack:
-    """One engine and one learner that started from the same checkpoint."""
-
-    def __init__(self, generators, learner, scratch):
-        self.generators = generators
-        self.learner = learner
-        self.scratch = scratch
-        self._versions = itertools.count(1)
-
-    def next_version(self):
-        return PolicyVersion(1, next(self._versions))
-
-    def publisher(self, learner=None):
-        return SharedMemoryPublisher(
-            learner or self.learner, self.generators, self.scratch, PROBES, PublishSettings()
-        )
-
-    async def scores(self, sequences):
-        """(the learner's, the engine's) log-probabilities."""
-        learned = await self.learner.score_tokens.remote(sequences)
-        (served,) = await self.generators.score_tokens(sequences, f"test-{next(self._versions)}")
-        return learned, served
-
-    async def train_on(self, rollouts):
-        """One step in which every other answer was right."""
-        rewards = [
-            Reward(
-                value=float(right),
-                correctness=float(right),
-                outcome=Outcome.CORRECT if right else Outcome.WRONG,
-            )
-            for right in itertools.islice(itertools.cycle((True, False)), len(rollouts))
-        ]
-        group = RolloutGroup(
-            draw_id="draw",
-            prompt=Prompt(
-                prompt_id="p",
-                messages=(Message(role="user", content="the"),),
-                reference=None,
-                domain="toy",
-            ),
-            system=None,
-            sampling=request("", "", num_rollouts=1, max_tokens=1).sampling,
-            rollouts=tuple(rollouts),
-            rewards=tuple(rewards),
-        )
-        batch = pack(
-            group_to_samples(group, "mean"),
-            row_tokens=MAX_MODEL_LEN,
-            micro_tokens=1024,
-            pad_token_id=0,
-            current=rollouts[0].oldest_version,
-        )
-        return await self.learner.step.remote(batch)
-
-
-@pytest.fixture(scope="module", params=["tied", "untied"])
-def stack(request, cluster, tmp_path_factory):
-    directory = tmp_path_factory.mktemp(request.param)
-    policy = save_policy(directory / "policy", tied=request.param == "tied")
-    resources = ActorResources(cpus=0.25)
-    with ThreadPoolExecutor() as starting:  # at the same time: each takes many seconds
-        learner = starting.submit(
-            start_actor,
-            LearnerActor,
-            str(policy),
-            LearnerSettings(learning_rate=3e-2),
-            temperature=TEMPERATURE,
-            max_age=1,
-            max_tokens=40,
-            seed=0,
-            resources=resources,
-            environment={"OMP_NUM_THREADS": "1"},
-            deadline_s=240,
-        )
-        generators = GeneratorPool.start(
-            str(policy),
-            PolicyVersion(1, 0),
-            EngineSettings(max_model_len=MAX_MODEL_LEN, max_num_seqs=64),
-            replicas=1,
-            resources=resources,
-            deadline_s=240,
-        )
-    scratch = directory / "scratch"
-    scratch.mkdir()
-    yield Stack(generators, learner.result(), scratch)
-    generators.stop()
-    stop_actor(learner.result())
-
 
 only_tied = pytest.mark.parametrize("stack", ["tied"], indirect=True)
 
@@ -160,6 +56,16 @@ async def test_token_ids_travel_and_text_does_not(stack):
         assert abs(total - sum(sampled[i])) > 0.1
 
 
+def reprefilled(rollouts, version):
+    """Tokens that `rollouts` had in the cache when `version` came."""
+    return sum(
+        len(rollout.prompt_token_ids) + span.start
+        for rollout in rollouts
+        for span in rollout.version_spans
+        if span.version == version and span.start > 0
+    )
+
+
 async def test_weights_change_under_running_requests(stack):
     rollouts = await stack.generators.generate(
         request("train", "the lazy dog", num_rollouts=8, max_tokens=64, temperature=TEMPERATURE)
@@ -191,7 +97,8 @@ async def test_weights_change_under_running_requests(stack):
     learned, served = await stack.scores(PROBES)
     assert compare_logprobs(learned, [served])["mismatch_max"] < 1e-4
     assert compare_logprobs(learned, [before])["mismatch_max"] > 0.1  # both really changed
-    assert list(stack.scratch.iterdir()) == []
+    assert list(stack.scratch.iterdir()) == [stack.scratch / str(versions[1])]
+    assert published["reprefilled_tokens"] == reprefilled(answered, versions[0]) > 0
 
     assert len(answered) == 64
     for rollout in answered:
@@ -209,21 +116,105 @@ async def test_weights_change_under_running_requests(stack):
     assert {span.version for r in fresh for span in r.version_spans} == {versions[1]}
 
 
+class Keeper:
+    """The learner, except that what it writes for the engines is kept, version by version."""
+
+    def __init__(self, learner):
+        self.node_id = learner.node_id
+        self.score_tokens = learner.score_tokens
+        self.weights = {}
+        self._learner = learner
+
+    async def write_weights(self, directory):
+        seconds = await self._learner.write_weights(directory)
+        self.weights[PolicyVersion.parse(directory.name)] = load_file(
+            directory / "model.safetensors"
+        )
+        return seconds
+
+
+def spanwise_logprobs(rollout, model, weights):
+    """Of each completion token, under the version that its span names, the whole prefix too."""
+    ids = torch.tensor([[*rollout.prompt_token_ids, *rollout.completion_token_ids]])
+    start = len(rollout.prompt_token_ids)
+    logprobs = []
+    for span in rollout.version_spans:
+        model.load_state_dict(weights[span.version])
+        with torch.no_grad():
+            predicted = model(ids).logits[0, :-1].log_softmax(-1)
+        own = predicted.gather(1, ids[0, 1:, None])[start - 1 :, 0]
+        logprobs += own[span.start : span.end].tolist()
+    return logprobs
+
+
+async def test_fifty_publishes_into_a_running_engine(stack):
+    """Weights stay right, no request is lost, and each span's tokens are of its version."""
+    keeper = Keeper(stack.learner)
+    publisher = stack.publisher(keeper, probe_every=10)
+    await publisher.publish(first := stack.next_version())
+    batch = await stack.generators.generate(
+        request("fifty", "the lazy dog", num_rollouts=8, max_tokens=32, temperature=TEMPERATURE)
+    )
+    answered, published, latest = [], [], [first]
+    stop = asyncio.Event()
+
+    async def ask(worker):
+        index = 0
+        while not stop.is_set():
+            since = latest[-1]
+            answer = await stack.generators.generate(
+                request(f"fifty-{worker}-{index}", "the", num_rollouts=4, max_tokens=180)
+            )
+            answered.extend((since, latest[-1], rollout) for rollout in answer)
+            index += 1
+        return index
+
+    workers = [asyncio.create_task(ask(i)) for i in range(4)]
+    for _ in range(50):
+        await stack.train_on(batch)
+        published.append(await publisher.publish(version := stack.next_version()))
+        latest.append(version)
+    stop.set()
+    asked = sum(await asyncio.gather(*workers))
+
+    assert len({rollout.rollout_id for *_, rollout in answered}) == len(answered) == 4 * asked
+    for since, until, rollout in answered:
+        spans = rollout.version_spans
+        assert spans[0].start == 0 and spans[-1].end == len(rollout.completion_token_ids)
+        assert all(a.end == b.start for a, b in itertools.pairwise(spans))
+        versions = [span.version for span in spans]
+        assert versions == sorted(set(versions))
+        assert versions[0] >= since
+        assert versions[-1] <= max(until, version)
+    learned, served = await stack.scores(PROBES)
+    assert compare_logprobs(learned, [served])["mismatch_max"] < 1e-4
+    assert all(0 < metrics["pause_s"] < metrics["publish_s"] for metrics in published)
+    assert sum(metrics["reprefilled_tokens"] for metrics in published) > 0
+
+    model = AutoModelForCausalLM.from_pretrained(stack.policy).eval()
+    several = sorted((r for *_, r in answered), key=lambda r: -len(r.version_spans))[:12]
+    assert len(several[-1].version_spans) > 1
+    expected = [spanwise_logprobs(rollout, model, keeper.weights) for rollout in several]
+    written = [list(rollout.rollout_logprobs) for rollout in several]
+    assert compare_logprobs(expected, [written])["mismatch_max"] < 1e-4
+
+
 class Forger:
-    """The learner's handle, except that what it writes for the engines is changed first."""
+    """The learner, except that what it writes for the engines is changed first."""
 
     def __init__(self, learner, change):
+        self.node_id = learner.node_id
         self.score_tokens = learner.score_tokens
-        self.write_weights = SimpleNamespace(remote=self._write)
         self._learner = learner
         self._change = change
 
-    async def _write(self, directory):
-        seconds = await self._learner.write_weights.remote(directory)
-        file = f"{directory}/model.safetensors"
-        state = load_file(file)
+    async def write_weights(self, directory):
+        other = directory.with_name("other")
+        seconds = await self._learner.write_weights(other)
+        state = load_file(other / "model.safetensors")
+        shutil.rmtree(other)
         self._change(state)
-        save_file(state, file)
+        write_weights(state, directory)
         return seconds
 
 
@@ -249,7 +240,6 @@ async def test_an_engine_with_other_weights_than_the_learner_is_noticed(stack, c
     version = stack.next_version()
     with pytest.raises(MismatchError, match=rf"after publishing {version} .*max_mismatch"):
         await stack.publisher(Forger(stack.learner, change)).publish(version)
-    assert list(stack.scratch.iterdir()) == []
     metrics = await stack.publisher().publish(stack.next_version())
     assert metrics["mismatch_max"] < 1e-4
 
@@ -265,17 +255,4 @@ async def test_a_request_that_is_given_up_frees_its_engine(stack):
     # The engine takes the same id again only if it let go of the first request.
     rollouts = await stack.generators.generate(long)
     assert len(rollouts) == 16
-    assert stack.generators._outstanding == [0]
-
-
-@only_tied
-async def test_the_probe_runs_after_the_first_publishes_and_then_now_and_then(stack):
-    publisher = SharedMemoryPublisher(
-        stack.learner,
-        stack.generators,
-        stack.scratch,
-        PROBES,
-        PublishSettings(probe_first=1, probe_every=3),
-    )
-    probed = ["mismatch_max" in await publisher.publish(stack.next_version()) for _ in range(6)]
-    assert probed == [True, False, True, False, False, True]
+    assert [replica.outstanding for replica in stack.generators._replicas] == [0]

@@ -1,6 +1,5 @@
 """Weights as files: names, values, leftovers. No engine is started."""
 
-import numpy as np
 import pytest
 import torch
 from engine_models import save_policy
@@ -9,10 +8,11 @@ from transformers import AutoModelForCausalLM
 
 from posttrain.errors import ModelError
 from posttrain.workers import weights
-from posttrain.workers.publisher import compare_logprobs
+from posttrain.workers.fingerprint import fingerprint
 from posttrain.workers.weights import (
     clear_scratch,
     read_checkpoint,
+    read_fingerprint,
     remove_weights,
     scratch_directory,
     with_lm_head,
@@ -54,6 +54,7 @@ def test_a_checkpoint_is_read_as_an_engine_wants_it_and_written_back(tied, tmp_p
     back = load_file(written / "model.safetensors")
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in state)
+    assert read_fingerprint(written) == fingerprint(state.items())
     remove_weights(written)
     assert not written.exists()
 
@@ -97,21 +98,3 @@ def test_only_the_own_leftovers_are_cleared(tmp_path, monkeypatch):
     assert clear_scratch("mine") is True
     assert not mine.exists()
     assert (other / "1.1" / "model.safetensors").exists()
-
-
-def test_log_probabilities_are_compared_over_all_engines_and_tokens():
-    reference = [[-1.0, -2.0], [-3.0]]
-    same = [[-1.0, -2.0], [-3.0]]
-    off = [[-1.0, -2.5], [-3.0]]
-    assert compare_logprobs(reference, [same]) == {"mismatch_max": 0.0, "mismatch_k3": 0.0}
-    compared = compare_logprobs(reference, [same, off])
-    assert compared["mismatch_max"] == 0.5
-    # k3 = e^d − d − 1 at d = −0.5, on one of six tokens
-    assert compared["mismatch_k3"] == pytest.approx((np.exp(-0.5) - 0.5) / 6)
-
-
-@pytest.mark.parametrize("side", ["reference", "answer"])
-def test_a_log_probability_that_is_no_number_is_the_largest_mismatch(side):
-    good, bad = [[-1.0, -2.0]], [[-1.0, float("nan")]]
-    reference, answers = (bad, [good]) if side == "reference" else (good, [bad])
-    assert compare_logprobs(reference, answers)["mismatch_max"] == float("inf")

@@ -17,7 +17,7 @@ from posttrain.stages.rl_beside import Beside
 from posttrain.stages.rl_checkpoint import LoopState, RLCheckpoints, read_state
 from posttrain.types import GenerationRequest, Sampling
 from posttrain.workers.generator import GeneratorPool
-from posttrain.workers.publisher import SharedMemoryPublisher
+from posttrain.workers.publisher import WeightPublisher
 
 NUM_PROBES = 8
 STAGE = "rl"
@@ -43,8 +43,13 @@ async def rl(context: StageContext, model: Path) -> dict[str, Any]:
         seed=context.seed,
         checkpoint=checkpoint / "learner" if checkpoint is not None else None,
     )
-    publisher = SharedMemoryPublisher(
-        learner.actor, generators, context.pools.scratch, probes, settings.publish
+    publisher = WeightPublisher(
+        learner,
+        generators,
+        model=model,
+        scratch=context.pools.scratch,
+        probe_sequences=probes,
+        settings=settings.publish,
     )
     curriculum = _curriculum(context, state)
     first_step = state.step if state is not None else 0
@@ -53,7 +58,7 @@ async def rl(context: StageContext, model: Path) -> dict[str, Any]:
     if state is not None:
         say(f"rl: goes on from step {first_step}, {len(reissue)} draws are drawn again")
     rollouts = RolloutLog(context.run.rollouts_dir, attempt)
-    beside = await Beside.start(context, model, generators, curriculum, learner.actor, probes)
+    beside = await Beside.start(context, model, generators, curriculum, learner, probes)
     progress = Progress(STAGE, settings.num_steps, done=first_step)
 
     async def on_step(record: StepRecord) -> None:

@@ -14,7 +14,7 @@ from posttrain.online.rescreen import Rescreener
 from posttrain.stages.context import StageContext
 from posttrain.types import PolicyVersion, Sampling
 from posttrain.workers.generator import GeneratorPool
-from posttrain.workers.publisher import SharedMemoryPublisher
+from posttrain.workers.publisher import WeightPublisher, WeightSource
 
 
 class Beside:
@@ -26,7 +26,7 @@ class Beside:
         generators: GeneratorPool,
         curriculum: DifficultySampler | UniformSampler,
         critic: GeneratorPool | None,
-        to_critic: SharedMemoryPublisher | None,
+        to_critic: WeightPublisher | None,
     ) -> None:
         settings = context.settings.rl
         self._context = context
@@ -64,15 +64,20 @@ class Beside:
         model: Path,
         generators: GeneratorPool,
         curriculum: DifficultySampler | UniformSampler,
-        learner: Any,
+        learner: WeightSource,
         probes: Sequence[Sequence[int]],
     ) -> Beside:
         settings = context.settings.rl
         critic = to_critic = None
         if settings.rescreen is not None and settings.rescreen.placement == "dedicated":
-            critic = context.pools.start_critic(str(model))
-            to_critic = SharedMemoryPublisher(
-                learner, critic, context.pools.scratch / "critic", probes, settings.publish
+            critic = await context.pools.start_critic(str(model))
+            to_critic = WeightPublisher(
+                learner,
+                critic,
+                model=model,
+                scratch=context.pools.scratch / "critic",
+                probe_sequences=probes,
+                settings=settings.publish,
             )
         return cls(context, generators, curriculum, critic, to_critic)
 

@@ -10,10 +10,14 @@ import asyncio
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from posttrain.errors import EngineError, ModelError
 from posttrain.types import GenerationRequest, PolicyVersion, Rollout, VersionSpan
+from posttrain.workers.agreement import ModelFacts, tokenizer_fingerprint
+from posttrain.workers.fingerprint import Fingerprint, check_arrival
+from posttrain.workers.process_log import ProcessLog
 from posttrain.workers.settings import EngineSettings
 
 
@@ -44,6 +48,8 @@ def _engine_args(model: str, settings: EngineSettings) -> Any:
         "dtype": settings.dtype,
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,
+        "tensor_parallel_size": settings.tensor_parallel,
+        "worker_extension_cls": "posttrain.workers.engine_extension.PublishedWeightsLoader",
         # The ratio of the loss needs the distribution that was sampled from, temperature included.
         "logprobs_mode": "processed_logprobs",
         # Sampling settings come with each request; a checkpoint's defaults would bias the ratio.
@@ -52,19 +58,21 @@ def _engine_args(model: str, settings: EngineSettings) -> Any:
         "use_tqdm_on_load": False,
     }
     if not torch.cuda.is_available():
-        arguments |= {"enforce_eager": True, "distributed_executor_backend": "uni"}
+        backend = "uni" if settings.tensor_parallel == 1 else "mp"
+        arguments |= {"enforce_eager": True, "distributed_executor_backend": backend}
     return AsyncEngineArgs(**(arguments | settings.extra))
 
 
 class VllmEngine:
     """Owns one `AsyncLLM`. Create it with `await VllmEngine.start(...)`."""
 
-    def __init__(self, llm: Any, tokenizer: Any, settings: EngineSettings) -> None:
+    def __init__(self, llm: Any, settings: EngineSettings) -> None:
         self._llm = llm
-        self._tokenizer = tokenizer
+        self._tokenizer = llm.get_tokenizer()
         self._settings = settings
         self._update_lock = asyncio.Lock()
-        self.version: PolicyVersion | None = None
+        self._progress: dict[str, int] = {}
+        self._progressed_at = time.monotonic()
 
     @classmethod
     async def start(
@@ -78,14 +86,19 @@ class VllmEngine:
         os.environ.update(engine_environment(settings))
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        log = ProcessLog()
         try:
             llm = AsyncLLM.from_engine_args(_engine_args(model, settings))
         except Exception as error:
-            raise ModelError(f"vLLM cannot load {model!r}: {error}") from error
-        engine = cls(llm, llm.get_tokenizer(), settings)
+            raise ModelError(f"vLLM cannot load {model!r}: {log.last_error() or error}") from error
         await llm.update_weight_version(str(version))
-        engine.version = version
-        return engine
+        return cls(llm, settings)
+
+    def facts(self) -> ModelFacts:
+        return ModelFacts(
+            vocab_size=self._llm.model_config.get_vocab_size(),
+            tokenizer=tokenizer_fingerprint(self._tokenizer),
+        )
 
     async def generate(self, request: GenerationRequest) -> tuple[Rollout, ...]:
         """`num_rollouts` completions with the engine's log-probabilities of their own tokens."""
@@ -131,37 +144,65 @@ class VllmEngine:
 
         return list(await asyncio.gather(*(score(i, s) for i, s in enumerate(sequences))))
 
-    async def update_weights(self, directory: str, version: PolicyVersion) -> dict[str, float]:
-        """Serves the safetensors in `directory` as `version`, running requests included.
+    async def update_weights(
+        self, file: Path, version: PolicyVersion, published: Fingerprint
+    ) -> dict[str, float]:
+        """Serves the safetensors in `file` as `version`, running requests included.
 
-        The directory must name tied weights twice (`lm_head.weight` beside the embedding): vLLM
-        keeps the old head otherwise. The prefix cache is cleared, it belongs to the old weights.
+        The file must name tied weights twice (`lm_head.weight` beside the embedding): vLLM keeps
+        the old head otherwise. It is checked while generation goes on. The prefix cache is cleared,
+        it belongs to the old weights; what the running requests had in it is computed again.
 
-        Returns: seconds that generation stood still.
+        Returns:
+            `pause_s`: seconds that generation stood still.
+            `reprefilled_tokens`: prompt and completion tokens of the requests that were being
+            answered, which all go through the model once more (a prefix that several of them share
+            counts each time).
 
         Raises:
-            EngineError: the engine did not take them in time; it stays paused and is of no use.
+            MismatchError: the file is not what was published; nothing was loaded.
         """
         async with self._update_lock:
+            await asyncio.to_thread(check_arrival, file, published)
             began = time.perf_counter()
-            try:
-                async with asyncio.timeout(self._settings.deadline_s):
-                    await self._llm.pause_generation(mode="keep", clear_cache=True)
-                    await self._llm.collective_rpc(
-                        "reload_weights", kwargs={"weights_path": directory}
-                    )
-                    await self._llm.update_weight_version(str(version))
-                    await self._llm.resume_generation()
-            except TimeoutError as error:
-                raise EngineError(
-                    f"an engine did not take the weights {version} within "
-                    f"{self._settings.deadline_s:g} s (resources.rollout.engine.deadline_s)"
-                ) from error
-            self.version = version
-            return {"pause_s": time.perf_counter() - began}
+            await self._llm.pause_generation(mode="keep", clear_cache=True)
+            reprefilled = self._tokens_in_flight()
+            await self._llm.collective_rpc("load_published", args=(str(file),))
+            await self._llm.update_weight_version(str(version))
+            await self._llm.resume_generation()
+            pause_s = time.perf_counter() - began
+            return {"pause_s": pause_s, "reprefilled_tokens": float(reprefilled)}
+
+    async def stalled_s(self) -> float:
+        """Seconds since a token was written, while requests wait for one and no update is under
+        way. Does not return while the engine core is stuck: it answers between two steps.
+
+        Looks at what has changed since the last call, so it is as fine as the calls are frequent.
+        """
+        await self._llm.get_weight_version()
+        progress = {
+            request_id: state.detokenizer.num_output_tokens()
+            for request_id, state in self._request_states().items()
+        }
+        if not progress or progress != self._progress or self._update_lock.locked():
+            self._progress = progress
+            self._progressed_at = time.monotonic()
+        return time.monotonic() - self._progressed_at
 
     def close(self) -> None:
         self._llm.shutdown()
+
+    def _tokens_in_flight(self) -> int:
+        lengths = (
+            (state.prompt_len, state.detokenizer.num_output_tokens())
+            for state in self._request_states().values()
+        )
+        return sum(prompt + written for prompt, written in lengths if written)
+
+    def _request_states(self) -> dict[str, Any]:
+        """vLLM's own record of each completion under way."""
+        states: dict[str, Any] = self._llm.output_processor.request_states
+        return states
 
     async def _final_output(self, token_ids: Sequence[int], parameters: Any, label: str) -> Any:
         final = None

@@ -1,60 +1,52 @@
-"""vLLM engines as Ray actors behind one `Generator`."""
+"""vLLM engines as Ray actors behind one `Generator`: load spread, losses made good."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TypeVar
 
-import ray
-
+from posttrain.errors import EngineError
 from posttrain.types import GenerationRequest, PolicyVersion, Rollout
-from posttrain.workers.cluster import answer, close_actor, start_actor
-from posttrain.workers.engine import VllmEngine, engine_environment
+from posttrain.workers.agreement import ModelFacts, check_dtype, check_model
+from posttrain.workers.fingerprint import main_dtype
+from posttrain.workers.replica import EngineLost, Replica
 from posttrain.workers.settings import ActorResources, EngineSettings
+from posttrain.workers.transport import PublishedWeights
+
+T = TypeVar("T")
 
 
-class GeneratorActor:
-    """One engine in a process of its own. Everything it does is `VllmEngine`'s."""
+@dataclass(frozen=True, kw_only=True)
+class UpdateReport:
+    """One update of all engines: the longest pause in seconds (None if each of them was replaced),
+    what all of them prefill again, and how many were replaced since the pool was started."""
 
-    def __init__(self, model: str, version: PolicyVersion, settings: EngineSettings) -> None:
-        self._model = model
-        self._version = version
-        self._settings = settings
-        self._engine: VllmEngine | None = None
-
-    async def ready(self) -> None:
-        self._engine = await VllmEngine.start(self._model, self._version, self._settings)
-
-    async def generate(self, request: GenerationRequest) -> tuple[Rollout, ...]:
-        return await self._running.generate(request)
-
-    async def score_tokens(
-        self, sequences: Sequence[Sequence[int]], label: str
-    ) -> list[list[float]]:
-        return await self._running.score_tokens(sequences, label)
-
-    async def update_weights(self, directory: str, version: PolicyVersion) -> dict[str, float]:
-        return await self._running.update_weights(directory, version)
-
-    async def close(self) -> None:
-        self._running.close()
-
-    @property
-    def _running(self) -> VllmEngine:
-        assert self._engine is not None, "ready() comes first"
-        return self._engine
+    pause_s: float | None
+    reprefilled_tokens: float
+    replaced_engines: int
 
 
 class GeneratorPool:
-    """Engines that all serve the same version; a request goes to the one with least to do."""
+    """Engines of which each that serves has confirmed the newest weights. A request goes to the one
+    with least to do.
 
-    def __init__(self, actors: Sequence[Any]) -> None:
-        self._actors = list(actors)
-        self._outstanding = [0] * len(self._actors)
+    An engine that dies, hangs or is late is replaced. Its successor loads the newest weights before
+    it serves; its open requests are given to another engine, once for each time that they lose
+    one, under their old ids. Meanwhile requests go to the engines that are left, or wait.
+    """
+
+    def __init__(self, replicas: Sequence[Replica], settings: EngineSettings) -> None:
+        self._replicas = list(replicas)
+        self._settings = settings
+        self._weights: PublishedWeights | None = None
+        self._restarting: dict[str, asyncio.Task[None]] = {}
+        self._replaced = 0
 
     @classmethod
-    def start(
+    async def start(
         cls,
         model: str,
         version: PolicyVersion,
@@ -64,58 +56,138 @@ class GeneratorPool:
         resources: ActorResources,
         deadline_s: float,
     ) -> GeneratorPool:
-        return cls(
+        """All engines, serving the checkpoint `model` as `version`.
+
+        Raises:
+            PlacementError, StageError, ModelError: one of them did not start.
+        """
+        pool = cls(
             [
-                start_actor(
-                    GeneratorActor,
-                    model,
-                    version,
-                    settings,
-                    resources=resources,
-                    environment=engine_environment(settings),
-                    deadline_s=deadline_s,
-                )
-                for _ in range(replicas)
-            ]
+                Replica(f"generator {i}", model, version, settings, resources, deadline_s)
+                for i in range(replicas)
+            ],
+            settings,
         )
+        try:
+            async with asyncio.TaskGroup() as starting:
+                for replica in pool._replicas:
+                    starting.create_task(replica.start())
+        except ExceptionGroup as group:
+            pool.stop()
+            raise group.exceptions[0] from group
+        for replica in pool._replicas:
+            replica.serve()
+        return pool
 
     async def generate(self, request: GenerationRequest) -> tuple[Rollout, ...]:
-        index = min(range(len(self._actors)), key=self._outstanding.__getitem__)
-        self._outstanding[index] += request.num_rollouts
-        reference = self._actors[index].generate.remote(request)
-        try:
-            rollouts: tuple[Rollout, ...] = await answer(reference, "a generator")
-            return rollouts
-        except asyncio.CancelledError:
-            # Else the engine would go on writing an answer that nobody waits for.
-            ray.cancel(reference)
-            raise
-        finally:
-            self._outstanding[index] -= request.num_rollouts
+        """Raises EngineError if the engines that were given this request were lost one after
+        another, more often than `max_restarts` allows."""
+        lost: EngineLost
+        for _ in range(self._settings.max_restarts + 1):
+            replica = await self._least_loaded()
+            try:
+                return await replica.generate(request)
+            except EngineLost as error:
+                lost = error
+        raise EngineError(
+            f"request {request.request_id} was given to {self._settings.max_restarts + 1} engines "
+            f"(resources.rollout.engine.max_restarts) and each was lost; the last: {lost}"
+        ) from lost
 
     async def score_tokens(
         self, sequences: Sequence[Sequence[int]], label: str
     ) -> list[list[list[float]]]:
-        """Each engine's log-probabilities of the same fixed tokens, engine by engine."""
-        return list(
-            await asyncio.gather(
-                *(
-                    answer(actor.score_tokens.remote(sequences, label), "a generator")
-                    for actor in self._actors
-                )
-            )
+        """The serving engines' log-probabilities of the same fixed tokens, engine by engine."""
+        while True:
+            await self._least_loaded()
+            scores = await _answers(r.score_tokens(sequences, label) for r in self._serving())
+            if scores:
+                return scores
+
+    async def update_weights(self, weights: PublishedWeights) -> UpdateReport:
+        """Returns once every engine that serves has confirmed `weights`, which belong to the pool
+        from now on; engines that are being replaced load them before they serve.
+
+        Raises:
+            ModelError: the engines compute in a data type that does not suit the weights.
+            MismatchError: what arrived at an engine is not what was published.
+            EngineError: an engine could not be replaced.
+        """
+        check_dtype(main_dtype(weights.fingerprint), self._settings.dtype)
+        previous, self._weights = self._weights, weights
+        reports = await _answers(replica.load(weights) for replica in self._serving())
+        if previous is not None:
+            previous.retire()
+        for task in self._restarts():
+            if task.done():
+                task.result()
+        await self._least_loaded()
+        return UpdateReport(
+            pause_s=max((report["pause_s"] for report in reports), default=None),
+            reprefilled_tokens=sum(report["reprefilled_tokens"] for report in reports),
+            replaced_engines=self._replaced,
         )
 
-    async def update_weights(self, directory: str, version: PolicyVersion) -> list[float]:
-        """Returns the seconds that each engine stood still, once all of them have confirmed."""
-        reports = await asyncio.gather(
-            *(
-                answer(actor.update_weights.remote(directory, version), "a generator")
-                for actor in self._actors
-            )
-        )
-        return [report["pause_s"] for report in reports]
+    def check_model(self, learner: ModelFacts) -> None:
+        """Raises ModelError if an engine's vocabulary or tokenizer is not the learner's."""
+        for replica in self._replicas:
+            check_model(learner, replica.facts)
+
+    @property
+    def dtype(self) -> str:
+        """What the engines compute in."""
+        return self._settings.dtype
 
     def stop(self) -> None:
-        for actor in self._actors:
-            close_actor(actor)
+        for task in self._restarting.values():
+            task.cancel()
+        for replica in self._replicas:
+            replica.stop()
+        if self._weights is not None:
+            self._weights.retire()
+
+    def _serving(self) -> list[Replica]:
+        return [replica for replica in self._replicas if replica.serving]
+
+    async def _least_loaded(self) -> Replica:
+        """Waits while no engine serves; sees to it that those which do not are replaced."""
+        while True:
+            restarts = self._restarts()
+            if serving := self._serving():
+                return min(serving, key=lambda replica: replica.outstanding)
+            done, _ = await asyncio.wait(restarts, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+
+    def _restarts(self) -> list[asyncio.Task[None]]:
+        """The task of each engine that does not serve, which brings back one that does or fails."""
+        tasks = []
+        for replica in self._replicas:
+            if replica.serving:
+                continue
+            task = self._restarting.get(replica.name)
+            failed = task and task.done() and not task.cancelled() and task.exception()
+            if task is None or (task.done() and not failed):
+                task = asyncio.create_task(self._bring_back(replica))
+                self._restarting[replica.name] = task
+            tasks.append(task)
+        return tasks
+
+    async def _bring_back(self, replica: Replica) -> None:
+        """Starts an engine and has it confirm the newest weights before it serves."""
+        while not replica.serving:
+            await replica.restart()
+            with suppress(EngineLost):  # it is counted there, and started again
+                while self._weights and replica.version != self._weights.version:
+                    await replica.load(self._weights)
+                replica.serve()
+        self._replaced += 1
+
+
+async def _answers(calls: Iterable[Awaitable[T]]) -> list[T]:
+    """What each engine answered, without those that were lost; raises what any of them raised."""
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    for answer in answers:
+        if isinstance(answer, BaseException) and not isinstance(answer, EngineLost):
+            raise answer
+    return [answer for answer in answers if not isinstance(answer, BaseException)]

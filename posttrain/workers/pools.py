@@ -13,15 +13,16 @@ from types import TracebackType
 from typing import Any, Self
 
 from posttrain.types import PolicyVersion, TrainingBatch
+from posttrain.workers.agreement import facts_of_checkpoint
 from posttrain.workers.cluster import answer, connect, disconnect, start_actor, stop_actor
 from posttrain.workers.generator import GeneratorPool
 from posttrain.workers.learner import DeepSpeedLearner
 from posttrain.workers.scoring import RewardWorkers
 from posttrain.workers.settings import ActorResources, LearnerSettings, RolloutPoolSettings
+from posttrain.workers.transport import PublishedWeights, this_node
 from posttrain.workers.weights import (
     clear_scratch,
     read_checkpoint,
-    remove_weights,
     scratch_directory,
     write_weights,
 )
@@ -66,11 +67,34 @@ class RemoteLearner:
         metrics: Mapping[str, float] = await answer(self.actor.step.remote(batch), "the learner")
         return metrics
 
+    async def node_id(self) -> str:
+        """Ray's id of the node on which it runs."""
+        node_id: str = await answer(self.actor.__ray_call__.remote(_node_id), "the learner")
+        return node_id
+
+    async def write_weights(self, directory: Path) -> float:
+        """Writes the current weights for the engines; returns the seconds that it took."""
+        seconds: float = await answer(
+            self.actor.write_weights.remote(str(directory)), "the learner"
+        )
+        return seconds
+
+    async def score_tokens(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability of each token but the first, at temperature 1: `[T-1]` per sequence."""
+        scores: list[list[float]] = await answer(
+            self.actor.score_tokens.remote(sequences), "the learner"
+        )
+        return scores
+
     async def save_policy(self, directory: Path, tokenizer_path: str) -> None:
         await answer(self.actor.save_policy.remote(str(directory), tokenizer_path), "the learner")
 
     def stop(self) -> None:
         stop_actor(self.actor)
+
+
+def _node_id(_: Any) -> str:
+    return this_node()
 
 
 class Pools:
@@ -137,22 +161,23 @@ class Pools:
     async def serving(self, model: str) -> GeneratorPool:
         """The engines, serving the checkpoint `model`."""
         if self._generators is None:
-            self._generators = self._start_engines(
+            self._generators = await self._start_engines(
                 model, PolicyVersion(0, self._versions), self._rollout
             )
         elif self._served != model:
+            self._generators.check_model(facts_of_checkpoint(Path(model)))
             self._versions += 1
             version = PolicyVersion(0, self._versions)
             directory = self.scratch / str(version)
             write_weights(read_checkpoint(Path(model)), directory)
-            await self._generators.update_weights(str(directory), version)
-            remove_weights(directory)
+            weights = await PublishedWeights.staged(directory, version, this_node())
+            await self._generators.update_weights(weights)
         self._served = model
         return self._generators
 
-    def start_critic(self, model: str) -> GeneratorPool:
+    async def start_critic(self, model: str) -> GeneratorPool:
         """Engines of a critic's own, serving the checkpoint `model`; whoever starts it stops it."""
-        return self._start_engines(model, PolicyVersion(0, 0), self._judge)
+        return await self._start_engines(model, PolicyVersion(0, 0), self._judge)
 
     def start_learner(
         self,
@@ -180,10 +205,10 @@ class Pools:
         )
         return RemoteLearner(actor)
 
-    def _start_engines(
+    async def _start_engines(
         self, model: str, version: PolicyVersion, settings: RolloutPoolSettings
     ) -> GeneratorPool:
-        return GeneratorPool.start(
+        return await GeneratorPool.start(
             model,
             version,
             settings.engine,

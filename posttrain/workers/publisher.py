@@ -1,104 +1,101 @@
-"""Brings the learner's weights to the engines, and checks that they compute the same.
-
-Weights go through files in shared memory; only their directory's name passes through here.
-"""
+"""Brings the learner's weights to the engines, and checks that they compute the same."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-from posttrain.errors import MismatchError
 from posttrain.types import PolicyVersion
-from posttrain.workers.cluster import answer
+from posttrain.workers.agreement import facts_of_checkpoint
+from posttrain.workers.fingerprint import main_dtype
 from posttrain.workers.generator import GeneratorPool
+from posttrain.workers.probe import Probe, compare_logprobs
 from posttrain.workers.settings import PublishSettings
-from posttrain.workers.weights import remove_weights
+from posttrain.workers.transport import PublishedWeights
 
 
-class SharedMemoryPublisher:
-    """Implements `posttrain.types.Publisher` for engines on the learner's host.
+class WeightSource(Protocol):
+    """What publishing asks of the learner, however many ranks it has."""
+
+    async def node_id(self) -> str:
+        """Ray's id of the node on which `write_weights` writes."""
+        ...
+
+    async def write_weights(self, directory: Path) -> float:
+        """Writes the current weights with `posttrain.workers.weights`; returns the seconds."""
+        ...
+
+    async def score_tokens(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability of each token but the first, at temperature 1: `[T-1]` per sequence."""
+        ...
+
+
+class WeightPublisher:
+    """Implements `posttrain.types.Publisher`.
 
     Args:
-        learner: handle of the learner actor.
+        model: the checkpoint that the learner started from.
         scratch: a directory in shared memory that belongs to this run.
         probe_sequences: token ids that engine and learner are compared on.
     """
 
     def __init__(
         self,
-        learner: Any,
+        learner: WeightSource,
         generators: GeneratorPool,
+        *,
+        model: Path,
         scratch: Path,
         probe_sequences: Sequence[Sequence[int]],
         settings: PublishSettings,
     ) -> None:
         self._learner = learner
         self._generators = generators
+        self._model = model
         self._scratch = scratch
         self._probe_sequences = [list(sequence) for sequence in probe_sequences]
-        self._settings = settings
-        self._published = 0
+        self._probe = Probe(settings)
+        self._node_id: str | None = None
 
     async def publish(self, version: PolicyVersion) -> Mapping[str, float]:
-        """Returns `write_s`, `pause_s` (the longest of the engines'), `publish_s` and, when the
-        probe ran, `mismatch_max` and `mismatch_k3`.
+        """Returns once every engine that serves has confirmed `version`.
+
+        Returns: `write_s`, `publish_s`, `reprefilled_tokens`, `replaced_engines` (since the engines
+            were first started), `pause_s` (the longest of the engines', unless all were lost), and,
+            when the probe ran, `mismatch_max` and `mismatch_k3`.
 
         Raises:
-            MismatchError: an engine's log-probabilities differ from the learner's.
+            ModelError: at first: engines and learner differ in vocabulary, tokenizer or data type.
+            MismatchError: the weights did not arrive as they were sent, or an engine's
+                log-probabilities differ from the learner's.
+            EngineError: an engine was lost and could not be replaced.
         """
+        if self._node_id is None:
+            self._generators.check_model(facts_of_checkpoint(self._model))
+            self._node_id = await self._learner.node_id()
         began = time.perf_counter()
         directory = self._scratch / str(version)
-        write_s = await answer(self._learner.write_weights.remote(str(directory)), "the learner")
-        pauses = await self._generators.update_weights(str(directory), version)
-        remove_weights(directory)
+        write_s = await self._learner.write_weights(directory)
+        weights = await PublishedWeights.staged(directory, version, self._node_id)
+        report = await self._generators.update_weights(weights)
         metrics = {
             "write_s": write_s,
-            "pause_s": max(pauses),
             "publish_s": time.perf_counter() - began,
+            "reprefilled_tokens": report.reprefilled_tokens,
+            "replaced_engines": float(report.replaced_engines),
         }
-        self._published += 1
-        due = self._published % self._settings.probe_every == 0
-        if due or self._published <= self._settings.probe_first:
-            metrics |= await self.probe(version)
+        if report.pause_s is not None:
+            metrics["pause_s"] = report.pause_s
+        if self._probe.due():
+            metrics |= await self._compare(version, main_dtype(weights.fingerprint))
         return metrics
 
-    async def probe(self, version: PolicyVersion) -> dict[str, float]:
-        """Compares engines and learner on the probe's tokens."""
-        reference = await answer(
-            self._learner.score_tokens.remote(self._probe_sequences), "the learner"
-        )
+    async def _compare(self, version: PolicyVersion, dtype: str) -> dict[str, float]:
+        reference = await self._learner.score_tokens(self._probe_sequences)
         answers = await self._generators.score_tokens(self._probe_sequences, f"probe-{version}")
         mismatch = compare_logprobs(reference, answers)
-        if mismatch["mismatch_max"] > self._settings.max_mismatch:
-            raise MismatchError(
-                f"after publishing {version} an engine's log-probabilities differ from the "
-                f"learner's by up to {mismatch['mismatch_max']:.3g} nats, more than "
-                f"rl.publish.max_mismatch = {self._settings.max_mismatch:.3g}. The engine does not "
-                "serve the weights that the learner trains; nothing trained after this is sound."
-            )
+        exact = dtype == self._generators.dtype == "float32"
+        self._probe.check(mismatch, version, exact=exact)
         return mismatch
-
-
-def compare_logprobs(
-    reference: Sequence[Sequence[float]], answers: Sequence[Sequence[Sequence[float]]]
-) -> dict[str, float]:
-    """Largest difference in nats and mean k3 = e^d − d − 1 over all engines, sequences, tokens.
-
-    Args:
-        reference: the learner's, `[T-1]` for each sequence.
-        answers: the same for each engine.
-    """
-    import numpy as np
-
-    expected = np.concatenate([np.asarray(s, dtype=np.float64) for s in reference])
-    differences = np.stack(
-        [np.concatenate([np.asarray(s, dtype=np.float64) for s in a]) - expected for a in answers]
-    )
-    return {
-        # A NaN on either side must count as disagreement: max() would pass it on as NaN.
-        "mismatch_max": float(np.max(np.nan_to_num(np.abs(differences), nan=np.inf))),
-        "mismatch_k3": float(np.mean(np.expm1(differences) - differences)),
-    }

@@ -31,16 +31,26 @@ class ActorResources(BaseModel):
 
 
 class EngineSettings(BaseModel):
-    """How an engine is started. `extra` reaches vLLM's own `AsyncEngineArgs` unchanged."""
+    """How an engine is started. `extra` reaches vLLM's own `AsyncEngineArgs` unchanged.
+
+    An engine that has not confirmed new weights after `update_deadline_s`, or has requests but has
+    neither answered nor written a token for `hang_deadline_s`, is replaced. `max_restarts` bounds
+    how often one engine is started again without answering a request in between, and how often one
+    request is given to another engine.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     max_model_len: int = Field(default=512, gt=0)
     max_num_seqs: int = Field(default=256, gt=0)
+    tensor_parallel: int = Field(default=1, gt=0, description="devices that share one engine")
     threads: int = Field(default=1, gt=0, description="CPU threads, without a GPU")
     kv_cache_gib: int = Field(default=1, gt=0, description="KV cache, without a GPU")
-    deadline_s: float = Field(default=900.0, gt=0, description="for one request or one update")
+    deadline_s: float = Field(default=900.0, gt=0, description="for one request")
+    update_deadline_s: float = Field(default=300.0, gt=0)
+    hang_deadline_s: float = Field(default=120.0, gt=0)
+    max_restarts: int = Field(default=3, ge=0)
     extra: dict[str, Any] = {}
 
 
@@ -77,7 +87,9 @@ class PublishSettings(BaseModel):
     """When engine and learner are compared on fixed tokens, and how far apart they may be.
 
     The probe runs after each of the `probe_first` first publishes and after every `probe_every`th.
-    `max_mismatch` is in nats; fp32 engines and learners differ by about 1e-6.
+    Where both compute in fp32, log-probabilities may differ by `max_mismatch` nats (they do by
+    about 1e-6). Where either computes in 16 bits they differ by design: then neither the largest
+    difference nor k3 may exceed `max_growth` times what the first probe measured.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -85,3 +97,4 @@ class PublishSettings(BaseModel):
     probe_first: int = Field(default=3, ge=1)
     probe_every: int = Field(default=20, ge=1)
     max_mismatch: float = Field(default=1e-4, gt=0)
+    max_growth: float = Field(default=4.0, gt=1)

@@ -1,4 +1,4 @@
-"""Weights as files that an engine can load: names, tied heads, shared memory."""
+"""Weights as files that an engine can load: names, tied heads, fingerprints, shared memory."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from posttrain.errors import ModelError
+from posttrain.workers.fingerprint import Fingerprint, fingerprint
 
 SHARED_MEMORY = Path("/dev/shm")
+WEIGHTS = "model.safetensors"
+FINGERPRINT = "fingerprint.json"
 
 
 def with_lm_head(
@@ -30,13 +33,21 @@ def with_lm_head(
 
 
 def write_weights(state: Mapping[str, torch.Tensor], directory: Path) -> None:
-    """One `model.safetensors` in a new directory. Readers learn its name only after this returns,
-    so it needs no rename; memory-backed files need no fsync."""
+    """One safetensors file and the fingerprint of what is in memory, in a new directory.
+
+    Readers learn its name only after this returns, so it needs no rename; memory-backed files need
+    no fsync.
+    """
     directory.mkdir(parents=True)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in state.items()},
-        directory / "model.safetensors",
-    )
+    contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(contiguous, directory / WEIGHTS)
+    (directory / FINGERPRINT).write_text(json.dumps(fingerprint(contiguous.items())))
+
+
+def read_fingerprint(directory: Path) -> Fingerprint:
+    """Of the weights that `write_weights` wrote there."""
+    published: dict[str, str] = json.loads((directory / FINGERPRINT).read_text())
+    return published
 
 
 def read_checkpoint(directory: Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,68 @@
+"""Whether engine and learner speak of the same model, before anything is trained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import ModelError
+
+HALF = {"bfloat16", "float16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What must be the same on both sides for token ids to mean the same."""
+
+    vocab_size: int
+    tokenizer: str
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 (hex) of which id stands for which token and which ids are special."""
+    content = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_ids)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def facts_of_checkpoint(directory: Path) -> ModelFacts:
+    """Raises ModelError if it has no readable configuration or tokenizer."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(directory).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{str(directory)!r} cannot be read: {error}") from error
+    return ModelFacts(vocab_size=config.vocab_size, tokenizer=tokenizer_fingerprint(tokenizer))
+
+
+def check_model(learner: ModelFacts, engine: ModelFacts) -> None:
+    """Raises ModelError if token ids mean different things to the two."""
+    if learner.vocab_size != engine.vocab_size:
+        raise ModelError(
+            f"the learner's model has a vocabulary of {learner.vocab_size} tokens and the engine's "
+            f"one of {engine.vocab_size}: let every stage start from the same checkpoint"
+        )
+    if learner.tokenizer != engine.tokenizer:
+        raise ModelError(
+            "the learner's tokenizer gives other ids to some tokens than the engine's, although "
+            f"both have {engine.vocab_size}: let every stage start from the same checkpoint"
+        )
+
+
+def check_dtype(published: str, engine: str) -> None:
+    """An engine computes in the learner's data type, or in 16 bits under fp32 weights.
+
+    Raises:
+        ModelError: anything else, which would cost accuracy or memory and gain nothing.
+    """
+    if published == engine or (published == "float32" and engine in HALF):
+        return
+    raise ModelError(
+        f"the learner publishes {published} weights to an engine that computes in {engine}: set "
+        "resources.rollout.engine.dtype and rl.learner.dtype to the same, or the engine's to "
+        "bfloat16 under a float32 learner"
+    )

@@ -1,0 +1,138 @@
+"""Tokens a second through our pool against bare `LLM.generate`, in one run.
+
+    python tests/benchmarks/generation_throughput.py [rounds]
+
+The starter policy answers its own tasks' prompts, eight completions each, with the same sampling
+parameters and log-probabilities on both sides, one thread each. Bare vLLM runs in a process of its
+own with the engine inside it, which is its fastest way on CPU. The two take turns round by round,
+so that whatever else the machine does falls on both; a first round of each is thrown away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from typing import Any
+
+from posttrain.data.chat import ChatFormat
+from posttrain.inputs import STARTER_POLICY
+from posttrain.starter.tasks import starter_prompts
+from posttrain.types import GenerationRequest, PolicyVersion, Sampling
+from posttrain.workers.cluster import connect, disconnect
+from posttrain.workers.engine import engine_environment
+from posttrain.workers.generator import GeneratorPool
+from posttrain.workers.settings import ActorResources, EngineSettings
+
+NUM_PROMPTS, NUM_ROLLOUTS, MAX_TOKENS = 256, 8, 96
+ENGINE = EngineSettings(max_model_len=192)
+
+
+def bare(prompts: list[tuple[int, ...]], connection: Any) -> None:
+    """Answers each message with (tokens, seconds) of one round."""
+    os.environ.update(engine_environment(ENGINE))
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        str(STARTER_POLICY),
+        dtype=ENGINE.dtype,
+        max_model_len=ENGINE.max_model_len,
+        max_num_seqs=ENGINE.max_num_seqs,
+        logprobs_mode="processed_logprobs",
+        generation_config="vllm",
+        enforce_eager=True,
+        disable_log_stats=True,
+    )
+    parameters = SamplingParams(
+        n=NUM_ROLLOUTS,
+        max_tokens=MAX_TOKENS,
+        temperature=1.0,
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+    )
+    connection.send("ready")
+    while connection.recv() == "round":
+        began = time.perf_counter()
+        outputs = llm.generate(
+            [{"prompt_token_ids": list(ids)} for ids in prompts], parameters, use_tqdm=False
+        )
+        seconds = time.perf_counter() - began
+        connection.send((sum(len(c.token_ids) for o in outputs for c in o.outputs), seconds))
+
+
+async def pooled(
+    pool: GeneratorPool, prompts: list[tuple[int, ...]], label: str
+) -> tuple[int, float]:
+    sampling = Sampling(max_tokens=MAX_TOKENS)
+    began = time.perf_counter()
+    groups = await asyncio.gather(
+        *(
+            pool.generate(
+                GenerationRequest(
+                    request_id=f"{label}-{index}",
+                    prompt_token_ids=ids,
+                    num_rollouts=NUM_ROLLOUTS,
+                    sampling=sampling,
+                )
+            )
+            for index, ids in enumerate(prompts)
+        )
+    )
+    seconds = time.perf_counter() - began
+    return sum(len(r.completion_token_ids) for group in groups for r in group), seconds
+
+
+async def compare(pool: GeneratorPool, prompts: list[tuple[int, ...]], rounds: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=bare, args=(prompts, theirs), daemon=True)
+    process.start()
+    assert ours.recv() == "ready"
+    speeds: dict[str, list[float]] = {"pool": [], "bare": []}
+    for index in range(rounds + 1):
+        tokens, seconds = await pooled(pool, prompts, str(index))
+        ours.send("round")
+        bare_tokens, bare_seconds = ours.recv()
+        if index:
+            speeds["pool"].append(tokens / seconds)
+            speeds["bare"].append(bare_tokens / bare_seconds)
+            print(
+                f"round {index}: pool {speeds['pool'][-1]:8.0f} tokens/s   "
+                f"bare {speeds['bare'][-1]:8.0f} tokens/s   "
+                f"ratio {speeds['pool'][-1] / speeds['bare'][-1]:.3f}",
+                flush=True,
+            )
+    ours.send("stop")
+    process.join()
+    ratios = [a / b for a, b in zip(speeds["pool"], speeds["bare"], strict=True)]
+    print(
+        f"median of {rounds}: pool {statistics.median(speeds['pool']):.0f}, "
+        f"bare {statistics.median(speeds['bare']):.0f} tokens/s, "
+        f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+    )
+
+
+def main() -> None:
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 7
+    chat = ChatFormat(str(STARTER_POLICY))
+    prompts = [chat.encode(p, None) for p in starter_prompts("held_out", NUM_PROMPTS, seed=0)]
+    connect()
+    pool = GeneratorPool.start(
+        str(STARTER_POLICY),
+        PolicyVersion(0, 0),
+        ENGINE,
+        replicas=1,
+        resources=ActorResources(),
+        deadline_s=300,
+    )
+    asyncio.run(compare(pool, prompts, rounds))
+    pool.stop()
+    disconnect()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""One place in the pool: real Ray actors that die, hang and come late, with no engine in them."""
+
+import asyncio
+import os
+import time
+
+import pytest
+import ray
+
+from posttrain.errors import EngineError, MismatchError, ModelError
+from posttrain.types import GenerationRequest, PolicyVersion, Sampling
+from posttrain.workers import replica as replica_module
+from posttrain.workers.agreement import ModelFacts
+from posttrain.workers.generator_actor import Placement
+from posttrain.workers.replica import EngineLost, Replica
+from posttrain.workers.settings import ActorResources, EngineSettings
+from posttrain.workers.transport import PublishedWeights, this_node
+from posttrain.workers.weights import write_weights
+
+pytest_plugins = ["engine_fixtures"]
+pytestmark = pytest.mark.engine
+
+VERSION = PolicyVersion(1, 0)
+
+
+def fake_actor(log):
+    """An actor class that notes its starts in `log`, and whose requests name what happens."""
+
+    class FakeActor:
+        def __init__(self, model, version, settings):
+            self._model = model
+            self._stalled_s = 0.0
+
+        async def ready(self):
+            with log.open("a") as file:
+                file.write(f"{os.getpid()}\n")
+            if self._model == "broken":
+                raise ModelError("no weights there")
+            node_id = ray.get_runtime_context().get_node_id()
+            return Placement(node_id=node_id, facts=ModelFacts(vocab_size=1, tokenizer=""))
+
+        async def generate(self, request):
+            match request.request_id:
+                case "die":
+                    os._exit(1)
+                case "stall":
+                    self._stalled_s = 100.0
+                    await asyncio.sleep(1000)
+                case "block":
+                    time.sleep(1000)
+                case "slow":
+                    await asyncio.sleep(1)
+            return (request.request_id,)
+
+        async def stalled_s(self):
+            return self._stalled_s
+
+        async def update_weights(self, delivery, version, published):
+            if version.step == 1:
+                await asyncio.sleep(1000)
+            if version.step == 2:
+                raise MismatchError("1 of 1 tensors")
+            return {"pause_s": 0.25, "reprefilled_tokens": 3.0}
+
+        async def close(self):
+            pass
+
+    return FakeActor
+
+
+@pytest.fixture
+async def place(cluster, tmp_path, monkeypatch):
+    """A started replica, and the pids of all actors that it has had."""
+    log = tmp_path / "starts"
+    monkeypatch.setattr(replica_module, "GeneratorActor", fake_actor(log))
+    settings = EngineSettings(hang_deadline_s=2.0, update_deadline_s=2.0, max_restarts=1)
+    place = Replica("generator 7", "model", VERSION, settings, ActorResources(cpus=0.1), 60)
+    place.starts = lambda: [int(pid) for pid in log.read_text().split()]
+    await place.start()
+    place.serve()
+    yield place
+    place.stop()
+
+
+def ask(request_id):
+    return GenerationRequest(
+        request_id=request_id,
+        prompt_token_ids=(1,),
+        num_rollouts=2,
+        sampling=Sampling(max_tokens=4),
+    )
+
+
+async def weights(tmp_path, step):
+    import torch
+
+    directory = tmp_path / f"1.{step}"
+    write_weights({"w": torch.zeros(1)}, directory)
+    return await PublishedWeights.staged(directory, PolicyVersion(1, step), this_node())
+
+
+async def test_all_who_wait_for_a_lost_engine_learn_it_and_the_next_one_answers(place):
+    for how in ("die", "stall", "block"):
+        waiting = [asyncio.create_task(place.generate(ask(what))) for what in ("slow", how)]
+        answered, lost = await asyncio.gather(*waiting, return_exceptions=True)
+        assert isinstance(lost, EngineLost)
+        assert answered == ("slow",) or isinstance(answered, EngineLost)
+        assert (place.serving, place.outstanding) == (False, 0)
+        await place.restart()
+        assert not place.serving  # the pool says when
+        assert await place.generate(ask("b")) == ("b",)
+    assert len(set(place.starts())) == 4
+
+
+async def test_a_version_counts_from_its_confirmation_within_the_deadline(place, tmp_path):
+    assert place.version == VERSION
+    report = await place.load(await weights(tmp_path, 3))
+    assert report == {"pause_s": 0.25, "reprefilled_tokens": 3.0}
+    assert place.version == PolicyVersion(1, 3)
+    with pytest.raises(MismatchError, match=r"generator 7, 1\.2: 1 of 1 tensors"):
+        await place.load(await weights(tmp_path, 2))
+    assert (place.version, place.serving) == (PolicyVersion(1, 3), True)
+    with pytest.raises(
+        EngineLost, match=r"generator 7 did not confirm the weights 1\.1 within 2 s"
+    ):
+        await place.load(await weights(tmp_path, 1))
+    assert place.serving is False
+    await place.restart()
+    assert place.version == VERSION  # it starts from the checkpoint again
+
+
+async def test_failures_without_an_answer_in_between_are_bounded_and_listed(place):
+    for _ in range(2):
+        with pytest.raises(EngineLost):
+            await place.generate(ask("die"))
+        await place.restart()
+        assert await place.generate(ask("a")) == ("a",)
+    with pytest.raises(EngineLost):
+        await place.generate(ask("die"))
+    place._model = "broken"
+    with pytest.raises(
+        EngineError, match=r"7 failed 2 times .*max_restarts = 1 .*It died; then it did not start"
+    ):
+        await place.restart()
+    assert len(place.starts()) == 4
