@@ -11,6 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from posttrain.errors import SandboxError
+from rewards.sandbox import Sandbox
+from rewards.sandbox_launcher import SandboxSettings
+
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "trl", "accelerate", "peft", "datasets")
 IMPORTS = {
     "vLLM engine": "import vllm; print(vllm.__version__)",
@@ -102,5 +106,12 @@ def _shared_memory() -> Finding:
 
 
 def _sandbox() -> Finding:
-    path = shutil.which("bwrap")
-    return Finding("bubblewrap", True if path else None, path or "not found; no code is run in it")
+    """None where there is no sandbox: only code tasks need one, and they refuse to run without."""
+    try:
+        with Sandbox(SandboxSettings()) as sandbox:
+            tried = len(sandbox.attempts)
+            return Finding(
+                "sandbox", True, f"{sandbox.launcher.name}; {tried} attempts to get out, all failed"
+            )
+    except SandboxError as error:
+        return Finding("sandbox", None, str(error))

@@ -18,13 +18,12 @@ import os
 import select
 import signal
 import socket
-import struct
 import subprocess
 import tempfile
 import threading
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from types import TracebackType
 from typing import IO, Any, Self
@@ -40,6 +39,7 @@ from rewards.sandbox_launcher import (
 )
 from rewards.sandbox_probe import PROBE, Attempt, judge, targets
 from rewards.sandbox_program import NOT_PYTHON
+from rewards.sandbox_zygote import FILES, REQUEST
 
 START_DEADLINE_S = 60.0
 GRACE_S = 10.0
@@ -47,6 +47,8 @@ GRACE_S = 10.0
 
 RETRIES = 1
 """Times that a program is run again after the zygote died or fell silent over it."""
+
+OUTPUTS = ("stdout", "stderr", "result")
 
 _log = logging.getLogger(__name__)
 
@@ -131,9 +133,7 @@ class Sandbox:
                 except _ZygoteDied as error:
                     why = error
                     self._zygote.close()
-                    self._zygote, self.attempts = _first_that_holds(
-                        self._settings, self._launchers
-                    )
+                    self._zygote, self.attempts = _first_that_holds(self._settings, self._launchers)
         raise SandboxError(
             f"the sandbox ({self.launcher.name}) died {1 + RETRIES} times over one program: {why}; "
             "is the machine out of memory?"
@@ -186,7 +186,9 @@ def _first_that_holds(
             attempts = _probe(zygote, settings)
         except _ZygoteDied as error:
             attempts = (Attempt("run at all", contained=False, detail=str(error)),)
-        escaped = [f"{attempt.name} ({attempt.detail})" for attempt in attempts if not attempt.contained]
+        escaped = [
+            f"{attempt.name} ({attempt.detail})" for attempt in attempts if not attempt.contained
+        ]
         if not escaped:
             return zygote, attempts
         zygote.close()
@@ -222,29 +224,39 @@ class _Files:
     to be pumped while it runs, and when it has ended nobody else holds them."""
 
     limit: int
-    fds: list[int] = field(default_factory=list)
+    fds: dict[str, int]
 
     @classmethod
-    def open(cls, stdin: str, limit: int) -> _Files:
-        names = ("stdin", "stdout", "stderr", "result")
+    def open(cls, program: Program, limit: int) -> _Files:
         flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-        files = cls(limit, [os.memfd_create(name, flags) for name in names])
-        with os.fdopen(os.dup(files.fds[0]), "wb") as file:
-            file.write(stdin.encode(errors="surrogatepass"))
-        os.lseek(files.fds[0], 0, os.SEEK_SET)
-        seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
-        fcntl.fcntl(files.fds[0], fcntl.F_ADD_SEALS, seals)
+        files = cls(limit, {name: os.memfd_create(name, flags) for name in FILES})
+        files._fill("stdin", program.stdin.encode(errors="surrogatepass"))
+        job = {
+            "source": program.source,
+            "function": program.function,
+            "arguments": program.arguments,
+        }
+        files._fill("job", json.dumps(job).encode())
         return files
 
-    def read(self, index: int) -> bytes:
-        size = min(os.fstat(self.fds[index]).st_size, self.limit)
-        return os.pread(self.fds[index], size, 0)
+    def _fill(self, name: str, data: bytes) -> None:
+        """For ever: nobody can write it again."""
+        fd = self.fds[name]
+        with os.fdopen(os.dup(fd), "wb") as file:
+            file.write(data)
+        os.lseek(fd, 0, os.SEEK_SET)
+        seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+
+    def read(self, name: str) -> bytes:
+        fd = self.fds[name]
+        return os.pread(fd, min(os.fstat(fd).st_size, self.limit), 0)
 
     def any_full(self) -> bool:
-        return any(os.fstat(fd).st_size >= self.limit for fd in self.fds[1:])
+        return any(os.fstat(self.fds[name]).st_size >= self.limit for name in OUTPUTS)
 
     def close(self) -> None:
-        for fd in self.fds:
+        for fd in self.fds.values():
             os.close(fd)
 
 
@@ -287,15 +299,13 @@ class _Zygote:
             raise _ZygoteDied(str(error)) from error
 
     def run(self, program: Program, wall_s: float) -> Execution:
-        files = _Files.open(program.stdin, self._file_limit)
+        files = _Files.open(program, self._file_limit)
         try:
-            job = {
-                "source": program.source,
-                "function": program.function,
-                "arguments": program.arguments,
-                "wall_s": wall_s,
-            }
-            self._send(job, files.fds)
+            fds = [files.fds[name] for name in FILES]
+            try:
+                socket.send_fds(self._control, [REQUEST.pack(wall_s)], fds)
+            except OSError as error:
+                raise _ZygoteDied(self._last_words()) from error
             reply = self._receive(wall_s + GRACE_S)
             return Execution(
                 exit_code=reply["status"],
@@ -303,20 +313,12 @@ class _Zygote:
                 file_full=files.any_full(),
                 wall_s=reply["wall_s"],
                 cpu_s=reply["cpu_s"],
-                stdout=files.read(1),
-                stderr=files.read(2),
-                result=files.read(3),
+                stdout=files.read("stdout"),
+                stderr=files.read("stderr"),
+                result=files.read("result"),
             )
         finally:
             files.close()
-
-    def _send(self, message: object, fds: Sequence[int]) -> None:
-        body = json.dumps(message).encode()
-        try:
-            socket.send_fds(self._control, [struct.pack("!I", len(body))], list(fds))
-            self._control.sendall(body)
-        except OSError as error:
-            raise _ZygoteDied(self._last_words()) from error
 
     def _receive(self, deadline_s: float) -> Any:
         """The zygote's messages are short and sent in one piece."""
@@ -328,7 +330,7 @@ class _Zygote:
             raise _ZygoteDied(self._last_words()) from error
         if not data:
             raise _ZygoteDied(self._last_words())
-        return json.loads(data[4:])
+        return json.loads(data)
 
     def _last_words(self) -> str:
         """The end of what the process wrote to stderr, once it has ended."""

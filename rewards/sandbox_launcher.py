@@ -45,7 +45,7 @@ class SandboxSettings(BaseModel):
 
 @dataclass(frozen=True)
 class Command:
-    """What to execute. `user` is whom to become first; the environment is nothing but `environment`."""
+    """What to execute, as whom (None: as we are), and its whole environment."""
 
     arguments: list[str]
     user: int | None = None
@@ -83,8 +83,8 @@ def bubblewrap_command(settings: SandboxSettings, control_fd: int) -> Command:
     arguments = [path, *namespaces.split(), "--unshare-ipc", "--unshare-uts", "--hostname"]
     arguments += ["sandbox", "--unshare-cgroup-try", "--cap-add", "CAP_SYS_ADMIN"]
     for shown in system_paths(settings):
-        if os.path.islink(shown):
-            arguments += ["--symlink", os.readlink(shown), shown]
+        if Path(shown).is_symlink():
+            arguments += ["--symlink", str(Path(shown).readlink()), shown]
         else:
             arguments += ["--ro-bind", shown, shown]
     ours, inside = str(Path(__file__).parent), "/sandbox/rewards"
@@ -138,7 +138,7 @@ def system_paths(settings: SandboxSettings) -> list[str]:
     Python, and with `modules` the directories where packages are installed."""
     wanted = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache"]
     wanted += [os.path.realpath(sys.base_prefix), *_module_paths(settings)]
-    there = [path for path in wanted if os.path.exists(path)]
+    there = [path for path in wanted if Path(path).exists()]
     return [path for path in there if not any(path.startswith(f"{top}/") for top in there)]
 
 

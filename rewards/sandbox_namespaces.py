@@ -99,33 +99,34 @@ def _make_root(system_paths: list[str]) -> None:
     """An empty, read-only root with `system_paths` in their places and five devices."""
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     mount("root", _STAGE, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
-    os.mkdir(f"{_STAGE}/old", 0o700)
+    Path(_STAGE, "old").mkdir(mode=0o700)
     pivot_root(_STAGE, f"{_STAGE}/old")
     os.chdir("/")
     for path in system_paths:
         _show(path)
-    os.makedirs("/dev", exist_ok=True)
     for name in DEVICES:
         _bind(f"/dev/{name}", ATTR_RDONLY | ATTR_NOSUID | ATTR_NOEXEC)
-    os.symlink(sandbox_zygote.SCRATCH, "/dev/shm")
-    os.makedirs(sandbox_zygote.SCRATCH, exist_ok=True)
+    Path("/dev/shm").symlink_to(sandbox_zygote.SCRATCH)
+    Path(sandbox_zygote.SCRATCH).mkdir(exist_ok=True)
     unmount("/old")
-    os.rmdir("/old")
+    Path("/old").rmdir()
     mount(None, "/", None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
 
 
 def _show(path: str) -> None:
-    if os.path.islink(f"/old{path}"):
-        os.symlink(os.readlink(f"/old{path}"), path)
+    original = Path(f"/old{path}")
+    if original.is_symlink():
+        Path(path).symlink_to(original.readlink())
     else:
         _bind(path, ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV)
 
 
 def _bind(path: str, attributes: int) -> None:
-    if os.path.isdir(f"/old{path}"):
-        os.makedirs(path, exist_ok=True)
+    original, place = Path(f"/old{path}"), Path(path)
+    if original.is_dir():
+        place.mkdir(parents=True, exist_ok=True)
     else:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        Path(path).touch()
-    mount(f"/old{path}", path, None, MS_BIND | MS_REC)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.touch()
+    mount(str(original), path, None, MS_BIND | MS_REC)
     set_mount_attributes(path, attributes)

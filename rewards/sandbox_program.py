@@ -21,10 +21,11 @@ NOT_PYTHON = 65
 """Exit code of a program that does not compile (EX_DATAERR)."""
 
 PRELOADED = (
-    "array bisect cmath collections contextlib copy dataclasses datetime decimal enum fractions "
-    "functools heapq io itertools json math operator queue random re statistics string textwrap "
-    "threading time typing"
-).split()
+    "array", "bisect", "cmath", "collections", "contextlib", "copy", "dataclasses", "datetime",
+    "decimal", "enum", "fractions", "functools", "heapq", "io", "itertools", "json", "math",
+    "operator", "queue", "random", "re", "statistics", "string", "textwrap", "threading", "time",
+    "typing",
+)  # fmt: skip
 """Modules that programs often import: loaded once, inherited by every fork."""
 
 _NOT_COMPILED = (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError)

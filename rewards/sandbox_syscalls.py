@@ -90,7 +90,7 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     },
 }
 _NEWEST_KNOWN = 450
-"""Calls with higher numbers did not exist when this was written: «not there», as on an old kernel."""
+"""Calls with higher numbers are newer than this list: not there, as on an old kernel."""
 
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
@@ -195,7 +195,7 @@ _NUMBER, _ARCHITECTURE, _ARGUMENT = 0, 4, 16
 
 
 def _program(may_fork: bool) -> bytes:
-    """Instructions of classic BPF: struct sock_filter {u16 code; u8 if_true; u8 if_false; u32 k}."""
+    """Classic BPF; an instruction is {u16 code; u8 if_true; u8 if_false; u32 k}."""
     column, architecture = _column()
 
     def instruction(code: int, k: int, if_true: int = 0, if_false: int = 0) -> bytes:

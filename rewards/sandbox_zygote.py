@@ -3,11 +3,11 @@
 A fork costs a fraction of what starting Python costs. Each program gets a PID namespace and an
 empty scratch directory of its own and none of the zygote's rights or descriptors; when its first
 process ends or is killed, the kernel ends everything else in that namespace before the zygote hears
-of it. The zygote never reads what a program writes: input and outputs are files that the other
-side opened and reads itself.
+of it. The zygote never sees a program nor what it writes: those are files that the other side has
+opened, and the fork reads the one, the other side the rest. So no program finds traces of another.
 
 Imported inside the sandbox: the standard library only, nothing of ours but `sandbox_syscalls`.
-Messages on the control socket are JSON behind four bytes of length.
+A request on the control socket is `REQUEST` with the files; a reply is one JSON object.
 """
 
 from __future__ import annotations
@@ -47,8 +47,11 @@ from rewards.sandbox_syscalls import (
 SCRATCH = "/tmp"
 """The only place where a program can write."""
 
-NUM_FILES = 4
-"""Descriptors that come with a job: stdin, stdout, stderr and the result."""
+REQUEST = struct.Struct("!d")
+"""Seconds of wall-clock for one program."""
+
+FILES = ("stdin", "stdout", "stderr", "result", "job")
+"""Descriptors that come with a request; `job` is what `sandbox_program.run` takes, in JSON."""
 
 _SCRATCH_FILES = 1024
 _OPEN_FILES = 64
@@ -75,7 +78,9 @@ class _Zygote:
         self._isolated: bool = config["isolated"]
         self._user: int | None = config["user"]
         self._limits = _resource_limits(config)
-        self._scratch_options = f"size={config['scratch_bytes']},nr_inodes={_SCRATCH_FILES},mode=700"
+        self._scratch_options = (
+            f"size={config['scratch_bytes']},nr_inodes={_SCRATCH_FILES},mode=700"
+        )
         if self._user is not None:
             self._scratch_options += f",uid={self._user},gid={self._user}"
         self._filter = Filter(may_fork=config["processes"] > 1)
@@ -87,34 +92,23 @@ class _Zygote:
         gc.freeze()  # what is here now is shared with every program and never collected
         self._send({"ready": True})
         while True:
-            header, files, _, _ = socket.recv_fds(self._control, 4, NUM_FILES)
-            if not header:
+            request, files, _, _ = socket.recv_fds(self._control, REQUEST.size, len(FILES))
+            if not request:
                 return
-            job = json.loads(self._receive(struct.unpack("!I", header)[0]))
-            self._send(self._run(job, files))
-
-    def _receive(self, length: int) -> bytes:
-        data = bytearray()
-        while len(data) < length:
-            chunk = self._control.recv(length - len(data))
-            if not chunk:
-                raise EOFError("the control socket closed in the middle of a job")
-            data += chunk
-        return bytes(data)
+            self._send(self._run(REQUEST.unpack(request)[0], files))
 
     def _send(self, message: dict[str, Any]) -> None:
-        body = json.dumps(message).encode()
-        self._control.sendall(struct.pack("!I", len(body)) + body)
+        self._control.sendall(json.dumps(message).encode())
 
-    def _run(self, job: dict[str, Any], files: list[int]) -> dict[str, Any]:
+    def _run(self, wall_s: float, files: list[int]) -> dict[str, Any]:
         scratch = self._make_scratch()
         started = time.monotonic()
         pid = self._fork()
         if pid == 0:
-            self._become_program(job, files, scratch)
+            self._become_program(files, scratch)
         for file in files:
             os.close(file)
-        timed_out = not self._wait(pid, started + job["wall_s"])
+        timed_out = not self._wait(pid, started + wall_s)
         if not self._isolated:  # no namespace takes along what it left behind
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
@@ -168,11 +162,13 @@ class _Zygote:
         finally:
             os.close(program)
 
-    def _become_program(self, job: dict[str, Any], files: list[int], scratch: str) -> NoReturn:
+    def _become_program(self, files: list[int], scratch: str) -> NoReturn:
         os.setsid()  # signals to the process group stay within
-        for number, file in enumerate(files):
-            os.dup2(file, number)
-        os.closerange(NUM_FILES, os.sysconf("SC_OPEN_MAX"))
+        with os.fdopen(files.pop(), "rb") as file:
+            job = json.load(file)
+        for number, file_to_keep in enumerate(files):
+            os.dup2(file_to_keep, number)
+        os.closerange(len(files), os.sysconf("SC_OPEN_MAX"))
         if self._user is not None:
             os.setgroups([])
             os.setresgid(self._user, self._user, self._user)
@@ -184,7 +180,7 @@ class _Zygote:
         drop_capabilities()
         die_with_parent(signal.SIGKILL)
         self._filter.install()
-        sandbox_program.run(job, result_fd=NUM_FILES - 1)
+        sandbox_program.run(job, result_fd=FILES.index("result"))
 
 
 def _resource_limits(config: dict[str, Any]) -> dict[int, int]:
