@@ -109,9 +109,8 @@ def _sandbox() -> Finding:
     """None where there is no sandbox: only code tasks need one, and they refuse to run without."""
     try:
         with Sandbox(SandboxSettings()) as sandbox:
-            tried = len(sandbox.attempts)
-            return Finding(
-                "sandbox", True, f"{sandbox.launcher.name}; {tried} attempts to get out, all failed"
-            )
+            escapes = f"{len(sandbox.attempts)} attempts to get out, all failed"
+            detail = "; ".join([sandbox.launcher.name, escapes, *sandbox.refused])
+            return Finding("sandbox", True, detail)
     except SandboxError as error:
         return Finding("sandbox", None, str(error))

@@ -28,7 +28,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from posttrain.errors import DataError
 from posttrain.types import Outcome, Prompt
-from rewards.sandbox import Execution, Program, shared_sandbox
+from rewards.sandbox import Sandbox, shared_sandbox
+from rewards.sandbox_client import Execution, Program
 from rewards.sandbox_launcher import SandboxSettings
 from rewards.score import Score, failed, quote
 
@@ -55,7 +56,7 @@ class CodeSettings(BaseModel):
 
 DEFAULTS = CodeSettings()
 
-_REASONING_END = re.compile(r"</(?:think|thinking|thought|reasoning|reflection)>", re.IGNORECASE)
+_REASONING = re.compile(r"<(/?)(?:think|thinking|thought|reasoning|reflection)>", re.IGNORECASE)
 _FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})[ \t]*([^\s`]*)[^`]*")
 _LANGUAGES = ("", "python", "python3", "py")
 _FRACTION = re.compile(r"[+-]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
@@ -68,7 +69,7 @@ def score(prompt: Prompt, text: str, settings: CodeSettings = DEFAULTS) -> Score
 
 def require_sandbox(settings: CodeSettings) -> None:
     """Raises SandboxError, saying what to do, where no program could be run."""
-    shared_sandbox(settings.sandbox)
+    Sandbox(settings.sandbox).close()
 
 
 def score_with(run: Run, prompt: Prompt, text: str, settings: CodeSettings) -> Score:
@@ -88,7 +89,7 @@ def score_with(run: Run, prompt: Prompt, text: str, settings: CodeSettings) -> S
             break
         execution = run(_program(source, function, case), left_s)
         if not execution.compiled:
-            return failed(Outcome.UNPARSABLE, _last_line(execution))
+            return failed(Outcome.UNPARSABLE, execution.last_words)
         failure = _verdict(execution, function, case)
         if failure is None:
             passed += 1
@@ -117,9 +118,13 @@ def _total(
 
 def extract_program(text: str) -> str | None:
     """The last closed fenced block of Python, or of no stated language, behind the reasoning."""
+    marks = list(_REASONING.finditer(text))
+    if marks and not any(mark[1] for mark in marks):  # opened and never closed
+        return None
+    answer = text[max((mark.end() for mark in marks if mark[1]), default=0) :]
     program: str | None = None
     fence, wanted, lines = "", False, list[str]()
-    for line in _REASONING_END.split(text)[-1].split("\n"):
+    for line in answer.split("\n"):
         match = _FENCE.fullmatch(line)
         if not fence:
             if match:
@@ -159,11 +164,6 @@ def _verdict(
     if same_value(value, case["expected"]):
         return None
     return Outcome.WRONG, f"returned {quote(execution.result.decode(errors='replace'))}"
-
-
-def _last_line(execution: Execution) -> str:
-    lines = execution.stderr.decode(errors="replace").strip().splitlines()
-    return lines[-1][:200] if lines else "the program does not compile"
 
 
 def same_output(given: str, expected: str) -> bool:

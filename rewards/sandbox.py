@@ -10,25 +10,17 @@ worst that it can do to its own score is to be wrong.
 from __future__ import annotations
 
 import atexit
-import contextlib
-import fcntl
 import json
 import logging
-import os
-import select
-import signal
-import socket
-import subprocess
-import tempfile
 import threading
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Self
 
 from posttrain.errors import SandboxError
+from rewards.sandbox_client import Execution, Program, ZygoteClient, ZygoteDied
 from rewards.sandbox_launcher import (
     BUBBLEWRAP,
     OWN,
@@ -38,68 +30,11 @@ from rewards.sandbox_launcher import (
     Unavailable,
 )
 from rewards.sandbox_probe import PROBE, Attempt, judge, targets
-from rewards.sandbox_program import NOT_PYTHON
-from rewards.sandbox_zygote import FILES, REQUEST
-
-START_DEADLINE_S = 60.0
-GRACE_S = 10.0
-"""How much longer than the program's own deadline the zygote may take to answer."""
 
 RETRIES = 1
 """Times that a program is run again after the zygote died or fell silent over it."""
 
-OUTPUTS = ("stdout", "stderr", "result")
-
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Program:
-    """Python source. With `function` (`f` or `Class.f`), that function is called with `arguments`
-    (JSON values) once the source has been executed, and what it returns is the result."""
-
-    source: str
-    stdin: str = ""
-    function: str | None = None
-    arguments: tuple[Any, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Execution:
-    """How one run ended. `exit_code` is negative for the signal that ended it; `result` is what the
-    function returned, as JSON, and empty if it never returned. None of it can be trusted further
-    than the program can."""
-
-    exit_code: int
-    timed_out: bool
-    file_full: bool
-    wall_s: float
-    cpu_s: float
-    stdout: bytes
-    stderr: bytes
-    result: bytes
-
-    @property
-    def compiled(self) -> bool:
-        return self.exit_code != NOT_PYTHON
-
-    @property
-    def failure(self) -> str | None:
-        """Why the run counts for nothing: it did not come to its end, or broke a limit."""
-        if self.timed_out:
-            return f"still ran after {self.wall_s:.1f} s"
-        if self.file_full:
-            return "wrote more than it may"
-        if self.exit_code < 0:
-            return f"ended by {_signal_name(-self.exit_code)} after {self.cpu_s:.1f} s of CPU"
-        if self.exit_code > 0:
-            lines = self.stderr.decode(errors="replace").strip().splitlines()
-            return f"exit code {self.exit_code}" + (f": {lines[-1][:200]}" if lines else "")
-        return None
-
-
-class _ZygoteDied(Exception):
-    pass
 
 
 class Sandbox:
@@ -107,7 +42,8 @@ class Sandbox:
     one program at a time.
 
     Raises SandboxError at the start, with what each launcher lacks, unless one of them contains
-    every attempt of the probe or `settings.unsafe` allows to do without.
+    every attempt of the probe or `settings.unsafe` allows to do without. Then `launcher` is the one
+    in use, `attempts` what the probe found, and `refused` says why earlier launchers are not used.
     """
 
     def __init__(
@@ -116,11 +52,7 @@ class Sandbox:
         self._settings = settings
         self._launchers = (*launchers, UNSAFE) if settings.unsafe else tuple(launchers)
         self._lock = threading.Lock()
-        self._zygote, self.attempts = _first_that_holds(settings, self._launchers)
-
-    @property
-    def launcher(self) -> Launcher:
-        return self._zygote.launcher
+        self._zygote: ZygoteClient | None = self._start()
 
     def run(self, program: Program, wall_s: float | None = None) -> Execution:
         """`wall_s` shortens the settings' own deadline. Raises SandboxError when the sandbox itself
@@ -128,21 +60,56 @@ class Sandbox:
         deadline_s = min(self._settings.wall_s, wall_s or self._settings.wall_s)
         with self._lock:
             for _ in range(1 + RETRIES):
+                if self._zygote is None:
+                    self._zygote = self._start()
                 try:
                     return self._zygote.run(program, deadline_s)
-                except _ZygoteDied as error:
-                    why = error
-                    self._zygote.close()
-                    self._zygote, self.attempts = _first_that_holds(self._settings, self._launchers)
+                except ZygoteDied as error:
+                    why = str(error)
+                    self._end()
         raise SandboxError(
             f"the sandbox ({self.launcher.name}) died {1 + RETRIES} times over one program: {why}; "
-            "is the machine out of memory?"
+            "see whether the machine is out of memory or of processes"
         )
 
     def close(self) -> None:
         """Ends the zygote and all that it started."""
         with self._lock:
+            self._end()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that everything in the sandbox descends from; None when closed."""
+        return None if self._zygote is None else self._zygote.pid
+
+    def _start(self) -> ZygoteClient:
+        refused: list[str] = []
+        for launcher in self._launchers:
+            try:
+                zygote = ZygoteClient(launcher, self._settings)
+            except (Unavailable, ZygoteDied) as error:
+                refused.append(f"{launcher.name}: {error}")
+                continue
+            attempts = _probe(zygote, self._settings) if launcher.isolates else ()
+            escaped = [f"{a.name} ({a.detail})" for a in attempts if not a.contained]
+            if escaped:
+                zygote.close()
+                refused.append(f"{launcher.name} does not hold: {', '.join(escaped)}")
+                continue
+            if not launcher.isolates:
+                _warn(refused)
+            self.launcher, self.attempts, self.refused = launcher, attempts, tuple(refused)
+            return zygote
+        raise SandboxError(
+            f"programs cannot be run safely on this machine ({'; '.join(refused)}). Install "
+            "bubblewrap, allow user namespaces (in a container: run it with them allowed), or, if "
+            "nothing on this machine needs protection, set `unsafe: true` for the sandbox"
+        )
+
+    def _end(self) -> None:
+        if self._zygote is not None:
             self._zygote.close()
+            self._zygote = None
 
     def __enter__(self) -> Self:
         return self
@@ -169,189 +136,24 @@ def run_isolated(program: Program, settings: SandboxSettings | None = None) -> E
     return shared_sandbox(settings or SandboxSettings()).run(program)
 
 
-def _first_that_holds(
-    settings: SandboxSettings, launchers: Sequence[Launcher]
-) -> tuple[_Zygote, tuple[Attempt, ...]]:
-    reasons = []
-    for launcher in launchers:
-        try:
-            zygote = _Zygote(launcher, settings)
-        except (Unavailable, _ZygoteDied) as error:
-            reasons.append(f"{launcher.name}: {error}")
-            continue
-        if not launcher.isolates:
-            _warn("; ".join(reasons))
-            return zygote, ()
-        try:
-            attempts = _probe(zygote, settings)
-        except _ZygoteDied as error:
-            attempts = (Attempt("run at all", contained=False, detail=str(error)),)
-        escaped = [
-            f"{attempt.name} ({attempt.detail})" for attempt in attempts if not attempt.contained
-        ]
-        if not escaped:
-            return zygote, attempts
-        zygote.close()
-        reasons.append(f"{launcher.name}: does not hold: {', '.join(escaped)}")
-    raise SandboxError(
-        f"programs cannot be run safely on this machine ({'; '.join(reasons)}). Install "
-        "bubblewrap, allow user namespaces (in a container: run it with them allowed), or, if "
-        "nothing on this machine needs protection, set unsafe: true for the sandbox"
-    )
-
-
-def _warn(reasons: str) -> None:
+def _warn(refused: Sequence[str]) -> None:
     message = (
         "UNSAFE: programs that the policy writes run WITHOUT a sandbox, with every right of this "
-        f"user, because the settings say `unsafe: true` and no sandbox works here ({reasons})"
+        "user, because the settings say `unsafe: true` and no sandbox works here "
+        f"({'; '.join(refused)})"
     )
     _log.error(message)
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-def _probe(zygote: _Zygote, settings: SandboxSettings) -> tuple[Attempt, ...]:
-    with targets(settings) as aims:
-        program = Program(source=PROBE, function="attempt", arguments=(aims.as_dict(),))
-        execution = zygote.run(program, settings.wall_s)
-    if execution.failure is not None:
-        raise _ZygoteDied(f"the probe did not finish: {execution.failure}")
-    return judge(json.loads(execution.result))
-
-
-@dataclass
-class _Files:
-    """What a program reads and writes: files without a name, in memory, opened by us. Nothing has
-    to be pumped while it runs, and when it has ended nobody else holds them."""
-
-    limit: int
-    fds: dict[str, int]
-
-    @classmethod
-    def open(cls, program: Program, limit: int) -> _Files:
-        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-        files = cls(limit, {name: os.memfd_create(name, flags) for name in FILES})
-        files._fill("stdin", program.stdin.encode(errors="surrogatepass"))
-        job = {
-            "source": program.source,
-            "function": program.function,
-            "arguments": program.arguments,
-        }
-        files._fill("job", json.dumps(job).encode())
-        return files
-
-    def _fill(self, name: str, data: bytes) -> None:
-        """For ever: nobody can write it again."""
-        fd = self.fds[name]
-        with os.fdopen(os.dup(fd), "wb") as file:
-            file.write(data)
-        os.lseek(fd, 0, os.SEEK_SET)
-        seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
-
-    def read(self, name: str) -> bytes:
-        fd = self.fds[name]
-        return os.pread(fd, min(os.fstat(fd).st_size, self.limit), 0)
-
-    def any_full(self) -> bool:
-        return any(os.fstat(self.fds[name]).st_size >= self.limit for name in OUTPUTS)
-
-    def close(self) -> None:
-        for fd in self.fds.values():
-            os.close(fd)
-
-
-class _Zygote:
-    """The outside end of one zygote: its process, or its keeper's, and the control socket."""
-
-    def __init__(self, launcher: Launcher, settings: SandboxSettings) -> None:
-        """Raises Unavailable, or _ZygoteDied with what it said when it could not start."""
-        self.launcher = launcher
-        self._file_limit = settings.file_mb << 20
-        self._control, theirs = socket.socketpair()
-        self._messages: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
-        self._process: subprocess.Popen[bytes] | None = None
-        try:
-            with theirs:
-                self._process = self._start(settings, theirs.fileno())
-            self._receive(START_DEADLINE_S)
-        except BaseException:
-            self.close()
-            raise
-
-    def _start(self, settings: SandboxSettings, control_fd: int) -> subprocess.Popen[bytes]:
-        command = self.launcher.command(settings, control_fd)
-        groups: dict[str, Any] = {}
-        if command.user is not None:
-            groups = {"user": command.user, "group": command.user, "extra_groups": []}
-        try:
-            return subprocess.Popen(
-                command.arguments,
-                pass_fds=[control_fd],
-                env=dict(command.environment),
-                cwd="/",
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=self._messages,
-                start_new_session=True,
-                **groups,
-            )
-        except OSError as error:
-            raise _ZygoteDied(str(error)) from error
-
-    def run(self, program: Program, wall_s: float) -> Execution:
-        files = _Files.open(program, self._file_limit)
-        try:
-            fds = [files.fds[name] for name in FILES]
-            try:
-                socket.send_fds(self._control, [REQUEST.pack(wall_s)], fds)
-            except OSError as error:
-                raise _ZygoteDied(self._last_words()) from error
-            reply = self._receive(wall_s + GRACE_S)
-            return Execution(
-                exit_code=reply["status"],
-                timed_out=reply["timed_out"],
-                file_full=files.any_full(),
-                wall_s=reply["wall_s"],
-                cpu_s=reply["cpu_s"],
-                stdout=files.read("stdout"),
-                stderr=files.read("stderr"),
-                result=files.read("result"),
-            )
-        finally:
-            files.close()
-
-    def _receive(self, deadline_s: float) -> Any:
-        """The zygote's messages are short and sent in one piece."""
-        if not select.select([self._control], [], [], deadline_s)[0]:
-            raise _ZygoteDied(f"no answer within {deadline_s:g} s")
-        try:
-            data = self._control.recv(65536)
-        except OSError as error:
-            raise _ZygoteDied(self._last_words()) from error
-        if not data:
-            raise _ZygoteDied(self._last_words())
-        return json.loads(data)
-
-    def _last_words(self) -> str:
-        """The end of what the process wrote to stderr, once it has ended."""
-        assert self._process is not None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=1)
-        self._messages.seek(0)
-        lines = self._messages.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else f"exit code {self._process.poll()}, without a word"
-
-    def close(self) -> None:
-        """The zygote ends when its socket closes; its keeper's death would end it, too."""
-        self._control.close()
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-        self._messages.close()
-
-
-def _signal_name(number: int) -> str:
+def _probe(zygote: ZygoteClient, settings: SandboxSettings) -> tuple[Attempt, ...]:
+    """What became of each attempt; of the probe as a whole, when it does not come to its end."""
     try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
+        with targets(settings) as aims:
+            program = Program(source=PROBE, function="attempt", arguments=(aims.as_dict(),))
+            execution = zygote.run(program, settings.wall_s)
+    except ZygoteDied as error:
+        return (Attempt("the probe", contained=False, detail=str(error)),)
+    if execution.failure is not None:
+        return (Attempt("the probe", contained=False, detail=execution.failure),)
+    return judge(json.loads(execution.result))
