@@ -49,7 +49,7 @@ def examine() -> list[Finding]:
         *(_imports(name, code) for name, code in IMPORTS.items()),
         _compiler(),
         _shared_memory(),
-        _sandbox(),
+        examine_sandbox(),
     ]
 
 
@@ -105,7 +105,7 @@ def _shared_memory() -> Finding:
     return Finding("shared memory", free > 0.1, f"{free:.1f} GiB free")
 
 
-def _sandbox() -> Finding:
+def examine_sandbox() -> Finding:
     """None where there is no sandbox: only code tasks need one, and they refuse to run without."""
     try:
         with Sandbox(SandboxSettings()) as sandbox:

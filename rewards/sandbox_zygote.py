@@ -66,10 +66,9 @@ def main(config: dict[str, Any]) -> None:
     # Ours when nobody reads the socket any more, also while a program runs.
     die_with_parent(signal.SIGKILL)
     control = socket.socket(fileno=config["control_fd"])
-    sys.path.extend(config["module_paths"])
-    for name in (*sandbox_program.PRELOADED, *config["modules"]):
-        importlib.import_module(name)
-    _Zygote(control, config).serve()
+    zygote = _Zygote(control, config)
+    zygote.load([*sandbox_program.PRELOADED, *config["modules"]], config["module_paths"])
+    zygote.serve()
 
 
 class _Zygote:
@@ -87,9 +86,17 @@ class _Zygote:
         if self._isolated:
             self._pid_namespace = _open_pid_namespace(config["pid_namespace_fd"])
 
-    def serve(self) -> None:
+    def load(self, modules: list[str], paths: list[str]) -> None:
+        """Imports what every program inherits. Some packages write while they are imported."""
+        scratch = self._make_scratch()
+        sys.path.extend(paths)
+        for name in modules:
+            importlib.import_module(name)
+        self._remove_scratch(scratch)
         gc.collect()
         gc.freeze()  # what is here now is shared with every program and never collected
+
+    def serve(self) -> None:
         self._send({"ready": True})
         while True:
             request, files, _, _ = socket.recv_fds(self._control, REQUEST.size, len(FILES))

@@ -58,6 +58,8 @@ def check_reference(
     check = REFERENCE_CHECKS.get(verifier_name(prompt, settings))
     if check is None:
         return
+    if check is code.check_reference:
+        check = partial(code.check_reference, settings=settings.code)
     try:
         check(prompt)
     except DataError as error:

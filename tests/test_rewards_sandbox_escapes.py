@@ -326,10 +326,12 @@ FORGED = {
     ),
     "searched-the-files": Case(
         """
-        import os
+        import os, sys
+        python = os.path.realpath(sys.base_prefix)
         def f(x):
             for top in ('/tmp', '/dev', '/proc', '/home', '/var', '/etc', '/old'):
-                for directory, _, files in os.walk(top):
+                for directory, below, files in os.walk(top):
+                    below[:] = [n for n in below if os.path.join(directory, n) != python]
                     for name in files:
                         path = os.path.join(directory, name)
                         if os.path.isfile(path) and b'4213-' in open(path, 'rb').read():
