@@ -67,6 +67,9 @@ class Sandbox:
                 except ZygoteDied as error:
                     why = str(error)
                     self._end()
+                except BaseException:
+                    self._end()  # else the next program would get this one's answer
+                    raise
         raise SandboxError(
             f"the sandbox ({self.launcher.name}) died {1 + RETRIES} times over one program: {why}; "
             "see whether the machine is out of memory or of processes"
@@ -103,7 +106,8 @@ class Sandbox:
         raise SandboxError(
             f"programs cannot be run safely on this machine ({'; '.join(refused)}). Install "
             "bubblewrap, allow user namespaces (in a container: run it with them allowed), or, if "
-            "nothing on this machine needs protection, set `unsafe: true` for the sandbox"
+            "nothing on this machine needs protection, set `unsafe: true` for the sandbox (for "
+            "code tasks: rewards.code.sandbox.unsafe=true)"
         )
 
     def _end(self) -> None:

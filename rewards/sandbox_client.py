@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -19,7 +18,7 @@ from rewards.sandbox_program import NOT_PYTHON
 from rewards.sandbox_zygote import FILES, REQUEST
 
 START_DEADLINE_S = 60.0
-GRACE_S = 10.0
+GRACE_S = 5.0
 """How much longer than the program's own deadline the zygote may take to answer."""
 
 _OUTPUTS = ("stdout", "stderr", "result")
@@ -150,10 +149,11 @@ class ZygoteClient:
 
     def _receive(self, deadline_s: float) -> Any:
         """One message: they are short, are sent in one piece, and never follow one another."""
-        if not select.select([self._control], [], [], deadline_s)[0]:
-            raise ZygoteDied(f"no answer within {deadline_s:g} s")
+        self._control.settimeout(deadline_s)
         try:
             message = self._control.recv(65536)
+        except TimeoutError as error:
+            raise ZygoteDied(f"no answer within {deadline_s:g} s") from error
         except OSError as error:
             raise ZygoteDied(self._last_words()) from error
         if not message:

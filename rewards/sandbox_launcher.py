@@ -19,7 +19,12 @@ from rewards.sandbox_zygote import SCRATCH
 
 
 class SandboxSettings(BaseModel):
-    """What a program may use. A limit that it breaks is its own doing, not a failure of ours."""
+    """What a program may use. A limit that it breaks is its own doing, not a failure of ours.
+
+    The limits are those of a process, so that no control group is needed, which few machines let
+    their users make: a program that may not fork has one address space, and what memory there is
+    beside it (shared segments, anonymous files, message queues) the filter of system calls refuses.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -82,13 +82,15 @@ def _enter_user_namespace(program_user: int | None) -> None:
     mapper = os.fork()
     if mapper == 0:
         os.close(enter)
-        os.read(entered, 1)
+        if not os.read(entered, 1):
+            os._exit(1)
         for kind in ("uid", "gid"):
             mapping = f"0 0 1\n{program_user} {program_user} 1\n"
             Path(f"/proc/{ours}/{kind}_map").write_text(mapping)
         os._exit(0)
     os.close(entered)
     unshare(CLONE_NEWUSER)
+    os.write(enter, b"!")
     os.close(enter)
     _, status = os.waitpid(mapper, 0)
     if status != 0:

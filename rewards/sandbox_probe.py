@@ -50,7 +50,7 @@ class Attempt:
 def targets(settings: SandboxSettings) -> Iterator[Targets]:
     """Listens, and lays a canary into the home directory (or, where it cannot be written, into the
     directory for temporary files)."""
-    home = Path.home()
+    home = os.path.expanduser("~")  # noqa: PTH111 (Path.home() fails for a user without a name)
     place = home if os.access(home, os.W_OK) else None
     name = f"posttrain-probe-{secrets.token_hex(8)}"
     with (

@@ -93,6 +93,7 @@ class _Zygote:
         for name in modules:
             importlib.import_module(name)
         self._remove_scratch(scratch)
+        os.environ.clear()
         gc.collect()
         gc.freeze()  # what is here now is shared with every program and never collected
 
@@ -182,7 +183,6 @@ class _Zygote:
             os.setresuid(self._user, self._user, self._user)
         for kind, limit in self._limits.items():
             resource.setrlimit(kind, (limit, limit))
-        os.environ.clear()
         os.chdir(scratch)
         drop_capabilities()
         die_with_parent(signal.SIGKILL)

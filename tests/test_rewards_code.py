@@ -337,7 +337,7 @@ ANSWERS = {
     "def f(n): return n * n": (CORRECT, 1.0),
     "def f(n): return 4": (WRONG, 1 / 3),
     "def f(n): return n * n if n < 4 else 1 // 0": (LIMIT, 2 / 3),
-    "def f(n):\n    while True: pass": (LIMIT, 0.0),
+    "def f(n):\n    while n == 4: pass\n    return n * n": (LIMIT, 2 / 3),
     "def g(n): return n": (LIMIT, 0.0),
     "def f(n)": (UNPARSABLE, 0.0),
 }

@@ -33,7 +33,7 @@ from posttrain import doctor
 from posttrain.errors import SandboxError
 from rewards import sandbox as module
 from rewards.sandbox import Sandbox, run_isolated, shared_sandbox
-from rewards.sandbox_client import Execution, Program
+from rewards.sandbox_client import Execution, Program, ZygoteClient
 from rewards.sandbox_launcher import OWN, SandboxSettings, system_paths
 from rewards.sandbox_probe import judge
 
@@ -260,6 +260,31 @@ def test_without_a_launcher_nothing_runs() -> None:
     assert caught.value.exit_code == 2
 
 
+FORBIDDING = """
+from rewards.sandbox import Sandbox, SandboxError
+from rewards.sandbox_launcher import OWN, SandboxSettings
+from rewards.sandbox_syscalls import Filter, drop_capabilities
+drop_capabilities()
+Filter(may_fork=True).install()
+try:
+    Sandbox(SandboxSettings(), launchers=[OWN])
+except SandboxError as error:
+    print(error)
+"""
+
+
+def test_where_the_kernel_refuses_namespaces_nothing_runs() -> None:
+    """As in a container: here it is our own filter that refuses them."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORBIDDING],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "own launcher: PermissionError: [Errno 1] unshare(" in done.stdout
+
+
 def test_a_launcher_that_does_not_hold_is_refused() -> None:
     with pytest.raises(SandboxError, match="leaky does not hold") as caught:
         Sandbox(QUICK, launchers=[LEAKY])
@@ -320,7 +345,7 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
 # Accidents.
 
 
-def zygote_of(sandbox: Sandbox) -> int:
+def zygote_of(sandbox: Sandbox | ZygoteClient) -> int:
     """The first process in the sandbox: the one whose parent is its keeper."""
     return int(Path(f"/proc/{sandbox.pid}/task/{sandbox.pid}/children").read_text().split()[0])
 
@@ -362,8 +387,8 @@ def test_a_zygote_that_dies_twice_says_nothing_about_the_program(
 
         def kill_and_run(self: Any, program: Program, wall_s: float) -> Execution:
             if program.function != "attempt":  # the probe is left alone
-                pids.append(self.pid)
-                os.kill(self.pid, signal.SIGKILL)
+                pids.append(zygote_of(self))
+                os.kill(pids[-1], signal.SIGKILL)
             return run(self, program, wall_s)
 
         with monkeypatch.context() as patch:
@@ -372,6 +397,18 @@ def test_a_zygote_that_dies_twice_says_nothing_about_the_program(
                 sandbox.run(Program(source="print(1)"))
         assert len(set(pids)) == 2 and not any(map(alive, pids))
         assert sandbox.run(Program(source="print(1)")).stdout == b"1\n"
+
+
+def test_an_interrupted_run_leaves_no_answer_for_the_next(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: Any, deadline_s: float) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module.ZygoteClient, "_receive", interrupt)
+        sandbox.run(Program(source="print('first')"))
+    assert sandbox.run(Program(source="print('second')")).stdout == b"second\n"
 
 
 def test_closing_leaves_nothing(sandbox: Sandbox) -> None:
