@@ -56,9 +56,11 @@ class Execution:
 
     @property
     def last_words(self) -> str:
-        """The last line on stderr: of an uncaught exception, its name and message."""
+        """The last line on stderr: of an uncaught exception, its name and message. Nothing that
+        could steer a terminal is left in it."""
         lines = self.stderr[-2000:].decode(errors="replace").strip().splitlines()
-        return lines[-1][:200] if lines else "without a word"
+        shown = lines[-1][:200] if lines else "without a word"
+        return "".join(c if c.isprintable() else "?" for c in shown)
 
     @property
     def failure(self) -> str | None:

@@ -127,6 +127,7 @@ def test_how_failures_are_told(sandbox: Sandbox) -> None:
 
     assert failure("1 / 0") == "exit code 1: ZeroDivisionError: division by zero"
     assert failure("raise SystemExit('no way')") == "exit code 1: no way"
+    assert failure("raise SystemExit('\\x1b[2J\\a')") == "exit code 1: ?[2J?"
     assert failure("import os; os._exit(9)") == "exit code 9: without a word"
     assert "Killed" in str(failure("while True: pass"))
     assert "still ran after 0." in str(failure("import time; time.sleep(60)", wall_s=0.3))
