@@ -28,7 +28,7 @@ INSTALLED = ["own", "bubblewrap"] if shutil.which("bwrap") else ["own"]
 QUICK = SandboxSettings(cpu_s=1, wall_s=20.0, memory_mb=256, file_mb=4, scratch_mb=8)
 """Limits that are soon broken. The wall-clock is long because test machines are busy."""
 
-FORKING = QUICK.model_copy(update={"processes": 8, "wall_s": 3.0})
+FORKING = QUICK.model_copy(update={"processes": 8})
 
 
 @cache

@@ -54,12 +54,13 @@ class Case(NamedTuple):
     program: str
     outcome: Outcome
     explanation: str = ""
+    answer_s: float = 60.0
 
 
 def check(sandbox: Sandbox, case: Case, reference: dict[str, Any]) -> None:
     """Scores the case, then looks whether anything has changed."""
     mounts, before = Path("/proc/self/mounts").read_text(), processes_in(sandbox)
-    score = score_program(sandbox, case.program, reference)
+    score = score_program(sandbox, case.program, reference, case.answer_s)
     assert (score.outcome, score.correctness) == (case.outcome, float(case.outcome is CORRECT))
     assert case.explanation in score.explanation
     assert processes_in(sandbox) == before
@@ -69,11 +70,13 @@ def check(sandbox: Sandbox, case: Case, reference: dict[str, Any]) -> None:
     assert processes_in(sandbox) == before  # and it is the same zygote
 
 
-def score_program(sandbox: Sandbox, program: str, reference: dict[str, Any]) -> Score:
+def score_program(
+    sandbox: Sandbox, program: str, reference: dict[str, Any], answer_s: float = 60.0
+) -> Score:
     prompt = make_prompt("?", reference=reference, domain="programs")
     code.check_reference(prompt)
     text = f"```python\n{dedent(program)}\n```"
-    return code.score_with(sandbox.run, prompt, text, code.CodeSettings(answer_s=60))
+    return code.score_with(sandbox.run, prompt, text, code.CodeSettings(answer_s=answer_s))
 
 
 PRINTS = {"cases": [{"input": "", "output": EXPECTED}]}
@@ -419,12 +422,12 @@ def test_a_daemon_does_not_even_start(sandbox: Sandbox) -> None:
     [
         "import os\nwhile True:\n try:\n  os.fork()\n except OSError:\n  pass",
         "import os\nwhile True:\n try:\n  os.fork()\n except OSError:\n  os.wait()",
-        "import os, time\nos.fork()\nos.fork()\nos.setsid()\ntime.sleep(600)",
+        "import os, time\nos.fork()\nos.fork()\ntime.sleep(600)",
     ],
     ids=["spinning", "waiting", "sleeping"],
 )
 def test_a_fork_bomb_that_may_fork(forking_sandbox: Sandbox, bomb: str) -> None:
-    check(forking_sandbox, Case(bomb, LIMIT), PRINTS)
+    check(forking_sandbox, Case(bomb, LIMIT, answer_s=1.0), PRINTS)
 
 
 def test_processes_that_may_be_started_work(forking_sandbox: Sandbox) -> None:
