@@ -71,8 +71,8 @@ class Sandbox:
                     self._end()  # else the next program would get this one's answer
                     raise
         raise SandboxError(
-            f"the sandbox ({self.launcher.name}) died {1 + RETRIES} times over one program: {why}; "
-            "see whether the machine is out of memory or of processes"
+            f"the sandbox ({self.launcher.name}) failed {1 + RETRIES} times over one program: "
+            f"{why}; see whether the machine is out of memory or of processes"
         )
 
     def close(self) -> None:

@@ -21,6 +21,10 @@ START_DEADLINE_S = 60.0
 GRACE_S = 5.0
 """How much longer than the program's own deadline the zygote may take to answer."""
 
+LEAST_CPU_LIMIT_S = 0.25
+"""A program in a PID namespace cannot kill itself but by its limit of CPU time, which is a second
+at least. One that was killed, not by us, with less than this was killed from outside."""
+
 _OUTPUTS = ("stdout", "stderr", "result")
 
 
@@ -86,6 +90,7 @@ class ZygoteClient:
 
     def __init__(self, launcher: Launcher, settings: SandboxSettings) -> None:
         """Raises Unavailable, or ZygoteDied with what it said when it could not start."""
+        self._isolates = launcher.isolates
         self._file_limit = settings.file_mb << 20
         self._control, theirs = socket.socketpair()
         self._messages: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
@@ -127,10 +132,13 @@ class ZygoteClient:
         return self._process.pid
 
     def run(self, program: Program, wall_s: float) -> Execution:
-        """Raises ZygoteDied."""
+        """Raises ZygoteDied, also when somebody else has killed the program."""
         files = _Files.open(program, self._file_limit)
         try:
             reply = self._ask(wall_s, [files.fds[name] for name in FILES])
+            killed = reply["status"] == -signal.SIGKILL and not reply["timed_out"]
+            if killed and self._isolates and reply["cpu_s"] < LEAST_CPU_LIMIT_S:
+                raise ZygoteDied("the kernel, or somebody else, has killed the program")
             return Execution(
                 exit_code=reply["status"],
                 timed_out=reply["timed_out"],

@@ -22,8 +22,9 @@ class SandboxSettings(BaseModel):
     """What a program may use. A limit that it breaks is its own doing, not a failure of ours.
 
     The limits are those of a process, so that no control group is needed, which few machines let
-    their users make: a program that may not fork has one address space, and what memory there is
-    beside it (shared segments, anonymous files, message queues) the filter of system calls refuses.
+    their users make: a program that may not fork has one address space, its files are bounded, and
+    what other memory there is (shared segments, anonymous files, message queues) the filter of
+    system calls refuses.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,8 +41,8 @@ class SandboxSettings(BaseModel):
         default=1,
         ge=1,
         le=64,
-        description="1: it may not fork, and memory_mb is all it can use. More: each process has "
-        "memory_mb, and threads count as processes",
+        description="1: it may not fork. More: each process may use memory_mb, and threads count "
+        "as processes",
     )
     modules: tuple[str, ...] = Field(
         default=(), description="installed modules that programs may import; loaded beforehand"

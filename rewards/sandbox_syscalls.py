@@ -38,6 +38,7 @@ _PIVOT_ROOT = (155, 41)
 _MOUNT_SETATTR = 442
 _FORKS: tuple[tuple[int | None, int | None], ...] = ((57, None), (58, None))  # fork, vfork
 _CLONE, _CLONE3, _SOCKET = (56, 220), 435, (41, 198)
+_SETRLIMIT, _PRLIMIT = (160, 164), (302, 261)
 _REFUSED: dict[str, tuple[int | None, int | None]] = {
     # Other namespaces, mounts, processes.
     "unshare": (272, 97),
@@ -190,8 +191,9 @@ _EPERM, _EAFNOSUPPORT, _ENOSYS = 1, 97, 38
 _AF_UNIX = 1
 _ALLOW, _KILL, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
 _LOAD, _IF_EQUAL, _IF_GREATER, _IF_BITS, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
-# Offsets in struct seccomp_data: the call's number, the architecture, the first argument.
-_NUMBER, _ARCHITECTURE, _ARGUMENT = 0, 4, 16
+_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, (16, 24)
+"""Offsets in struct seccomp_data; of the arguments, their lower halves."""
+_RLIMIT_CPU = 0
 
 
 def _program(may_fork: bool) -> bytes:
@@ -208,14 +210,18 @@ def _program(may_fork: bool) -> bytes:
         """`then` when the comparison holds, else on with what follows."""
         return instruction(code, k, 0, len(then) // 8) + then
 
-    load_argument = instruction(_LOAD, _ARGUMENT)
+    def load_argument(index: int) -> bytes:
+        return instruction(_LOAD, _ARGUMENTS[index])
+
     allow = instruction(_RETURN, _ALLOW)
     forbidden = list(_REFUSED.values()) + ([] if may_fork else list(_FORKS))
     if may_fork:
-        clone = load_argument + unless(_IF_BITS, _CLONE_NEW, refuse(_EPERM)) + allow
+        clone = load_argument(0) + unless(_IF_BITS, _CLONE_NEW, refuse(_EPERM)) + allow
     else:
-        clone = load_argument + unless(_IF_BITS, _CLONE_THREAD, allow) + refuse(_EPERM)
-    socket = load_argument + unless(_IF_EQUAL, _AF_UNIX, allow) + refuse(_EAFNOSUPPORT)
+        clone = load_argument(0) + unless(_IF_BITS, _CLONE_THREAD, allow) + refuse(_EPERM)
+    socket = load_argument(0) + unless(_IF_EQUAL, _AF_UNIX, allow) + refuse(_EAFNOSUPPORT)
+    # By a limit of no CPU time a program could pass for one that was killed from outside.
+    keep_cpu_limit = unless(_IF_EQUAL, _RLIMIT_CPU, refuse(_EPERM)) + allow
     return b"".join(
         [
             instruction(_LOAD, _ARCHITECTURE),
@@ -233,6 +239,8 @@ def _program(may_fork: bool) -> bytes:
             ),
             unless(_IF_EQUAL, _CLONE[column], clone),
             unless(_IF_EQUAL, _SOCKET[column], socket),
+            unless(_IF_EQUAL, _SETRLIMIT[column], load_argument(0) + keep_cpu_limit),
+            unless(_IF_EQUAL, _PRLIMIT[column], load_argument(1) + keep_cpu_limit),
             allow,
         ]
     )

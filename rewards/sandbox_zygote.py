@@ -181,8 +181,8 @@ class _Zygote:
             os.setgroups([])
             os.setresgid(self._user, self._user, self._user)
             os.setresuid(self._user, self._user, self._user)
-        for kind, limit in self._limits.items():
-            resource.setrlimit(kind, (limit, limit))
+        for kind, limits in self._limits.items():
+            resource.setrlimit(kind, limits)
         os.chdir(scratch)
         drop_capabilities()
         die_with_parent(signal.SIGKILL)
@@ -190,7 +190,8 @@ class _Zygote:
         sandbox_program.run(job, result_fd=FILES.index("result"))
 
 
-def _resource_limits(config: dict[str, Any]) -> dict[int, int]:
+def _resource_limits(config: dict[str, Any]) -> dict[int, tuple[int, int]]:
+    """Soft and hard, by kind of resource."""
     processes: int = config["processes"]
     wanted = {
         resource.RLIMIT_AS: config["memory_bytes"],
@@ -199,7 +200,6 @@ def _resource_limits(config: dict[str, Any]) -> dict[int, int]:
         # A program that may not fork may have threads; else every thread counts as a process.
         resource.RLIMIT_NPROC: _OWN_PROCESSES + (processes if processes > 1 else _THREADS),
         resource.RLIMIT_NOFILE: _OPEN_FILES,
-        resource.RLIMIT_STACK: _STACK_BYTES,
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_MSGQUEUE: 0,
         resource.RLIMIT_MEMLOCK: 0,
@@ -209,7 +209,11 @@ def _resource_limits(config: dict[str, Any]) -> dict[int, int]:
         _, hard = resource.getrlimit(kind)
         return limit if hard == resource.RLIM_INFINITY else min(limit, hard)
 
-    return {kind: allowed(kind, limit) for kind, limit in wanted.items()}
+    limits = {kind: (allowed(kind, limit),) * 2 for kind, limit in wanted.items()}
+    # Deeply recursive programs ask for more stack; the limit of memory bounds it.
+    _, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    limits[resource.RLIMIT_STACK] = (allowed(resource.RLIMIT_STACK, _STACK_BYTES), hard)
+    return limits
 
 
 def _open_pid_namespace(inherited: int | None) -> int:

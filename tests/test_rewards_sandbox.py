@@ -87,6 +87,7 @@ def test_stdin_and_stdout(sandbox: Sandbox) -> None:
             "",
             "\n",
         ),
+        ("import resource as r; r.setrlimit(r.RLIMIT_STACK, (2**28, -1)); print(1)", "", "1\n"),
         ("open('a', 'w').write('x'); print(open('/tmp/a').read())", "", "x\n"),
         ("from multiprocessing import Lock; Lock(); print(1)", "", "1\n"),
         ("print(hash('a') == hash('a'), {'b', 'a', 'c'} == {*'abc'})", "", "True True\n"),
@@ -378,6 +379,36 @@ def test_a_program_is_run_again_when_the_zygote_dies_over_it(sandbox: Sandbox) -
     assert not alive(first)
 
 
+def test_a_program_that_somebody_else_kills_is_run_again(sandbox: Sandbox) -> None:
+    """As the kernel does when the machine is out of memory: not the program's doing."""
+    before = processes_in(sandbox)
+    sleeper = Program(source="import time; time.sleep(1); print('done')")
+    runs: list[Execution] = []
+    thread = threading.Thread(target=lambda: runs.append(sandbox.run(sleeper)))
+    thread.start()
+    wait_until(lambda: processes_in(sandbox) > before)
+    for pid in processes_in(sandbox) - before:
+        os.kill(pid, signal.SIGKILL)
+    thread.join()
+    assert [run.stdout for run in runs] == [b"done\n"]
+
+
+def test_a_program_cannot_pass_for_one_that_was_killed(sandbox: Sandbox) -> None:
+    """Else it would be unscored instead of wrong."""
+    least = "import resource as r; r.setrlimit(r.RLIMIT_CPU, (0, 0))\nwhile True: pass"
+    assert "ValueError" in str(sandbox.run(Program(source=least)).failure)
+    least = "import resource as r; r.prlimit(0, r.RLIMIT_CPU, (0, 0))\nwhile True: pass"
+    assert "PermissionError" in str(sandbox.run(Program(source=least)).failure)
+    suicide = """
+import os, signal, threading
+os.kill(os.getpid(), signal.SIGKILL)
+signal.pthread_kill(threading.get_ident(), signal.SIGKILL)
+signal.pidfd_send_signal(os.pidfd_open(os.getpid()), signal.SIGKILL)
+print("alive")
+"""
+    assert sandbox.run(Program(source=suicide)).stdout == b"alive\n"
+
+
 def test_a_zygote_that_dies_twice_says_nothing_about_the_program(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -394,7 +425,7 @@ def test_a_zygote_that_dies_twice_says_nothing_about_the_program(
 
         with monkeypatch.context() as patch:
             patch.setattr(module.ZygoteClient, "run", kill_and_run)
-            with pytest.raises(SandboxError, match="died 2 times over one program"):
+            with pytest.raises(SandboxError, match="failed 2 times over one program"):
                 sandbox.run(Program(source="print(1)"))
         assert len(set(pids)) == 2 and not any(map(alive, pids))
         assert sandbox.run(Program(source="print(1)")).stdout == b"1\n"
