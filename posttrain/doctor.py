@@ -11,6 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from posttrain.errors import SandboxError
+from rewards.sandbox import Sandbox
+from rewards.sandbox_launcher import SandboxSettings
+
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "trl", "accelerate", "peft", "datasets")
 IMPORTS = {
     "vLLM engine": "import vllm; print(vllm.__version__)",
@@ -45,7 +49,7 @@ def examine() -> list[Finding]:
         *(_imports(name, code) for name, code in IMPORTS.items()),
         _compiler(),
         _shared_memory(),
-        _sandbox(),
+        examine_sandbox(),
     ]
 
 
@@ -101,6 +105,12 @@ def _shared_memory() -> Finding:
     return Finding("shared memory", free > 0.1, f"{free:.1f} GiB free")
 
 
-def _sandbox() -> Finding:
-    path = shutil.which("bwrap")
-    return Finding("bubblewrap", True if path else None, path or "not found; no code is run in it")
+def examine_sandbox() -> Finding:
+    """None where there is no sandbox: only code tasks need one, and they refuse to run without."""
+    try:
+        with Sandbox(SandboxSettings()) as sandbox:
+            escapes = f"{len(sandbox.attempts)} attempts to get out, all failed"
+            detail = "; ".join([sandbox.launcher.name, escapes, *sandbox.refused])
+            return Finding("sandbox", True, detail)
+    except SandboxError as error:
+        return Finding("sandbox", None, str(error))

@@ -5,6 +5,7 @@ PosttrainError
 ├── DataError            exit 2  a missing file or column, an empty or contaminated data set
 ├── ModelError           exit 2  a checkpoint that cannot be loaded or does not fit
 ├── RunDirError          exit 2  a directory that is no run, is locked or has other settings
+├── SandboxError         exit 2  programs cannot be run safely on this machine
 ├── StageError           exit 3  the run failed after it was started
 │   ├── EngineError          a generator died or did not answer in time
 │   ├── MismatchError        engine and learner disagree about log-probabilities
@@ -36,6 +37,10 @@ class ModelError(PosttrainError):
 
 
 class RunDirError(PosttrainError):
+    exit_code = 2
+
+
+class SandboxError(PosttrainError):
     exit_code = 2
 
 

@@ -7,6 +7,7 @@ import re
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from posttrain.types import Outcome, Reward, Rollout, SystemInstruction
+from rewards.code import CodeSettings
 from rewards.score import Score
 
 
@@ -41,6 +42,7 @@ class RewardSettings(BaseModel):
         default=0.0, ge=0, description="reward for following the system instruction's pattern"
     )
     overlong_penalty: OverlongPenalty | None = None
+    code: CodeSettings = CodeSettings()
 
 
 def combine(

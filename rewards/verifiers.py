@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 from posttrain.errors import DataError
 from posttrain.types import Prompt
-from rewards import exact, expression, maths, reasoning_gym
+from rewards import code, exact, expression, maths, reasoning_gym
 from rewards.score import Verifier
 from rewards.shaping import RewardSettings
 
 VERIFIERS: dict[str, Verifier] = {
+    "code": code.score,
     "exact": exact.score,
     "expression": expression.score,
     "maths": maths.score,
@@ -18,6 +20,7 @@ VERIFIERS: dict[str, Verifier] = {
 }
 
 REFERENCE_CHECKS: dict[str, Callable[[Prompt], None]] = {
+    "code": code.check_reference,
     "exact": exact.check_reference,
     "expression": expression.check_reference,
     "maths": maths.check_reference,
@@ -35,14 +38,16 @@ def verifier_name(prompt: Prompt, settings: RewardSettings) -> str:
 def verifier_of(
     prompt: Prompt, settings: RewardSettings, verifiers: Mapping[str, Verifier] = VERIFIERS
 ) -> Verifier:
-    """Raises DataError for a name that is not among `verifiers`."""
+    """With the settings that it reads, if any. Raises DataError for a name that is not among
+    `verifiers`."""
     name = verifier_name(prompt, settings)
     if name not in verifiers:
         raise DataError(
             f"prompt {prompt.prompt_id} of domain {prompt.domain!r} asks for the verifier "
             f"{name!r}; there are {', '.join(sorted(verifiers))}"
         )
-    return verifiers[name]
+    verifier = verifiers[name]
+    return partial(code.score, settings=settings.code) if verifier is code.score else verifier
 
 
 def check_reference(
@@ -53,6 +58,8 @@ def check_reference(
     check = REFERENCE_CHECKS.get(verifier_name(prompt, settings))
     if check is None:
         return
+    if check is code.check_reference:
+        check = partial(code.check_reference, settings=settings.code)
     try:
         check(prompt)
     except DataError as error:
@@ -66,8 +73,10 @@ def check_references(
     settings: RewardSettings,
     verifiers: Mapping[str, Verifier] = VERIFIERS,
 ) -> None:
-    """Checks every prompt; raises one DataError that counts the bad ones and shows the first."""
+    """Checks every prompt; raises one DataError that counts the bad ones and shows the first, and
+    SandboxError where programs are to be run and cannot be."""
     problems = []
+    prompts = list(prompts)
     for prompt in prompts:
         try:
             check_reference(prompt, settings, verifiers)
@@ -78,3 +87,5 @@ def check_references(
             f"{len(problems)} prompts have references that cannot be used:\n  "
             + "\n  ".join(problems[:3])
         )
+    if any(verifier_name(prompt, settings) == "code" for prompt in prompts):
+        code.require_sandbox(settings.code)

@@ -314,7 +314,7 @@ def test_last_boxed(text: str, inside: str | None) -> None:
             {"family": "gcd", "entry": {"question": "", "answer": "a#b", "metadata": {}}},
             "its own answer 'a#b'",
         ),
-        ("nope", "5", "'nope'; there are exact, expression, maths, reasoning_gym"),
+        ("nope", "5", "'nope'; there are code, exact, expression, maths, reasoning_gym"),
     ],
 )
 def test_bad_references_are_found_and_named(verifier: str, reference: Any, message: str) -> None:
@@ -332,4 +332,4 @@ def test_who_chooses_the_verifier() -> None:
     assert verifier_name(prompt("5"), settings) == "exact"
     assert verifier_name(prompt("5", verifier="expression"), settings) == "expression"
     assert verifier_name(prompt("5", "algebra", verifier="expression"), settings) == "maths"
-    assert set(VERIFIERS) == {"exact", "expression", "maths", "reasoning_gym"}
+    assert set(VERIFIERS) == {"code", "exact", "expression", "maths", "reasoning_gym"}
