@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 from engine_models import (
@@ -12,6 +13,7 @@ from engine_models import (
     PROBES,
     TEMPERATURE,
     request,
+    save_moe_policy,
     save_policy,
 )
 
@@ -100,10 +102,19 @@ class Stack:
         return await self.learner.step(batch)
 
 
-@pytest.fixture(scope="session", params=["tied", "untied"])
+POLICIES = {
+    "tied": partial(save_policy, tied=True),
+    "untied": partial(save_policy, tied=False),
+    "experts": save_moe_policy,  # its head is a tensor of its own, too
+}
+
+
+@pytest.fixture(
+    scope="session", params=["tied", "experts", pytest.param("untied", marks=pytest.mark.slow)]
+)
 def stack(request, cluster, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
-    policy = save_policy(directory / "policy", tied=request.param == "tied")
+    policy = POLICIES[request.param](directory / "policy")
     resources = ActorResources(cpus=0.25)
     with ThreadPoolExecutor() as starting:  # at the same time: each takes many seconds
         learner = starting.submit(

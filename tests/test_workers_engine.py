@@ -1,16 +1,26 @@
 """A real vLLM engine beside a real learner: what travels, what is published, what is noticed."""
 
 import asyncio
+import copy
+import dataclasses
 import itertools
+import os
 import shutil
 
 import pytest
 import torch
-from engine_models import MAX_MODEL_LEN, PROBES, TEMPERATURE, build_tokenizer, request
+from engine_models import (
+    MAX_MODEL_LEN,
+    PROBES,
+    TEMPERATURE,
+    build_tokenizer,
+    request,
+    save_policy,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from posttrain.errors import MismatchError
+from posttrain.errors import MismatchError, ModelError
 from posttrain.types import PolicyVersion
 from posttrain.workers.probe import compare_logprobs
 from posttrain.workers.weights import write_weights
@@ -119,27 +129,26 @@ async def test_weights_change_under_running_requests(stack):
 class Keeper:
     """The learner, except that what it writes for the engines is kept, version by version."""
 
-    def __init__(self, learner):
-        self.node_id = learner.node_id
-        self.score_tokens = learner.score_tokens
-        self.weights = {}
-        self._learner = learner
+    def __init__(self, stack, kept):
+        self.node_id = stack.learner.node_id
+        self.score_tokens = stack.learner.score_tokens
+        self._stack = stack
+        self._kept = kept
 
     async def write_weights(self, directory):
-        seconds = await self._learner.write_weights(directory)
-        self.weights[PolicyVersion.parse(directory.name)] = load_file(
-            directory / "model.safetensors"
-        )
+        seconds = await self._stack.learner.write_weights(directory)
+        kept = shutil.copytree(directory, self._kept / directory.name)
+        shutil.copy(self._stack.policy / "config.json", kept)
         return seconds
 
 
-def spanwise_logprobs(rollout, model, weights):
+def spanwise_logprobs(rollout, kept):
     """Of each completion token, under the version that its span names, the whole prefix too."""
     ids = torch.tensor([[*rollout.prompt_token_ids, *rollout.completion_token_ids]])
     start = len(rollout.prompt_token_ids)
     logprobs = []
     for span in rollout.version_spans:
-        model.load_state_dict(weights[span.version])
+        model = AutoModelForCausalLM.from_pretrained(kept / str(span.version)).eval()
         with torch.no_grad():
             predicted = model(ids).logits[0, :-1].log_softmax(-1)
         own = predicted.gather(1, ids[0, 1:, None])[start - 1 :, 0]
@@ -147,10 +156,9 @@ def spanwise_logprobs(rollout, model, weights):
     return logprobs
 
 
-async def test_fifty_publishes_into_a_running_engine(stack):
+async def test_fifty_publishes_into_a_running_engine(stack, tmp_path):
     """Weights stay right, no request is lost, and each span's tokens are of its version."""
-    keeper = Keeper(stack.learner)
-    publisher = stack.publisher(keeper, probe_every=10)
+    publisher = stack.publisher(Keeper(stack, tmp_path), probe_every=10)
     await publisher.publish(first := stack.next_version())
     batch = await stack.generators.generate(
         request("fifty", "the lazy dog", num_rollouts=8, max_tokens=32, temperature=TEMPERATURE)
@@ -191,10 +199,9 @@ async def test_fifty_publishes_into_a_running_engine(stack):
     assert all(0 < metrics["pause_s"] < metrics["publish_s"] for metrics in published)
     assert sum(metrics["reprefilled_tokens"] for metrics in published) > 0
 
-    model = AutoModelForCausalLM.from_pretrained(stack.policy).eval()
     several = sorted((r for *_, r in answered), key=lambda r: -len(r.version_spans))[:12]
     assert len(several[-1].version_spans) > 1
-    expected = [spanwise_logprobs(rollout, model, keeper.weights) for rollout in several]
+    expected = [spanwise_logprobs(rollout, tmp_path) for rollout in several]
     written = [list(rollout.rollout_logprobs) for rollout in several]
     assert compare_logprobs(expected, [written])["mismatch_max"] < 1e-4
 
@@ -256,3 +263,53 @@ async def test_a_request_that_is_given_up_frees_its_engine(stack):
     rollouts = await stack.generators.generate(long)
     assert len(rollouts) == 16
     assert [replica.outstanding for replica in stack.generators._replicas] == [0]
+
+
+class Damager(Forger):
+    """The learner, except that one bit of its file changes on the way."""
+
+    async def write_weights(self, directory):
+        seconds = await self._learner.write_weights(directory)
+        with (directory / "model.safetensors").open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            (last,) = file.read()
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([last ^ 1]))
+        return seconds
+
+
+@only_tied
+async def test_weights_damaged_on_the_way_are_not_loaded(stack):
+    before = await stack.publisher().publish(good := stack.next_version())
+    with pytest.raises(MismatchError, match=r"generator 0, 1\.\d+: 1 of \d+ published tensors"):
+        await stack.publisher(Damager(stack.learner, None)).publish(stack.next_version())
+    fresh = await stack.generators.generate(request("kept", "the", num_rollouts=2, max_tokens=4))
+    assert {span.version for r in fresh for span in r.version_spans} == {good}
+    assert before["mismatch_max"] < 1e-4
+
+
+@only_tied
+async def test_an_engine_on_another_machine_gets_the_same_weights(stack, monkeypatch):
+    """Sent through the object store, as it would be if the two did not share their memory."""
+    (replica,) = stack.generators._replicas
+    elsewhere = dataclasses.replace(replica._placement, node_id="elsewhere")
+    monkeypatch.setattr(replica, "_placement", elsewhere)
+    rollouts = await stack.generators.generate(
+        request("elsewhere", "the", num_rollouts=8, max_tokens=16, temperature=TEMPERATURE)
+    )
+    await stack.train_on(rollouts)
+    metrics = await stack.publisher().publish(stack.next_version())
+    assert metrics["mismatch_max"] < 1e-4
+
+
+@only_tied
+async def test_a_learner_of_another_model_is_refused_before_anything_is_published(stack, tmp_path):
+    stack_of_another = copy.copy(stack)
+    stack_of_another.policy = save_policy(tmp_path / "other", tied=True)
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"sep_token": "the"})
+    tokenizer.save_pretrained(stack_of_another.policy)
+    version = stack.next_version()
+    with pytest.raises(ModelError, match="the learner's tokenizer gives other ids"):
+        await stack_of_another.publisher().publish(version)
+    assert not (stack.scratch / str(version)).exists()

@@ -255,9 +255,12 @@ async def test_without_any_engine_left_whoever_waits_learns_why():
 
 async def test_weights_that_arrive_differently_end_the_run():
     replica = FakeReplica()
+    pool = pool_of(replica)
+    await pool.update_weights(good := Weights(1))
     replica.load_error = MismatchError("3 of 9 tensors")
     with pytest.raises(MismatchError, match="3 of 9 tensors"):
-        await pool_of(replica).update_weights(Weights(1))
+        await pool.update_weights(bad := Weights(2))
+    assert (good.retired, bad.retired) == (False, True)  # what the engine holds is kept
 
 
 async def test_only_engines_that_serve_are_compared():

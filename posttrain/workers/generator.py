@@ -115,7 +115,12 @@ class GeneratorPool:
         """
         check_dtype(main_dtype(weights.fingerprint), self._settings.dtype)
         previous, self._weights = self._weights, weights
-        reports = await _answers(replica.load(weights) for replica in self._serving())
+        try:
+            reports = await _answers(replica.load(weights) for replica in self._serving())
+        except BaseException:
+            self._weights = previous
+            weights.retire()
+            raise
         if previous is not None:
             previous.retire()
         for task in self._restarts():
