@@ -50,6 +50,7 @@ SLOW = CLUSTER | {
     "pyarrow",
     "reasoning_gym",
     "math_verify",
+    "sympy",
     "polars",
 }
 """Outside these units only inside functions."""
