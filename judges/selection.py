@@ -1,4 +1,8 @@
-"""Which prompts are kept: the easiest dropped by quantile or threshold, the unsolved on request."""
+"""Which prompts are kept: the easiest dropped by quantile or threshold, the unsolved on request.
+
+`choose` works on arrays, a million prompts in about a second; `select` turns verdicts into
+decisions with reasons that a person can read.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from judges.estimators import expected_pass_at_k
@@ -17,12 +23,17 @@ from posttrain.types import Action, Decision, Label, Verdict
 # Among the hardest few percent wrong gold answers collect, so there the unsolved go by default.
 DROP_UNSOLVED_ABOVE = 0.9
 
+RULES = ("drop_easiest", "easy_above", "drop_unsolved", "min_per_domain")
+_CUT_EASIEST, _CUT_ABOVE, _UNSOLVED, _MIN_PER_DOMAIN = range(len(RULES))
+
 
 class SelectionSettings(BaseModel):
     """Exactly one cut: `drop_easiest`, a share of the prompts, or `easy_above`, on the metric.
 
-    The metric is the posterior expectation of pass@1 or pass@k. `drop_unsolved` None means: only
-    when more than 90% would be dropped.
+    The metric is the posterior expectation of pass@1 or pass@k. `by_domain` takes the share from
+    each domain instead of from all; `min_per_domain` takes back the hardest that the cut dropped
+    until a domain has as many. `drop_unsolved` None means: only when more than 90% would be
+    dropped.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -31,6 +42,8 @@ class SelectionSettings(BaseModel):
     k: int | None = Field(default=None, gt=1)
     drop_easiest: float | None = Field(default=None, ge=0, lt=1)
     easy_above: float | None = Field(default=None, gt=0, lt=1)
+    by_domain: bool = False
+    min_per_domain: int = Field(default=0, ge=0)
     drop_unsolved: bool | None = None
 
     @model_validator(mode="after")
@@ -44,11 +57,24 @@ class SelectionSettings(BaseModel):
             raise ValueError(
                 f"k goes with metric pass@k and only with it, got {self.metric} with k={self.k}"
             )
+        if self.by_domain and self.easy_above is not None:
+            raise ValueError("by_domain goes with drop_easiest: a threshold is the same everywhere")
         return self
 
     @property
     def metric_name(self) -> str:
         return f"pass@{self.k or 1}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Arrays `[N]`: whether a prompt is kept, and by which of `RULES` (its index). `cuts` holds
+    for each domain (a single one without `by_domain`) the threshold, or the easiness of the
+    easiest that the share leaves; None where it leaves none."""
+
+    kept: NDArray[np.bool_]
+    rule: NDArray[np.int8]
+    cuts: tuple[float | None, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,36 +89,141 @@ class SelectionSummary:
     dropped_by_label: Mapping[Label, int]
 
 
-def easiness(verdict: Verdict, settings: SelectionSettings) -> float:
-    """Expected pass@1 or pass@k under the verdict's posterior."""
-    return expected_pass_at_k(*verdict.posterior, settings.k or 1)
+def choose(
+    easiness: NDArray[np.float64],
+    unsolved: NDArray[np.bool_],
+    domain: NDArray[np.integer],
+    tie: NDArray[np.uint64],
+    settings: SelectionSettings,
+) -> Selection:
+    """Keep or drop N prompts, every argument `[N]`.
 
-
-def select(verdicts: Sequence[Verdict], settings: SelectionSettings) -> list[Decision]:
-    """One decision per verdict, in their order; raises ValueError if a prompt has two verdicts.
-
-    Where the unsolved are dropped, `drop_easiest` counts among the prompts that are left.
+    `domain` holds codes from 0; `tie` orders prompts of equal easiness. Where the unsolved are
+    dropped, `drop_easiest` counts among the prompts that are left.
     """
-    _check_unique(verdicts)
-    drops_unsolved = _drops_unsolved(verdicts, settings)
-    solved = [v for v in verdicts if not (drops_unsolved and v.label is Label.UNSOLVED)]
+    unsolved_go = drops_unsolved(easiness, np.ones(len(easiness)), settings)
+    is_candidate = ~unsolved if unsolved_go else np.ones(len(easiness), dtype=bool)
+    kept = is_candidate.copy()
+    cut_rule = _CUT_ABOVE if settings.drop_easiest is None else _CUT_EASIEST
+    rule = np.where(is_candidate, cut_rule, _UNSOLVED).astype(np.int8)
+    ranked = np.lexsort((tie, -easiness))
+    ranked = ranked[is_candidate[ranked]]
+    cuts: list[float | None] = []
     if settings.easy_above is not None:
-        dropped = {v.prompt_id for v in solved if easiness(v, settings) > settings.easy_above}
-        rule, cut = "easy_above", settings.easy_above
+        kept &= easiness <= settings.easy_above
+        cuts.append(settings.easy_above)
     else:
         assert settings.drop_easiest is not None
-        ranked = sorted(solved, key=lambda v: (-easiness(v, settings), _tie_break(v.prompt_id)))
-        count = quantile_count(settings.drop_easiest, len(ranked))
-        dropped = {v.prompt_id for v in ranked[:count]}
-        rule, cut = "drop_easiest", easiness(ranked[count], settings) if ranked else 1.0
-    decisions = []
-    for verdict in verdicts:
-        if drops_unsolved and verdict.label is Label.UNSOLVED:
-            decisions.append(_drop_unsolved(verdict))
-        else:
-            action = Action.DROP if verdict.prompt_id in dropped else Action.KEEP
-            decisions.append(_decide(verdict, action, rule, cut, settings))
-    return decisions
+        for group in _split(ranked, domain) if settings.by_domain else [ranked]:
+            count = quantile_count(settings.drop_easiest, len(group))
+            kept[group[:count]] = False
+            cuts.append(float(easiness[group[count]]) if len(group) else None)
+    if settings.min_per_domain:
+        for group in _split(ranked, domain):
+            missing = max(0, settings.min_per_domain - int(kept[group].sum()))
+            dropped = group[~kept[group]]
+            taken_back = dropped[len(dropped) - min(missing, len(dropped)) :]
+            kept[taken_back] = True
+            rule[taken_back] = _MIN_PER_DOMAIN
+    return Selection(kept=kept, rule=rule, cuts=tuple(cuts))
+
+
+def drops_unsolved(
+    easiness: NDArray[np.float64], weight: NDArray[np.float64], settings: SelectionSettings
+) -> bool:
+    """Whether unsolved prompts are dropped, where prompts of this easiness occur `weight` times."""
+    if settings.drop_unsolved is not None:
+        return settings.drop_unsolved
+    if settings.drop_easiest is not None:
+        return settings.drop_easiest > DROP_UNSOLVED_ABOVE
+    assert settings.easy_above is not None
+    too_easy = weight[easiness > settings.easy_above].sum()
+    return bool(too_easy > DROP_UNSOLVED_ABOVE * weight.sum())
+
+
+def _split(ranked: NDArray[np.integer], domain: NDArray[np.integer]) -> list[NDArray[np.integer]]:
+    """The ranked prompts of each domain, those without one included."""
+    count = int(domain.max()) + 1 if len(domain) else 0
+    return [ranked[domain[ranked] == code] for code in range(count)]
+
+
+def easiness_of(a: float, b: float, settings: SelectionSettings) -> float:
+    """Expected pass@1 or pass@k under Beta(a, b)."""
+    return expected_pass_at_k(a, b, settings.k or 1)
+
+
+def easiness(verdict: Verdict, settings: SelectionSettings) -> float:
+    """Expected pass@1 or pass@k under the verdict's posterior."""
+    return easiness_of(*verdict.posterior, settings)
+
+
+def select(
+    verdicts: Sequence[Verdict],
+    settings: SelectionSettings,
+    domains: Mapping[str, str] | None = None,
+) -> list[Decision]:
+    """One decision per verdict, in their order.
+
+    `domains` (prompt id -> domain) is needed for `by_domain` and `min_per_domain`. Raises
+    ValueError if a prompt has two verdicts.
+    """
+    _check_unique(verdicts)
+    names = [domains[v.prompt_id] if domains else "" for v in verdicts]
+    codes = {name: code for code, name in enumerate(sorted(set(names)))}
+    domain = np.array([codes[name] for name in names], dtype=np.int64)
+    values = np.array([easiness(v, settings) for v in verdicts])
+    selection = choose(
+        values,
+        np.array([v.label is Label.UNSOLVED for v in verdicts], dtype=bool),
+        domain,
+        np.array([tie_break(v.prompt_id) for v in verdicts], dtype=np.uint64),
+        settings,
+    )
+    cut_index = domain if settings.by_domain else np.zeros_like(domain)
+    return [
+        Decision(
+            prompt_id=verdict.prompt_id,
+            action=Action.KEEP if kept else Action.DROP,
+            rule=RULES[rule],
+            reason=reason(
+                RULES[rule],
+                bool(kept),
+                found=f"{settings.metric_name} {value:.3f}",
+                counts=f"{verdict.num_correct} of {verdict.num_samples} correct",
+                cut=selection.cuts[index],
+                settings=settings,
+            ),
+            verdict=verdict,
+        )
+        for verdict, kept, rule, value, index in zip(
+            verdicts, selection.kept, selection.rule, values, cut_index, strict=True
+        )
+    ]
+
+
+def reason(
+    rule: str,
+    kept: bool,
+    *,
+    found: str,
+    counts: str,
+    cut: float | None,
+    settings: SelectionSettings,
+) -> str:
+    """Why a prompt was kept or dropped, for a person: `pass@1 0.833 (7 of 8 correct) is …`."""
+    if rule == "drop_unsolved":
+        return f"unsolved: {counts}; its reference may be wrong"
+    assert cut is not None
+    if rule == "easy_above":
+        relation = f"{'not above' if kept else 'above'} {cut:g}"
+    elif rule == "min_per_domain":
+        relation = f"too easy, but its domain keeps at least {settings.min_per_domain} prompts"
+    else:
+        assert settings.drop_easiest is not None
+        share = f"{settings.drop_easiest * 100:g}%{' of its domain' if settings.by_domain else ''}"
+        among = "not among" if kept else "among"
+        relation = f"{among} the easiest {share} (the easiest kept has {cut:.3f})"
+    return f"{found} ({counts}) is {relation}"
 
 
 def quantile_count(share: float, total: int) -> int:
@@ -113,55 +244,12 @@ def summarise(decisions: Sequence[Decision]) -> SelectionSummary:
     )
 
 
+def tie_break(prompt_id: str) -> int:
+    """A number below 2⁶⁴ that orders prompts of equal easiness, whatever their ids look like."""
+    return int.from_bytes(hashlib.blake2b(prompt_id.encode(), digest_size=8).digest())
+
+
 def _check_unique(verdicts: Sequence[Verdict]) -> None:
     prompt_id, count = next(iter(Counter(v.prompt_id for v in verdicts).most_common(1)), ("", 0))
     if count > 1:
         raise ValueError(f"prompt {prompt_id} has {count} verdicts: select by one critic at a time")
-
-
-def _drops_unsolved(verdicts: Sequence[Verdict], settings: SelectionSettings) -> bool:
-    if settings.drop_unsolved is not None:
-        return settings.drop_unsolved
-    if settings.drop_easiest is not None:
-        return settings.drop_easiest > DROP_UNSOLVED_ABOVE
-    assert settings.easy_above is not None
-    too_easy = sum(easiness(v, settings) > settings.easy_above for v in verdicts)
-    return too_easy > DROP_UNSOLVED_ABOVE * len(verdicts)
-
-
-def _tie_break(prompt_id: str) -> bytes:
-    return hashlib.blake2b(prompt_id.encode(), digest_size=8).digest()
-
-
-def _decide(
-    verdict: Verdict, action: Action, rule: str, cut: float, settings: SelectionSettings
-) -> Decision:
-    found = f"{settings.metric_name} {easiness(verdict, settings):.3f} ({_counts(verdict)})"
-    if rule == "easy_above":
-        relation = f"{'above' if action is Action.DROP else 'not above'} {cut:g}"
-    else:
-        assert settings.drop_easiest is not None
-        among = "among" if action is Action.DROP else "not among"
-        share = f"{settings.drop_easiest * 100:g}%"
-        relation = f"{among} the easiest {share} (the easiest kept has {cut:.3f})"
-    return Decision(
-        prompt_id=verdict.prompt_id,
-        action=action,
-        rule=rule,
-        reason=f"{found} is {relation}",
-        verdict=verdict,
-    )
-
-
-def _drop_unsolved(verdict: Verdict) -> Decision:
-    return Decision(
-        prompt_id=verdict.prompt_id,
-        action=Action.DROP,
-        rule="drop_unsolved",
-        reason=f"unsolved: {_counts(verdict)}; its reference may be wrong",
-        verdict=verdict,
-    )
-
-
-def _counts(verdict: Verdict) -> str:
-    return f"{verdict.num_correct} of {verdict.num_samples} correct"
