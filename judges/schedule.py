@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from judges.stopping import Cell, StoppingRule
+from judges.stopping import Cell, StoppingRule, cells_of
 
 REFRESHES = 100
 """Times that the cut is estimated anew while as many requests return as there are prompts."""
@@ -51,7 +51,7 @@ class Schedule:
         self.asked = asked.astype(np.int32)
         self.scored = scored.astype(np.int32)
         self.correct = correct.astype(np.int32)
-        self._domain = domain
+        self._domain = domain.astype(np.int64)
         self._rule = rule
         self._round_size = round_size or cap
         self._cap = cap
@@ -104,11 +104,12 @@ class Schedule:
     def _fill(self) -> None:
         if not len(self.scored):
             return
-        order = np.lexsort((self.correct, self.scored, self._domain))[::-1]
-        keys = np.stack([self._domain[order], self.scored[order], self.correct[order]])
-        starts = np.flatnonzero(np.any(np.diff(keys, axis=1) != 0, axis=0)) + 1
-        for members in np.split(order, starts):
-            cell = self._cell(int(members[0]))
+        cells, places = cells_of(self._domain, self.scored, self.correct)
+        order = np.argsort(places, kind="stable")[::-1]  # the first prompt is taken first
+        counts = np.bincount(places)
+        for cell, members in zip(
+            reversed(cells), np.split(order, np.cumsum(counts[::-1])[:-1]), strict=True
+        ):
             self._idle[cell] = array("i", members.astype(np.int32).tobytes())
             self._population[cell] = len(members)
 

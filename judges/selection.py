@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,47 +23,66 @@ from posttrain.types import Action, Decision, Label, Verdict
 # Among the hardest few percent wrong gold answers collect, so there the unsolved go by default.
 DROP_UNSOLVED_ABOVE = 0.9
 
-RULES = ("drop_easiest", "easy_above", "drop_unsolved", "min_per_domain")
-_CUT_EASIEST, _CUT_ABOVE, _UNSOLVED, _MIN_PER_DOMAIN = range(len(RULES))
+Metric = Literal["pass@1", "pass@k", "grade", "ifd"]
+Rule = Literal[
+    "drop_easiest", "easy_above", "drop_below", "drop_unsolved", "ifd_above_1", "min_per_domain"
+]
+RULES: tuple[Rule, ...] = get_args(Rule)
 
 
 class SelectionSettings(BaseModel):
-    """Exactly one cut: `drop_easiest`, a share of the prompts, or `easy_above`, on the metric.
+    """Exactly one cut on the metric: `drop_easiest`, a share of the prompts; or a threshold,
+    `easy_above` on a pass rate, `drop_below` on a grade or IFD.
 
-    The metric is the posterior expectation of pass@1 or pass@k. `by_domain` takes the share from
-    each domain instead of from all; `min_per_domain` takes back the hardest that the cut dropped
-    until a domain has as many. `drop_unsolved` None means: only when more than 90% would be
-    dropped.
+    The metric is the posterior expectation of pass@1 or pass@k, or what a judge that looks once
+    says; low grades and low IFD count as easy: they are the first to go. `by_domain` takes the
+    share from each domain instead of from all; `min_per_domain` takes back the hardest that the
+    cut dropped until a domain has as many. `drop_unsolved` None means: only when more than 90%
+    would be dropped.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    metric: Literal["pass@1", "pass@k"] = "pass@1"
+    metric: Metric = "pass@1"
     k: int | None = Field(default=None, gt=1)
     drop_easiest: float | None = Field(default=None, ge=0, lt=1)
     easy_above: float | None = Field(default=None, gt=0, lt=1)
+    drop_below: float | None = None
     by_domain: bool = False
     min_per_domain: int = Field(default=0, ge=0)
     drop_unsolved: bool | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if (self.drop_easiest is None) == (self.easy_above is None):
+        cuts = ("drop_easiest", "easy_above" if self.is_rate else "drop_below")
+        given = [
+            n for n in ("drop_easiest", "easy_above", "drop_below") if getattr(self, n) is not None
+        ]
+        if len(given) != 1 or given[0] not in cuts:
             raise ValueError(
-                "set exactly one of drop_easiest and easy_above, got "
-                f"drop_easiest={self.drop_easiest}, easy_above={self.easy_above}"
+                f"set exactly one of {cuts[0]} and {cuts[1]} for {self.metric}, got "
+                f"{', '.join(f'{name}={getattr(self, name)}' for name in given) or 'none'}"
             )
         if (self.metric == "pass@k") != (self.k is not None):
             raise ValueError(
                 f"k goes with metric pass@k and only with it, got {self.metric} with k={self.k}"
             )
-        if self.by_domain and self.easy_above is not None:
+        if self.by_domain and self.drop_easiest is None:
             raise ValueError("by_domain goes with drop_easiest: a threshold is the same everywhere")
         return self
 
     @property
+    def is_rate(self) -> bool:
+        return self.metric in ("pass@1", "pass@k")
+
+    @property
     def metric_name(self) -> str:
-        return f"pass@{self.k or 1}"
+        return f"pass@{self.k}" if self.metric == "pass@k" else self.metric
+
+    @property
+    def threshold(self) -> float | None:
+        """In terms of easiness; None for a share."""
+        return self.easy_above if self.drop_below is None else -self.drop_below
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,27 +110,30 @@ class SelectionSummary:
 
 def choose(
     easiness: NDArray[np.float64],
-    unsolved: NDArray[np.bool_],
+    excluded: NDArray[np.bool_],
     domain: NDArray[np.integer],
     tie: NDArray[np.uint64],
     settings: SelectionSettings,
 ) -> Selection:
     """Keep or drop N prompts, every argument `[N]`.
 
-    `domain` holds codes from 0; `tie` orders prompts of equal easiness. Where the unsolved are
-    dropped, `drop_easiest` counts among the prompts that are left.
+    The `excluded` are dropped (unsolved prompts where these go; for IFD what is above 1), and
+    `drop_easiest` counts among those that are left. `domain` holds codes from 0; `tie` orders
+    prompts of equal easiness.
     """
-    unsolved_go = drops_unsolved(easiness, np.ones(len(easiness)), settings)
-    is_candidate = ~unsolved if unsolved_go else np.ones(len(easiness), dtype=bool)
-    kept = is_candidate.copy()
-    cut_rule = _CUT_ABOVE if settings.drop_easiest is None else _CUT_EASIEST
-    rule = np.where(is_candidate, cut_rule, _UNSOLVED).astype(np.int8)
+    kept = ~excluded
+    cut_rule: Rule = "drop_easiest" if settings.drop_easiest is not None else "easy_above"
+    excluded_rule: Rule = "drop_unsolved"
+    if not settings.is_rate:
+        cut_rule = "drop_easiest" if settings.drop_easiest is not None else "drop_below"
+        excluded_rule = "ifd_above_1"
+    rule = np.where(kept, RULES.index(cut_rule), RULES.index(excluded_rule)).astype(np.int8)
     ranked = np.lexsort((tie, -easiness))
-    ranked = ranked[is_candidate[ranked]]
+    ranked = ranked[kept[ranked]]
     cuts: list[float | None] = []
-    if settings.easy_above is not None:
-        kept &= easiness <= settings.easy_above
-        cuts.append(settings.easy_above)
+    if settings.threshold is not None:
+        kept &= easiness <= settings.threshold
+        cuts.append(settings.threshold)
     else:
         assert settings.drop_easiest is not None
         for group in _split(ranked, domain) if settings.by_domain else [ranked]:
@@ -124,7 +146,7 @@ def choose(
             dropped = group[~kept[group]]
             taken_back = dropped[len(dropped) - min(missing, len(dropped)) :]
             kept[taken_back] = True
-            rule[taken_back] = _MIN_PER_DOMAIN
+            rule[taken_back] = RULES.index("min_per_domain")
     return Selection(kept=kept, rule=rule, cuts=tuple(cuts))
 
 
@@ -172,9 +194,10 @@ def select(
     codes = {name: code for code, name in enumerate(sorted(set(names)))}
     domain = np.array([codes[name] for name in names], dtype=np.int64)
     values = np.array([easiness(v, settings) for v in verdicts])
+    unsolved = np.array([v.label is Label.UNSOLVED for v in verdicts], dtype=bool)
     selection = choose(
         values,
-        np.array([v.label is Label.UNSOLVED for v in verdicts], dtype=bool),
+        unsolved & drops_unsolved(values, np.ones(len(values)), settings),
         domain,
         np.array([tie_break(v.prompt_id) for v in verdicts], dtype=np.uint64),
         settings,
@@ -188,7 +211,7 @@ def select(
             reason=reason(
                 RULES[rule],
                 bool(kept),
-                found=f"{settings.metric_name} {value:.3f}",
+                easiness=value,
                 counts=f"{verdict.num_correct} of {verdict.num_samples} correct",
                 cut=selection.cuts[index],
                 settings=settings,
@@ -202,28 +225,33 @@ def select(
 
 
 def reason(
-    rule: str,
+    rule: Rule,
     kept: bool,
     *,
-    found: str,
-    counts: str,
+    easiness: float,
+    counts: str | None,
     cut: float | None,
     settings: SelectionSettings,
 ) -> str:
-    """Why a prompt was kept or dropped, for a person: `pass@1 0.833 (7 of 8 correct) is …`."""
+    """Why a prompt was kept or dropped, for a person: `pass@1 0.833 (7 of 8 correct) is …`.
+    `counts` is None for a judge that looks once."""
     if rule == "drop_unsolved":
         return f"unsolved: {counts}; its reference may be wrong"
+    sign = 1 if settings.is_rate else -1
+    found = f"{settings.metric_name} {sign * easiness:.3f}" + (f" ({counts})" if counts else "")
+    if rule == "ifd_above_1":
+        return f"{found} is above 1: the prompt does not help to predict the answer"
     assert cut is not None
-    if rule == "easy_above":
-        relation = f"{'not above' if kept else 'above'} {cut:g}"
-    elif rule == "min_per_domain":
-        relation = f"too easy, but its domain keeps at least {settings.min_per_domain} prompts"
-    else:
+    if rule == "min_per_domain":
+        return f"{found} is too easy, but its domain keeps at least {settings.min_per_domain}"
+    if rule == "drop_easiest":
         assert settings.drop_easiest is not None
         share = f"{settings.drop_easiest * 100:g}%{' of its domain' if settings.by_domain else ''}"
+        most = "easiest" if settings.is_rate else "lowest"
         among = "not among" if kept else "among"
-        relation = f"{among} the easiest {share} (the easiest kept has {cut:.3f})"
-    return f"{found} ({counts}) is {relation}"
+        return f"{found} is {among} the {most} {share} (the {most} kept has {sign * cut:.3f})"
+    side = "above" if settings.is_rate else "below"
+    return f"{found} is {'not ' if kept else ''}{side} {sign * cut:g}"
 
 
 def quantile_count(share: float, total: int) -> int:

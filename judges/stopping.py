@@ -29,6 +29,29 @@ Population = Mapping[Cell, int]
 """How many prompts are in each cell."""
 
 
+def cells_of(
+    domain: NDArray[np.integer], n: NDArray[np.integer], c: NDArray[np.integer]
+) -> tuple[list[Cell], NDArray[np.intp]]:
+    """The cells that are not empty, and for each prompt `[N]` the index of its own."""
+    base = int(n.max(initial=0)) + 1
+    codes, places = np.unique((domain * base + n) * base + c, return_inverse=True)
+    cells = [Cell(code // base**2, code // base % base, code % base) for code in codes.tolist()]
+    return cells, places
+
+
+def open_prompts(
+    rule: StoppingRule,
+    domain: NDArray[np.integer],
+    n: NDArray[np.integer],
+    c: NDArray[np.integer],
+) -> NDArray[np.bool_]:
+    """Which prompts `[N]` need more samples by the rule, whatever the cap."""
+    cells, places = cells_of(domain, n, c)
+    counts = np.bincount(places, minlength=len(cells))
+    rule.follow(dict(zip(cells, counts.tolist(), strict=True)))
+    return np.array([rule.is_open(cell) for cell in cells], dtype=bool)[places]
+
+
 class StoppingRule(Protocol):
     """`is_open` says whether prompts with fewer samples than the cap need more. `breadth_first`
     rules want all prompts at few samples before any gets many, because the cut moves with them."""
