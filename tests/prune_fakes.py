@@ -1,15 +1,17 @@
 """A critic without an engine: how often it is right stands in the question, and its answers follow
-from their seeds. `python prune_fakes.py SETTINGS.json OUT MODEL` prunes with it in a process that
-can be killed."""
+from their seeds. As a script, it prunes in processes that can be killed."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
+import os
+import random
+import signal
 import sys
+import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ from posttrain.prune.settings import PruneSettings
 from posttrain.types import PolicyVersion, Rollout, VersionSpan
 from rewards.scorer import score_rollouts
 from rewards.shaping import RewardSettings
+
+LOGGED_BYTES = 17
+"""A task's id and a line's end."""
 
 BROKEN = RuntimeError("the engine died")
 
@@ -34,7 +39,11 @@ class FakeEngine:
     """Answers `#1` as often as the question says, each answer decided by its seed."""
 
     def __init__(
-        self, chat: ChatFormat, fail_after: int | None = None, delay_s: float = 0.0
+        self,
+        chat: ChatFormat,
+        fail_after: int | None = None,
+        delay_s: float = 0.0,
+        log: Path | None = None,
     ) -> None:
         self.requests: Counter[str] = Counter()
         self.samples = 0
@@ -45,6 +54,7 @@ class FakeEngine:
         self._chat = chat
         self._fail_after = fail_after
         self._delay_s = delay_s
+        self._log = log
 
     async def generate(self, request):
         self.in_flight += 1
@@ -55,7 +65,11 @@ class FakeEngine:
             raise BROKEN
         text = self._chat.tokenizer.decode(request.prompt_token_ids, skip_special_tokens=True)
         self.prompts.append(text)
-        self.requests[request.request_id.split("-")[1]] += 1
+        task_id = request.request_id.split("-")[1]
+        self.requests[task_id] += 1
+        if self._log is not None:
+            with self._log.open("a") as log:
+                log.write(f"{task_id}\n")
         self.samples += request.num_rollouts
         rate = int(text.split(":")[1].split("?")[0]) / 100
         return tuple(
@@ -102,14 +116,41 @@ def model_of(policy: Path, fingerprint: str = "f00d" * 16) -> CriticModel:
     return CriticModel(name=str(policy), fingerprint=fingerprint, chat=ChatFormat(str(policy)))
 
 
-def main() -> None:
-    settings = PruneSettings.model_validate_json(Path(sys.argv[1]).read_text())
-    model = model_of(Path(sys.argv[3]))
-    engine = FakeEngine(model.chat, delay_s=0.01)
-    print("ready", flush=True)
-    prune(settings, Path(sys.argv[2]), model, FakeCritics(engine))
-    print(json.dumps({"samples": engine.samples, "requests": engine.requests}), flush=True)
+def killed_again_and_again(settings: PruneSettings, out: Path, policy: Path, log: Path) -> None:
+    """One line on stdin is one attempt, killed by SIGKILL after `NUMBER` more requests or once it
+    is `writing`; an empty one lives as long as it needs. Answers each with its exit status.
+
+    Attempts are forks, because imports cost more than they do.
+    """
+    model = model_of(policy)
+    for line in sys.stdin:
+        until = _reached(line.strip(), out, log)
+        child = os.fork()
+        if child == 0:
+            prune(settings, out, model, FakeCritics(FakeEngine(model.chat, delay_s=0.01, log=log)))
+            os._exit(0)
+        while until is not None and not until():
+            time.sleep(0.001)
+        if until is not None:
+            time.sleep(random.uniform(0, 0.03))
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def _reached(moment: str, out: Path, log: Path) -> Callable[[], bool] | None:
+    if not moment:
+        return None
+    if moment == "writing":
+        return (out / ".data.partial").exists
+    target = _size(log) + int(moment) * LOGGED_BYTES
+    return lambda: _size(log) >= target
+
+
+def _size(log: Path) -> int:
+    return log.stat().st_size if log.exists() else 0
 
 
 if __name__ == "__main__":
-    main()
+    content, *paths = sys.argv[1:]
+    killed_again_and_again(PruneSettings.model_validate_json(content), *map(Path, paths))

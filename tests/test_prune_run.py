@@ -249,7 +249,7 @@ def test_rows_that_share_a_prompt_are_judged_once(bench: Bench) -> None:
         }
     assert annotated[7]["prune_correct"] == annotated[7]["prune_samples"]
     assert annotated[200]["prune_correct"] == 0  # the same question, and another right answer
-    verdicts = pq.read_table(bench.out / "data" / "verdicts.parquet").to_pylist()
+    verdicts = pq.read_table(bench.out / "data" / "verdicts").to_pylist()
     assert sorted(v["num_rows"] for v in verdicts) == [1] + [2] * 10
     assert len({v["prompt_id"] for v in verdicts}) == 10
     assert sum(v["samples"] for v in verdicts) == bench.engine.samples

@@ -8,7 +8,6 @@ from typing import Any
 import yaml
 
 BAR = 30
-_FORMATS = {"parquet": "parquet", "jsonl": "json"}
 
 
 def dataset_card(manifest: Mapping[str, Any]) -> str:
@@ -18,7 +17,7 @@ def dataset_card(manifest: Mapping[str, Any]) -> str:
     configs = [
         {"config_name": "default", "data_files": f"data/kept/*.{suffix}", "default": True},
         {"config_name": "annotated", "data_files": f"data/annotated/*.{suffix}"},
-        {"config_name": "verdicts", "data_files": "data/verdicts.parquet"},
+        {"config_name": "verdicts", "data_files": f"data/verdicts/*.{suffix}"},
     ]
     header = yaml.safe_dump({"configs": configs, "tags": ["posttrain-prune"]}, sort_keys=False)
     return "\n".join([f"---\n{header}---", *_body(manifest)]) + "\n"

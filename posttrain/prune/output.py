@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from judges.selection import RULES
 from posttrain.errors import DataError
 from posttrain.prune.decisions import LABELS, Decisions, reasons
 from posttrain.prune.settings import PruneSettings
-from posttrain.prune.shards import JsonShards, ParquetShards
+from posttrain.prune.shards import make_shards
 from posttrain.prune.source import Source
 from posttrain.prune.store import Store, TaskTable
 
@@ -129,7 +129,7 @@ def write_rows(
     annotator: Annotator,
     kept: NDArray[np.bool_],
     *,
-    as_json: bool,
+    form: Literal["parquet", "jsonl"],
 ) -> None:
     """`kept` `[tasks]` rows into `directory`/kept, all that can be read into `directory`/annotated,
     both in the order of the source. Raises DataError for a source that changed, that has columns of
@@ -141,10 +141,9 @@ def write_rows(
     annotations = annotator.columns(np.flatnonzero(rows.readable)[:1])
     annotated_schema = _extended(schema, annotations)
     written = 0
-    make = JsonShards if as_json else ParquetShards
     with (
-        make(directory / "kept", schema) as kept_shards,
-        make(directory / "annotated", annotated_schema) as annotated_shards,
+        make_shards(form, directory / "kept", schema) as kept_shards,
+        make_shards(form, directory / "annotated", annotated_schema) as annotated_shards,
     ):
         for numbers, table, lines in source.tables(rows.readable):
             written += len(numbers)

@@ -112,9 +112,8 @@ def _write(
     say(f"prune: writing to {directory.path}")
     with staged_directory(directory.data_path) as staged:
         annotator = Annotator(tasks, rows, decided, settings)
-        as_json = settings.format == "jsonl"
-        write_rows(staged, source, rows, annotator, decided.kept, as_json=as_json)
-        write_verdicts(staged / "verdicts.parquet", store, tasks, decided, settings)
+        write_rows(staged, source, rows, annotator, decided.kept, form=settings.format)
+        write_verdicts(staged / "verdicts", store, tasks, decided, settings)
     lines = (json.dumps(details, ensure_ascii=False) for _, _, details in store.quarantined())
     write_atomically(directory.quarantine_path, "".join(f"{line}\n" for line in lines))
     requests, tokens = store.usage()
@@ -152,6 +151,8 @@ def _advice(manifest: dict[str, Any], settings: PruneSettings) -> list[str]:
     """What the numbers ask for."""
     found = manifest["figures"]["undecided"]
     advice = []
+    if not manifest["figures"]["rows"]["kept"]:
+        advice.append("nothing is kept; move the cut, or give the critic harder prompts")
     short = found["prompts"] - found["at_cap_prompts"]
     if short:
         advice.append(

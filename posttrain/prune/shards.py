@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Literal, Self
 
 from posttrain.errors import DataError
 
@@ -34,6 +34,7 @@ class Shards(ABC):
         self._num_pending = 0
         self._room = 0
         self._num_shards = 0
+        self._is_open = False
 
     def write(self, table: pa.Table, lines: Sequence[str] | None) -> None:
         """Rows, and their lines as they stand in the source where that has lines."""
@@ -52,18 +53,22 @@ class Shards(ABC):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is None and (self._num_pending or not self._num_shards):
-            self._flush()
-        if self._num_shards:
-            self._end()
+        try:
+            if error is None and (self._num_pending or not self._num_shards):
+                self._flush()
+        finally:
+            if self._is_open:
+                self._end()
 
     def _flush(self) -> None:
         import pyarrow as pa
 
         if self._room <= 0:
-            if self._num_shards:
+            if self._is_open:
                 self._end()
+                self._is_open = False
             self._begin(self._directory / f"part-{self._num_shards:05d}{self.suffix}")
+            self._is_open = True
             self._num_shards += 1
             self._room = SHARD_ROWS
         table = pa.concat_tables([self._schema.empty_table(), *self._pending])
@@ -88,17 +93,17 @@ class ParquetShards(Shards):
     _writer: Any
 
     def _begin(self, path: Path) -> None:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self._writer = pq.ParquetWriter(path, self._schema)
+        try:
+            self._writer = pq.ParquetWriter(path, self._schema)
+        except pa.ArrowNotImplementedError as error:
+            raise DataError(f"{error} Ask for JSON lines (--format jsonl).") from error
 
     def _put(self, table: pa.Table, lines: list[str]) -> None:  # noqa: ARG002
-        import pyarrow as pa
-
-        try:
+        if table.num_rows:  # `datasets` cannot read a group without rows
             self._writer.write_table(table)
-        except pa.ArrowNotImplementedError as error:
-            raise DataError(f"{error}. Ask for JSON lines (--format jsonl).") from error
 
     def _end(self) -> None:
         self._writer.close()
@@ -123,3 +128,7 @@ class JsonShards(Shards):
 
     def _end(self) -> None:
         self._file.close()
+
+
+def make_shards(form: Literal["parquet", "jsonl"], directory: Path, schema: pa.Schema) -> Shards:
+    return (ParquetShards if form == "parquet" else JsonShards)(directory, schema)

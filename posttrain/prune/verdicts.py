@@ -13,17 +13,17 @@ from judges.estimators import posterior
 from judges.selection import RULES
 from posttrain.prune.decisions import LABELS, Decisions, reasons
 from posttrain.prune.settings import PruneSettings
+from posttrain.prune.shards import make_shards
 from posttrain.prune.store import Store, TaskTable
 
 CHUNK = 10_000
 
 
 def write_verdicts(
-    path: Path, store: Store, tasks: TaskTable, decided: Decisions, settings: PruneSettings
+    directory: Path, store: Store, tasks: TaskTable, decided: Decisions, settings: PruneSettings
 ) -> None:
-    """Parquet, in the order in which the tasks first came into the store."""
+    """Shards in the order in which the tasks first came into the store."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     index_of = np.full(int(tasks.key.max()) + 1, -1, dtype=np.int64)
     index_of[tasks.key] = np.arange(len(tasks))
@@ -33,7 +33,7 @@ def write_verdicts(
         if key < len(index_of) and index_of[key] >= 0
     )
     reason_of = reasons(tasks, decided, settings)
-    with pq.ParquetWriter(path, _schema()) as writer:
+    with make_shards(settings.format, directory, _schema()) as shards:
         while chunk := list(itertools.islice(known, CHUNK)):
             records = []
             for index, task_id, prompt_id, outcomes in chunk:
@@ -62,7 +62,7 @@ def write_verdicts(
                         "high": float(decided.high[index]),
                     }
                 records.append(record)
-            writer.write_table(pa.Table.from_pylist(records, _schema()))
+            shards.write(pa.Table.from_pylist(records, _schema()), None)
 
 
 def _schema() -> Any:
