@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from judges.stopping import CutRule, FixedN, StoppingRule, open_prompts
 from posttrain.prune.settings import PruneSettings
 from posttrain.prune.store import TaskTable
 from posttrain.types import Label
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 LABELS = tuple(Label)
 
@@ -107,31 +110,36 @@ def _label(settings: LabelSettings, n: int, c: int) -> int:
     return LABELS.index(said)
 
 
-def reasons(
-    tasks: TaskTable, decisions: Decisions, settings: PruneSettings
-) -> Callable[[int], str]:
-    """Why the task of an index was kept or dropped. Tasks with equal counts share the text."""
-    selection = settings.selection
+class Reasons:
+    """Why tasks were kept or dropped. Tasks with equal counts share a text."""
 
-    @lru_cache(maxsize=1 << 16)
-    def text(rule: int, kept: bool, n: int, c: int, value: float, group: int) -> str:
+    def __init__(self, tasks: TaskTable, decisions: Decisions, settings: PruneSettings) -> None:
+        self._tasks = tasks
+        self._decisions = decisions
+        self._selection = settings.selection
+        self._text = lru_cache(maxsize=1 << 16)(self._describe)
+
+    def of(self, indices: NDArray[np.integer]) -> pa.StringArray:
+        """For the tasks of these indices `[M]`."""
+        import pyarrow as pa
+
+        tasks, decided = self._tasks, self._decisions
+        group = tasks.domain if self._selection.by_domain else np.zeros_like(tasks.domain)
+        columns = (decided.rule, decided.kept, tasks.scored, tasks.correct, group, decided.value)
+        keys = np.stack([column[indices].astype(np.float64) for column in columns], axis=1)
+        distinct, places = np.unique(keys, axis=0, return_inverse=True)
+        texts = [self._text(*key) for key in distinct.tolist()]
+        return pa.array(texts, pa.string()).take(pa.array(places.reshape(-1)))
+
+    def _describe(
+        self, rule: float, kept: float, n: float, c: float, group: float, value: float
+    ) -> str:
+        is_rate = self._selection.is_rate
         return reason(
-            RULES[rule],
-            kept,
-            easiness=value if selection.is_rate else -value,
-            counts=f"{c} of {n} correct" if selection.is_rate else None,
-            cut=decisions.cuts[group],
-            settings=selection,
+            RULES[int(rule)],
+            bool(kept),
+            easiness=value if is_rate else -value,
+            counts=f"{c:.0f} of {n:.0f} correct" if is_rate else None,
+            cut=self._decisions.cuts[int(group)],
+            settings=self._selection,
         )
-
-    def reason_of(index: int) -> str:
-        return text(
-            int(decisions.rule[index]),
-            bool(decisions.kept[index]),
-            int(tasks.scored[index]),
-            int(tasks.correct[index]),
-            float(decisions.value[index]),
-            int(tasks.domain[index]) if selection.by_domain else 0,
-        )
-
-    return reason_of

@@ -61,7 +61,7 @@ def _probe(
     left = num_open(tasks, settings)
     result: dict[str, Any] = {
         "rows": int(tasks.num_rows.sum()),
-        "quarantined": sum(1 for _ in store.quarantined()),
+        "quarantined": store.counts()[1],
         "prompts": len(tasks),
         "prompts_to_judge": left,
     }

@@ -26,14 +26,15 @@ def figures(
     """Plain values. Shares are of the rows that were judged; `None` where there are none."""
     weight = tasks.num_rows
     kept_rows = int(weight[decided.kept].sum())
+    taken, quarantined = store.counts()
     result = {
         "rows": {
-            "read": sum(1 for _ in store.row_tasks()),
+            "read": taken,
             "judged": int(weight.sum()),
             "kept": kept_rows,
             "dropped": int(weight.sum()) - kept_rows,
             "held_out": int((rows.task == HELD_OUT).sum()),
-            "quarantined": sum(1 for _ in store.quarantined()),
+            "quarantined": quarantined,
         },
         "prompts": {
             "judged": len(tasks),

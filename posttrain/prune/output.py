@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from judges.selection import RULES
 from posttrain.errors import DataError
-from posttrain.prune.decisions import LABELS, Decisions, reasons
+from posttrain.prune.decisions import LABELS, Decisions, Reasons
 from posttrain.prune.settings import PruneSettings
 from posttrain.prune.shards import make_shards
 from posttrain.prune.source import Source
@@ -65,38 +65,39 @@ class Annotator:
 
     def __init__(
         self, tasks: TaskTable, rows: RowTable, decided: Decisions, settings: PruneSettings
-    ):
+    ) -> None:
         self._tasks = tasks
         self._rows = rows
         self._decided = decided
-        self._reason = reasons(tasks, decided, settings)
+        self._reasons = Reasons(tasks, decided, settings)
 
     def columns(self, numbers: NDArray[np.int64]) -> dict[str, pa.Array]:
-        """For the rows of these numbers, by name."""
+        """For the rows of these numbers `[M]`, by name."""
         import pyarrow as pa
 
         task = self._rows.task[numbers]
         judged = task >= 0
-        at = np.where(judged, task, 0)
         decided, tasks = self._decided, self._tasks
 
-        def known(values: NDArray[Any]) -> pa.Array:
-            taken = values[at]
+        def known(values: NDArray[Any], kind: Any = None) -> pa.Array:
+            taken = values[np.where(judged, task, 0)]
             absent = ~judged
             if taken.dtype.kind == "f":
-                absent |= np.isnan(taken)
-            return pa.array(taken, mask=absent)
+                absent = absent | np.isnan(taken)
+            return pa.array(taken, kind, mask=absent)
 
-        words = [self._words(int(n), int(t)) for n, t in zip(numbers, task, strict=True)]
-        action, rule, why, label = (list(column) for column in zip(*words, strict=True))
-        ids = [tasks.task_id[t].decode() if t >= 0 else None for t in task]
+        rule = np.where(judged, decided.rule[np.maximum(task, 0)], len(RULES) - 1 - task)
+        kept = judged & decided.kept[np.maximum(task, 0)]
+        label = decided.label[np.maximum(task, 0)]
         columns = {
             "row": pa.array(numbers + 1),
-            "id": pa.array(ids, pa.string()),
-            "action": pa.array(action, pa.string()),
-            "rule": pa.array(rule, pa.string()),
-            "reason": pa.array(why, pa.string()),
-            "label": pa.array(label, pa.string()),
+            "id": known(tasks.task_id).cast(pa.string()),
+            "action": _words(
+                ("keep", "drop", "quarantined"), np.select([kept, task != QUARANTINED], [0, 1], 2)
+            ),
+            "rule": _words((*RULES, "quarantined", "held_out"), rule),
+            "reason": self._reason(numbers, task),
+            "label": _words(LABELS, label, absent=~judged | (label < 0)),
             "value": known(decided.value),
             "low": known(decided.low),
             "high": known(decided.high),
@@ -106,20 +107,23 @@ class Annotator:
         }
         return {PREFIX + name: values for name, values in columns.items()}
 
-    def _words(self, number: int, task: int) -> tuple[str, str, str, str | None]:
-        """Action, rule, reason and label."""
-        if task == QUARANTINED:
-            return "quarantined", "quarantined", self._rows.notes[number], None
-        if task == HELD_OUT:
-            return "drop", "held_out", self._rows.notes[number], None
-        decided = self._decided
-        code = int(decided.label[task])
-        return (
-            "keep" if decided.kept[task] else "drop",
-            RULES[decided.rule[task]],
-            self._reason(task),
-            LABELS[code] if code >= 0 else None,
-        )
+    def _reason(self, numbers: NDArray[np.int64], task: NDArray[np.int32]) -> pa.Array:
+        import pyarrow as pa
+
+        texts = self._reasons.of(np.maximum(task, 0))
+        others = task < 0
+        if not others.any():
+            return texts
+        notes = [self._rows.notes[int(n)] for n in numbers[others]]
+        return pa.compute.replace_with_mask(texts, pa.array(others), pa.array(notes, pa.string()))
+
+
+def _words(
+    words: Sequence[str], codes: NDArray[Any], absent: NDArray[np.bool_] | None = None
+) -> pa.Array:
+    import pyarrow as pa
+
+    return pa.array(list(words), pa.string()).take(pa.array(codes, mask=absent))
 
 
 def write_rows(

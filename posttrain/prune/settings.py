@@ -88,7 +88,7 @@ class PruneSettings(_Section):
 
     @model_validator(mode="after")
     def _answers_fit(self) -> Self:
-        if self.judge.max_tokens >= self.critic.max_length:
+        if self.method == "critic" and self.judge.max_tokens >= self.critic.max_length:
             raise ValueError(
                 f"judge.max_tokens = {self.judge.max_tokens} leaves no room for a prompt in "
                 f"critic.max_length = {self.critic.max_length}"

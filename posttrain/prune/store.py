@@ -214,6 +214,12 @@ class Store:
         """Of the source, up to the last that was taken in."""
         return int(self._db.execute("SELECT coalesce(max(row) + 1, 0) FROM rows").fetchone()[0])
 
+    def counts(self) -> tuple[int, int]:
+        """Rows that were taken in, and how many of them are quarantined."""
+        query = "SELECT (SELECT count(*) FROM rows), (SELECT count(*) FROM quarantine)"
+        taken, quarantined = self._db.execute(query).fetchone()
+        return int(taken), int(quarantined)
+
     def quarantined(self) -> Iterator[tuple[int, bool, dict[str, Any]]]:
         """(row, readable, details) in order."""
         query = "SELECT row, readable, details FROM quarantine ORDER BY row"
@@ -275,11 +281,11 @@ class Store:
         row = self._db.execute("SELECT task_id, content FROM tasks WHERE task = ?", (key,))
         return _task(*row.fetchone())
 
-    def task_facts(self) -> Iterator[tuple[int, str, str, dict[Outcome, int]]]:
-        """(key, task id, prompt id, outcomes) of every task, by key."""
-        query = f"SELECT task, task_id, prompt_id, {_COUNTS} FROM tasks ORDER BY task"
-        for key, task_id, prompt_id, *counts in self._db.execute(query):
-            yield key, task_id, prompt_id, _outcomes(counts)
+    def task_facts(self) -> Iterator[tuple[int, str, dict[Outcome, int]]]:
+        """(key, prompt id, outcomes) of every task, by key."""
+        query = f"SELECT task, prompt_id, {_COUNTS} FROM tasks ORDER BY task"
+        for key, prompt_id, *counts in self._db.execute(query):
+            yield key, prompt_id, _outcomes(counts)
 
     def find(self, some_id: str) -> list[tuple[int, Task]]:
         """Tasks with this task id or prompt id, with their keys."""

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from judges.estimators import posterior
+from judges.estimators import JEFFREYS
 from judges.selection import RULES
-from posttrain.prune.decisions import LABELS, Decisions, reasons
+from posttrain.prune.decisions import LABELS, Decisions, Reasons
 from posttrain.prune.settings import PruneSettings
 from posttrain.prune.shards import make_shards
 from posttrain.prune.store import Store, TaskTable
@@ -28,41 +28,45 @@ def write_verdicts(
     index_of = np.full(int(tasks.key.max()) + 1, -1, dtype=np.int64)
     index_of[tasks.key] = np.arange(len(tasks))
     known = (
-        (index_of[key], task_id, prompt_id, outcomes)
-        for key, task_id, prompt_id, outcomes in store.task_facts()
+        (index_of[key], prompt_id, json.dumps({str(o): n for o, n in outcomes.items()}))
+        for key, prompt_id, outcomes in store.task_facts()
         if key < len(index_of) and index_of[key] >= 0
     )
-    reason_of = reasons(tasks, decided, settings)
-    with make_shards(settings.format, directory, _schema()) as shards:
+    reasons = Reasons(tasks, decided, settings)
+    schema = _schema()
+    with make_shards(settings.format, directory, schema) as shards:
         while chunk := list(itertools.islice(known, CHUNK)):
-            records = []
-            for index, task_id, prompt_id, outcomes in chunk:
-                a, b = posterior(int(tasks.scored[index]), int(tasks.correct[index]))
-                code = int(decided.label[index])
-                record: dict[str, Any] = {
-                    "id": task_id,
-                    "prompt_id": prompt_id,
-                    "domain": tasks.domains[tasks.domain[index]],
-                    "num_rows": int(tasks.num_rows[index]),
-                    "kept": bool(decided.kept[index]),
-                    "rule": RULES[decided.rule[index]],
-                    "reason": reason_of(int(index)),
-                    "undecided": bool(decided.undecided[index]),
-                    "value": float(decided.value[index]),
+            indices, prompt_ids, outcomes = zip(*chunk, strict=True)
+            at = np.array(indices)
+            columns: dict[str, Any] = {
+                "id": pa.array(tasks.task_id[at]).cast(pa.string()),
+                "prompt_id": prompt_ids,
+                "domain": np.array(tasks.domains)[tasks.domain[at]],
+                "num_rows": tasks.num_rows[at],
+                "kept": decided.kept[at],
+                "rule": np.array(RULES)[decided.rule[at]],
+                "reason": reasons.of(at),
+                "undecided": decided.undecided[at],
+                "value": decided.value[at],
+            }
+            if settings.method == "critic":
+                columns |= {
+                    "label": np.array(LABELS)[decided.label[at]],
+                    "samples": tasks.scored[at],
+                    "correct": tasks.correct[at],
+                    "outcomes": outcomes,
+                    "posterior_a": JEFFREYS[0] + tasks.correct[at],
+                    "posterior_b": JEFFREYS[1] + tasks.scored[at] - tasks.correct[at],
+                    "low": decided.low[at],
+                    "high": decided.high[at],
                 }
-                if settings.method == "critic":
-                    record |= {
-                        "label": LABELS[code],
-                        "samples": int(tasks.scored[index]),
-                        "correct": int(tasks.correct[index]),
-                        "outcomes": json.dumps({str(o): n for o, n in outcomes.items()}),
-                        "posterior_a": a,
-                        "posterior_b": b,
-                        "low": float(decided.low[index]),
-                        "high": float(decided.high[index]),
-                    }
-                records.append(record)
-            shards.write(pa.Table.from_pylist(records, _schema()), None)
+            arrays = [
+                pa.array(columns[field.name], field.type)
+                if field.name in columns
+                else pa.nulls(len(at), field.type)
+                for field in schema
+            ]
+            shards.write(pa.table(arrays, schema=schema), None)
 
 
 def _schema() -> Any:
