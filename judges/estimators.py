@@ -7,7 +7,11 @@ Everything that stops sampling early reads the posterior, which stopping does no
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
 
 JEFFREYS = (0.5, 0.5)
 
@@ -72,6 +76,72 @@ def wilson_interval(n: int, c: int, confidence: float = 0.95) -> tuple[float, fl
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def credible_interval(a: float, b: float, confidence: float = 0.95) -> tuple[float, float]:
+    """Equal-tailed interval for p ~ Beta(a, b); valid under early stopping.
+
+    Raises ValueError for a confidence outside (0, 1).
+    """
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence {confidence} is not between 0 and 1")
+    tail = (1.0 - confidence) / 2.0
+    return beta_quantile(tail, a, b), beta_quantile(1.0 - tail, a, b)
+
+
+def pass_at_k_interval(a: float, b: float, k: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Equal-tailed interval for 1 − (1−p)^k under p ~ Beta(a, b): it grows with p."""
+    low, high = credible_interval(a, b, confidence)
+    return 1.0 - (1.0 - low) ** k, 1.0 - (1.0 - high) ** k
+
+
+def rate_at(value: float, k: int) -> float:
+    """The pass rate p whose pass@k, 1 − (1−p)^k, is `value`."""
+    return float(1.0 - (1.0 - value) ** (1.0 / k))
+
+
+def predictive_interval(a: float, b: float, m: int, confidence: float = 0.95) -> tuple[int, int]:
+    """Equal-tailed interval for the successes among m fresh answers when p ~ Beta(a, b):
+    beta-binomial, P(j) = C(m, j)·B(a+j, b+m−j)/B(a, b). Both ends belong to it.
+    """
+    tail = (1.0 - confidence) / 2.0
+    below = 0.0
+    low: int | None = None
+    for j in range(m + 1):
+        below += math.exp(
+            math.lgamma(m + 1) - math.lgamma(j + 1) - math.lgamma(m - j + 1)
+            + _log_beta(a + j, b + m - j) - _log_beta(a, b)
+        )  # fmt: skip
+        if low is None and below > tail:
+            low = j
+        if below >= 1.0 - tail:
+            assert low is not None
+            return low, j
+    assert low is not None  # rounding may leave the sum a hair below 1
+    return low, m
+
+
+def by_counts(
+    n: NDArray[np.integer], c: NDArray[np.integer], figure: Callable[[int, int], float]
+) -> NDArray[np.float64]:
+    """`figure(n, c)` for every element of two arrays `[N]`, computed once for each pair of counts
+    that occurs: a million prompts have a few hundred."""
+    base = int(n.max(initial=0)) + 1
+    codes, places = np.unique(n.astype(np.int64) * base + c, return_inverse=True)
+    values = np.array([figure(*divmod(int(code), base)) for code in codes], dtype=np.float64)
+    return values[places]
+
+
+def beta_quantile(q: float, a: float, b: float) -> float:
+    """The x with P(p ≤ x) = q for p ~ Beta(a, b), by bisection to 1e-12."""
+    low, high = 0.0, 1.0
+    while high - low > 1e-12:
+        middle = (low + high) / 2.0
+        if beta_cdf(middle, a, b) < q:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2.0
+
+
 def beta_cdf(x: float, a: float, b: float) -> float:
     """P(p ≤ x) for p ~ Beta(a, b): the regularised incomplete beta function I_x(a, b).
 
@@ -82,13 +152,15 @@ def beta_cdf(x: float, a: float, b: float) -> float:
         return 0.0
     if x >= 1.0:
         return 1.0
-    log_front = (
-        math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    )
+    log_front = a * math.log(x) + b * math.log1p(-x) - _log_beta(a, b)
     # The fraction converges quickly only below the mean; above it, I_x(a, b) = 1 - I_{1-x}(b, a).
     if x <= (a + 1.0) / (a + b + 2.0):
         return math.exp(log_front) / a / _incomplete_beta_fraction(x, a, b)
     return 1.0 - math.exp(log_front) / b / _incomplete_beta_fraction(1.0 - x, b, a)
+
+
+def _log_beta(a: float, b: float) -> float:
+    return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
 
 
 def _incomplete_beta_fraction(x: float, a: float, b: float) -> float:

@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from judges.estimators import posterior
 from judges.labels import LabelSettings, confident_label, label
-from posttrain.errors import StageError
+from judges.sampling import Answers, Encode, JudgeUsage, Sampler
+from judges.schedule import Schedule
+from judges.stopping import FixedN, LabelRule
 from posttrain.types import (
-    GenerationRequest,
     Generator,
     Outcome,
     Prompt,
-    Reward,
     Sampling,
     Scorer,
     SystemInstruction,
     Verdict,
 )
 
-Encode = Callable[[Prompt, SystemInstruction | None], tuple[int, ...]]
+__all__ = ["CriticJudge", "Encode", "JudgeSettings", "JudgeUsage"]
 
 
 class JudgeSettings(BaseModel):
     """How a critic is sampled: `round_size` answers at a time until the label is decided or
     `max_samples` are scored. Not `adaptive`: exactly `max_samples`, what pass@k needs.
 
-    `concurrency` counts prompts in flight.
+    `concurrency` counts requests at the engine.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,33 +42,6 @@ class JudgeSettings(BaseModel):
     max_tokens: int = Field(default=512, gt=0)
     concurrency: int = Field(default=64, gt=0)
     labels: LabelSettings = LabelSettings()
-
-
-@dataclass(slots=True)
-class JudgeUsage:
-    """What judging has cost so far. `samples` and `outcomes` include infrastructure errors."""
-
-    prompts: int = 0
-    samples: int = 0
-    completion_tokens: int = 0
-    outcomes: Counter[Outcome] = field(default_factory=Counter)
-
-
-@dataclass(slots=True)
-class _Tally:
-    """The scored answers to one prompt so far."""
-
-    correct: int = 0
-    outcomes: Counter[Outcome] = field(default_factory=Counter)
-
-    @property
-    def scored(self) -> int:
-        return self.outcomes.total() - self.outcomes[Outcome.INFRASTRUCTURE]
-
-    def add(self, rewards: Iterable[Reward]) -> None:
-        for reward in rewards:
-            self.outcomes[reward.outcome] += 1
-            self.correct += reward.correct
 
 
 class CriticJudge:
@@ -91,98 +63,69 @@ class CriticJudge:
         template: str,
         system: SystemInstruction | None = None,
     ) -> None:
-        self.usage = JudgeUsage()
-        self._generator = generator
-        self._scorer = scorer
-        self._encode = encode
+        self._sampler = Sampler(
+            generator,
+            scorer,
+            encode,
+            sampling=Sampling(max_tokens=settings.max_tokens, temperature=settings.temperature),
+            concurrency=settings.concurrency,
+            system=system,
+        )
         self._settings = settings
         self._critic = critic
-        self._template = template
-        self._system = system
+        self._sampled_with = {
+            "temperature": settings.temperature,
+            "max_tokens": settings.max_tokens,
+            "template": template,
+            "system": system.name if system else None,
+        }
+
+    @property
+    def usage(self) -> JudgeUsage:
+        return self._sampler.usage
 
     async def judge(
         self, prompts: Iterable[Prompt], *, on_verdict: Callable[[Verdict], None]
     ) -> list[Verdict]:
         """Verdicts in the order of `prompts`, each handed to `on_verdict` as soon as it is there.
 
-        A prompt enters when another leaves; none waits for a batch. Raises StageError when every
-        answer of two rounds running could not be scored; what the generator or scorer raises
-        passes through. Either way the other prompts are cancelled.
+        Raises as `Sampler.run` does.
         """
-        waiting = enumerate(prompts)
-        verdicts: dict[int, Verdict] = {}
-        workers = [
-            asyncio.create_task(self._work(waiting, verdicts, on_verdict))
-            for _ in range(self._settings.concurrency)
-        ]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
-        return [verdicts[i] for i in range(len(verdicts))]
-
-    async def _work(
-        self,
-        waiting: Iterator[tuple[int, Prompt]],
-        verdicts: dict[int, Verdict],
-        on_verdict: Callable[[Verdict], None],
-    ) -> None:
-        for index, prompt in waiting:
-            verdicts[index] = await self._judge_one(prompt)
-            self.usage.prompts += 1
-            on_verdict(verdicts[index])
-
-    async def _judge_one(self, prompt: Prompt) -> Verdict:
+        asked = list(prompts)
         settings = self._settings
-        token_ids = self._encode(prompt, self._system)
-        tally = _Tally()
-        rounds = unscored_running = 0
-        while not self._done(tally):
-            room = settings.max_samples - tally.scored
-            size = min(settings.round_size, room) if settings.adaptive else room
-            rewards = await self._sample(prompt, token_ids, rounds, size)
-            tally.add(rewards)
-            rounds += 1
-            scored = any(r.outcome is not Outcome.INFRASTRUCTURE for r in rewards)
-            unscored_running = 0 if scored else unscored_running + 1
-            if unscored_running == 2:
-                raise StageError(
-                    f"none of {2 * size} answers to prompt {prompt.prompt_id} could be scored, in "
-                    f"two rounds running ({rewards[0].explanation or 'no explanation given'}): "
-                    "mend the scorer, then start the same command again"
-                )
-        return self._verdict(prompt, tally)
-
-    def _done(self, tally: _Tally) -> bool:
-        cap, scored = self._settings.max_samples, tally.scored
-        if not self._settings.adaptive:
-            return scored >= cap
-        return label(scored, tally.correct, cap, self._settings.labels) is not None
-
-    async def _sample(
-        self, prompt: Prompt, token_ids: tuple[int, ...], round_number: int, size: int
-    ) -> tuple[Reward, ...]:
-        request = GenerationRequest(
-            request_id=f"judge-{prompt.prompt_id}-{round_number}",
-            prompt_token_ids=token_ids,
-            num_rollouts=size,
-            sampling=Sampling(
-                max_tokens=self._settings.max_tokens, temperature=self._settings.temperature
-            ),
+        rule = LabelRule(settings.labels) if settings.adaptive else FixedN()
+        none = np.zeros(len(asked), dtype=np.int32)
+        schedule = Schedule(
+            none,
+            none,
+            none,
+            none,
+            rule,
+            round_size=settings.round_size if settings.adaptive else None,
+            cap=settings.max_samples,
         )
-        rollouts = await self._generator.generate(request)
-        rewards = await self._scorer.score(prompt, rollouts, self._system)
-        assert len(rollouts) == len(rewards) == size
-        self.usage.samples += size
-        self.usage.completion_tokens += sum(len(r.completion_token_ids) for r in rollouts)
-        self.usage.outcomes.update(r.outcome for r in rewards)
-        return rewards
+        outcomes = [Counter[Outcome]() for _ in asked]
+        verdicts: dict[int, Verdict] = {}
 
-    def _verdict(self, prompt: Prompt, tally: _Tally) -> Verdict:
+        def take(answers: Answers) -> None:
+            index = answers.index
+            outcomes[index].update(r.outcome for r in answers.rewards)
+            n, c = int(schedule.scored[index]), int(schedule.correct[index])
+            if self._done(n, c):
+                self.usage.prompts += 1
+                verdicts[index] = self._verdict(asked[index], n, c, outcomes[index])
+                on_verdict(verdicts[index])
+
+        await self._sampler.run(schedule, asked.__getitem__, take)
+        return [verdicts[index] for index in range(len(asked))]
+
+    def _done(self, n: int, c: int) -> bool:
+        if not self._settings.adaptive:
+            return n >= self._settings.max_samples
+        return label(n, c, self._settings.max_samples, self._settings.labels) is not None
+
+    def _verdict(self, prompt: Prompt, n: int, c: int, outcomes: Mapping[Outcome, int]) -> Verdict:
         settings = self._settings
-        n, c = tally.scored, tally.correct
         decided = label(n, c, settings.max_samples, settings.labels)
         assert decided is not None
         if not settings.adaptive:
@@ -197,14 +140,9 @@ class CriticJudge:
             critic=self._critic,
             num_samples=n,
             num_correct=c,
-            outcomes=dict(tally.outcomes),
+            outcomes=dict(outcomes),
             posterior=posterior(n, c),
             label=decided,
             decided_by=decided_by,
-            sampling={
-                "temperature": settings.temperature,
-                "max_tokens": settings.max_tokens,
-                "template": self._template,
-                "system": self._system.name if self._system else None,
-            },
+            sampling=self._sampled_with,
         )

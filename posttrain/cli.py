@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from posttrain.cli_prune import prune_command
 from posttrain.errors import DataError, Interrupted, PosttrainError, StageError
 
 if TYPE_CHECKING:
@@ -98,13 +99,22 @@ def eval_command(
 
 @app.command("audit")
 def audit_command(
-    run: Annotated[Path, typer.Argument(help="Directory of a run.", metavar="RUN")],
+    run: Annotated[Path, typer.Argument(help="Directory of a run, or of prune.", metavar="RUN")],
     prompt: Annotated[str | None, typer.Option(help="The history of one prompt, by id.")] = None,
 ) -> None:
-    """Prove that every draw of RUN ended exactly once, or tell one prompt's history."""
+    """Prove that every draw of RUN ended exactly once, or tell one prompt's history.
+
+    In a directory of `posttrain prune`, --prompt takes a row's number too.
+    """
     from posttrain.audit import audit, prompt_history
+    from posttrain.prune.history import history, is_prune_dir
     from posttrain.run_dir import RunDir
 
+    if is_prune_dir(run):
+        if prompt is None:
+            raise DataError(f"{run} was made by `posttrain prune` and has no draws: give --prompt")
+        print("\n".join(history(run, prompt)))
+        return
     run_dir = RunDir(run)
     run_dir.config()  # raises if this is no run
     if prompt is not None:
@@ -118,6 +128,9 @@ def audit_command(
     print(report.describe())
     if not report.ok:
         raise typer.Exit(StageError.exit_code)
+
+
+app.command("prune")(prune_command)
 
 
 @app.command("doctor")

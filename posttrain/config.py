@@ -10,7 +10,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -42,6 +42,8 @@ from rewards.shaping import RewardSettings
 
 StageName = Literal["screen", "sft", "rl", "dpo"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
+
+Composed = TypeVar("Composed", bound=BaseModel)
 
 
 class _Section(BaseModel):
@@ -250,13 +252,20 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Settings:
         raise SettingsError(f"{path} is no YAML: {error}") from error
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: a mapping of settings was expected at the top")
+    return compose(Settings, content, overrides, str(path))
+
+
+def compose(
+    model: type[Composed], content: dict[str, Any], overrides: Sequence[str], source: str
+) -> Composed:
+    """`content`, from `source`, with the overrides in it; raises SettingsError as `load` does."""
     for override in overrides:
         _apply_override(content, override)
     try:
-        return Settings.model_validate(content)
+        return model.model_validate(content)
     except ValidationError as error:
-        source = " ".join([str(path), *(["with", *overrides] if overrides else [])])
-        raise SettingsError(_explain(error, source)) from error
+        named = " ".join([source, *(["with", *overrides] if overrides else [])])
+        raise SettingsError(_explain(error, named, model)) from error
 
 
 def resolved(settings: Settings) -> dict[str, Any]:
@@ -286,9 +295,9 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     target[last] = value
 
 
-def _explain(error: ValidationError, source: str) -> str:
+def _explain(error: ValidationError, source: str, model: type[BaseModel]) -> str:
     lines = [
-        _describe(problem)
+        _describe(problem, model)
         for problem in error.errors()
         # A default that is derived from another setting says nothing when that one is wrong.
         if problem["type"] != "default_factory_not_called"
@@ -296,11 +305,11 @@ def _explain(error: ValidationError, source: str) -> str:
     return f"{source}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{source}:", *lines])
 
 
-def _describe(problem: Mapping[str, Any]) -> str:
+def _describe(problem: Mapping[str, Any], model: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     match problem["type"]:
         case "extra_forbidden":
-            return f"{key}: unknown setting.{_nearest(problem['loc'])}"
+            return f"{key}: unknown setting.{_nearest(problem['loc'], model)}"
         case "missing":
             return f"{key}: must be set, there is no default"
         case "model_type":
@@ -312,10 +321,10 @@ def _describe(problem: Mapping[str, Any]) -> str:
             return f"{key}: {problem['msg']}, got {problem['input']!r}"
 
 
-def _nearest(location: Sequence[int | str]) -> str:
+def _nearest(location: Sequence[int | str], model: type[BaseModel]) -> str:
     """The known setting most like an unknown one: misspelt here, or of that name elsewhere."""
     *section, wrong = [part for part in location if isinstance(part, str)]
-    known = [key.split(".") for key in sorted(_known_keys(Settings))]
+    known = [key.split(".") for key in sorted(_known_keys(model))]
     siblings = [key[-1] for key in known if key[:-1] == section]
     if close := difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.7):
         return f" Did you mean {'.'.join([*section, *close])}?"

@@ -30,9 +30,9 @@ LAYERS = [
         "posttrain.workers",
         # Every component's settings come together, then what they name is read.
         "posttrain.config",
-        "posttrain.inputs posttrain.doctor",
+        "posttrain.inputs posttrain.doctor posttrain.prune",
         "posttrain.stages",
-        "posttrain.pipeline",
+        "posttrain.pipeline posttrain.cli_prune",
         "posttrain.cli",
     )
 ]

@@ -2,17 +2,24 @@ import math
 from fractions import Fraction
 from itertools import combinations
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from judges.estimators import (
     beta_cdf,
+    beta_quantile,
+    by_counts,
+    credible_interval,
     expected_no_signal_probability,
     expected_pass_at_k,
     no_signal_probability,
     pass_at_k,
+    pass_at_k_interval,
     posterior,
+    predictive_interval,
+    rate_at,
     wilson_interval,
 )
 
@@ -104,3 +111,60 @@ def test_beta_cdf_far_out():
     assert beta_cdf(0.5, 5_000.5, 5_000.5) == pytest.approx(0.5, abs=1e-10)
     assert beta_cdf(0.0, 2, 3) == 0.0
     assert beta_cdf(1.0, 2, 3) == 1.0
+
+
+@settings(deadline=None)
+@given(st.floats(0.5, 40), st.floats(0.5, 40), st.floats(0.001, 0.999))
+def test_a_quantile_is_where_the_distribution_reaches_it(a, b, q):
+    assert beta_cdf(beta_quantile(q, a, b), a, b) == pytest.approx(q, abs=1e-6)
+
+
+def test_credible_interval():
+    # Uniform: the quantiles are the probabilities. Beta(2, 1) has the density 2p.
+    assert credible_interval(1.0, 1.0, 0.9) == pytest.approx((0.05, 0.95))
+    assert credible_interval(2.0, 1.0) == pytest.approx((math.sqrt(0.025), math.sqrt(0.975)))
+    with pytest.raises(ValueError, match=r"confidence 1\.0 "):
+        credible_interval(1.0, 1.0, 1.0)
+
+
+def test_pass_at_k_interval_is_that_of_p_seen_through_k():
+    low, high = pass_at_k_interval(1.0, 1.0, 2, 0.9)
+    assert (low, high) == pytest.approx((1 - 0.95**2, 1 - 0.05**2))
+    assert rate_at(low, 2) == pytest.approx(0.05)
+    assert rate_at(0.9, 1) == pytest.approx(0.9)
+
+
+def test_predictive_interval():
+    # With a uniform p every count from 0 to m has probability 1/(m+1).
+    assert predictive_interval(1.0, 1.0, 98, 0.9) == (4, 94)
+    # p is all but known to be 1/2: the binomial's own quantiles, 16 ± 2.2·2.83.
+    assert predictive_interval(5e5, 5e5, 32) == (10, 22)
+    assert predictive_interval(*posterior(16, 16), 64)[1] == 64
+    assert predictive_interval(*posterior(16, 0), 64)[0] == 0
+
+
+@given(st.floats(0.5, 30), st.floats(0.5, 30), st.integers(1, 64))
+def test_predictive_interval_holds_what_it_promises(a, b, m):
+    def probability(j):
+        return math.comb(m, j) * math.exp(log_beta(a + j, b + m - j) - log_beta(a, b))
+
+    def log_beta(x, y):
+        return math.lgamma(x) + math.lgamma(y) - math.lgamma(x + y)
+
+    low, high = predictive_interval(a, b, m)
+    assert sum(map(probability, range(low, high + 1))) >= 0.95 - 1e-9
+    assert sum(map(probability, range(low))) <= 0.025 + 1e-9
+    assert sum(map(probability, range(high + 1, m + 1))) <= 0.025 + 1e-9
+
+
+def test_by_counts_asks_once_for_each_pair():
+    asked = []
+
+    def figure(n, c):
+        asked.append((n, c))
+        return c / n
+
+    n, c = np.array([4, 8, 4, 16, 8]), np.array([1, 8, 1, 0, 2])
+    assert list(by_counts(n, c, figure)) == [0.25, 1.0, 0.25, 0.0, 0.25]
+    assert sorted(asked) == [(4, 1), (8, 2), (8, 8), (16, 0)]
+    assert len(by_counts(n[:0], c[:0], figure)) == 0

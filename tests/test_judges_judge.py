@@ -1,10 +1,14 @@
 import asyncio
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from judges.judge import CriticJudge, JudgeSettings
 from judges.labels import LabelSettings
+from judges.sampling import Sampler
+from judges.schedule import Schedule
+from judges.stopping import FixedN
 from posttrain.errors import EngineError, StageError
 from posttrain.types import (
     Label,
@@ -14,6 +18,7 @@ from posttrain.types import (
     Prompt,
     Reward,
     Rollout,
+    Sampling,
     SystemInstruction,
     VersionSpan,
 )
@@ -161,7 +166,7 @@ def test_one_lost_round_is_retried():
 def test_two_lost_rounds_are_an_error_that_says_so():
     script = Script({"p": "?", "slow": "+"}, delays={"slow": 60.0})
     judge = judge_of(script, round_size=4)
-    with pytest.raises(StageError, match=r"none of 8 answers to prompt p .*worker gone"):
+    with pytest.raises(StageError, match=r"no answer to prompt p could be scored, .*worker gone"):
         asyncio.run(judge.judge([prompt("p"), prompt("slow")], on_verdict=lambda v: None))
 
 
@@ -183,6 +188,60 @@ async def test_prompts_flow_without_a_batch_barrier():
     assert [v.prompt_id for v in verdicts] == names
     assert finished[-1].prompt_id == "p0"
     assert script.most_in_flight == 3
+
+
+async def test_the_engine_does_not_wait_for_the_scorer():
+    class SlowScorer(Script):
+        scoring = most_scoring = 0
+
+        async def score(self, prompt, rollouts, system):
+            self.scoring += 1
+            self.most_scoring = max(self.most_scoring, self.scoring)
+            at_engine.append(self.in_flight)
+            await asyncio.sleep(0.01)
+            self.scoring -= 1
+            return await super().score(prompt, rollouts, system)
+
+    at_engine = []
+    names = [f"p{i}" for i in range(60)]
+    script = SlowScorer(dict.fromkeys(names, "+-"), delays=dict.fromkeys(names, 0.002))
+    judge = judge_of(script, concurrency=3, adaptive=False, max_samples=2)
+    await judge.judge(map(prompt, names), on_verdict=lambda v: None)
+    assert script.most_in_flight == 3
+    # What is being scored leaves its place at the engine, but does not pile up there.
+    assert 3 < script.most_scoring <= 9
+
+
+async def test_a_seed_gives_each_answer_its_own_however_requests_are_split():
+    def sampler(script, seed):
+        sampling = Sampling(max_tokens=9, seed=seed)
+        return Sampler(script, script, lambda p, s: (7,), sampling=sampling, concurrency=2)
+
+    async def seeds(sizes, seed=5):
+        """Of each answer, when requests take `sizes` answers one after the other."""
+        found, asked = [], 0
+        for size in sizes:
+            script = Script({"p": "+", "q": "+"})
+            counts = np.array([asked, asked])
+            schedule = Schedule(
+                *(counts, counts, counts, np.zeros(2, int), FixedN()),
+                round_size=size,
+                cap=asked + size,
+            )
+            prompts = [prompt("p"), prompt("q")]
+            await sampler(script, seed).run(schedule, prompts.__getitem__, lambda a: None)
+            found += [
+                (r.request_id.split("-")[1], r.sampling.seed + i)
+                for r in script.requests
+                for i in range(r.num_rollouts)
+            ]
+            asked += size
+        return sorted(found)
+
+    whole = await seeds([8])
+    assert len(set(whole)) == 16
+    assert await seeds([3, 4, 1]) == whole
+    assert set(await seeds([8], seed=6)).isdisjoint(whole)
 
 
 def test_verdict_says_what_it_holds_for():

@@ -1,13 +1,24 @@
 import random
+import time
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from judges.estimators import posterior
+from judges.estimators import by_counts, expected_pass_at_k, posterior
 from judges.labels import LabelSettings, label
-from judges.selection import SelectionSettings, easiness, quantile_count, select, summarise
+from judges.selection import (
+    RULES,
+    SelectionSettings,
+    choose,
+    easiness,
+    quantile_count,
+    reason,
+    select,
+    summarise,
+)
 from posttrain.types import Action, Label, Outcome, Verdict
 
 
@@ -154,6 +165,76 @@ def test_summary_counts_labels_and_knows_absent():
     assert summarise([]).unsolved_share is None
 
 
+def test_each_domain_gives_its_own_share():
+    easy = [verdict(f"e{c}", 8, c) for c in range(4, 8)]
+    hard = [verdict(f"h{c}", 8, c) for c in range(4)]
+    domains = {v.prompt_id: v.prompt_id[0] for v in easy + hard}
+    together = select(easy + hard, SelectionSettings(drop_easiest=0.5), domains)
+    assert ids(together, Action.DROP) == {"e4", "e5", "e6", "e7"}
+    apart = select(easy + hard, SelectionSettings(drop_easiest=0.5, by_domain=True), domains)
+    assert ids(apart, Action.DROP) == {"e6", "e7", "h2", "h3"}
+    # (5+.5)/9 is the easiest kept of its domain.
+    assert apart[3].reason == (
+        "pass@1 0.833 (7 of 8 correct) is among the easiest 50% of its domain "
+        "(the easiest kept has 0.611)"
+    )
+
+
+def test_a_domain_keeps_its_minimum_and_the_hardest_of_it():
+    verdicts = [verdict(f"e{c}", 8, c) for c in range(5, 9)] + [
+        verdict(f"h{c}", 8, c) for c in (0, 1)
+    ]
+    domains = {v.prompt_id: v.prompt_id[0] for v in verdicts}
+    settings = SelectionSettings(easy_above=0.5, min_per_domain=2)
+    decisions = select(verdicts, settings, domains)
+    assert ids(decisions, Action.KEEP) == {"e5", "e6", "h0", "h1"}
+    assert [d.rule for d in decisions] == ["min_per_domain"] * 2 + ["easy_above"] * 4
+    assert decisions[0].reason == (
+        "pass@1 0.611 (5 of 8 correct) is too easy, but its domain keeps at least 2"
+    )
+    # A domain cannot keep more than it has, and the unsolved are not taken back.
+    many = settings.model_copy(update={"min_per_domain": 9, "drop_unsolved": True})
+    assert ids(select(verdicts, many, domains), Action.DROP) == {"h0"}
+
+
+def test_a_million_prompts_are_chosen_among_in_seconds():
+    rng = np.random.default_rng(0)
+    num = 1_000_000
+    scored = rng.integers(4, 17, num)
+    correct = (scored * rng.random(num)).astype(int)
+    values = by_counts(scored, correct, lambda n, c: expected_pass_at_k(*posterior(n, c), 1))
+    ties, domains = rng.integers(0, 2**63, num, dtype=np.uint64), rng.integers(0, 8, num)
+    began = time.perf_counter()
+    settings = SelectionSettings(drop_easiest=0.5, by_domain=True, min_per_domain=100)
+    selection = choose(values, np.zeros(num, dtype=bool), domains, ties, settings)
+    assert time.perf_counter() - began < 5
+    counts = np.bincount(domains)
+    assert [*np.bincount(domains, ~selection.kept)] == [*(counts // 2)]
+
+
+def test_what_is_low_goes_first_for_a_judge_that_looks_once():
+    grades = np.array([4.5, 1.5, 3.0, 2.5])
+    none, domains = np.zeros(4, dtype=bool), np.zeros(4, dtype=int)
+    ties = np.arange(4, dtype=np.uint64)
+    half = SelectionSettings(metric="grade", drop_easiest=0.5)
+    selection = choose(-grades, none, domains, ties, half)
+    assert list(selection.kept) == [True, False, True, False]
+    below = SelectionSettings(metric="grade", drop_below=3.0)
+    assert list(choose(-grades, none, domains, ties, below).kept) == [True, False, True, False]
+    assert reason("drop_below", False, easiness=-1.5, counts=None, cut=-3.0, settings=below) == (
+        "grade 1.500 is below 3"
+    )
+    assert reason("drop_easiest", True, easiness=-3.0, counts=None, cut=-3.0, settings=half) == (
+        "grade 3.000 is not among the lowest 50% (the lowest kept has 3.000)"
+    )
+    ifd = SelectionSettings(metric="ifd", drop_easiest=0.5)
+    above = choose(
+        -np.array([0.2, 1.3, 0.9]), np.array([0, 1, 0], bool), domains[:3], ties[:3], ifd
+    )
+    assert list(above.kept) == [False, False, True]
+    assert [RULES[r] for r in above.rule] == ["drop_easiest", "ifd_above_1", "drop_easiest"]
+
+
 def test_two_verdicts_of_one_prompt_are_refused():
     with pytest.raises(ValueError, match="prompt a has 2 verdicts"):
         select([verdict("a", 8, 1), verdict("a", 8, 2)], SelectionSettings(drop_easiest=0.5))
@@ -167,6 +248,11 @@ def test_two_verdicts_of_one_prompt_are_refused():
         ({"drop_easiest": 1.0}, "drop_easiest"),
         ({"drop_easiest": 0.5, "metric": "pass@k"}, "k goes with metric pass@k"),
         ({"drop_easiest": 0.5, "k": 4}, "k goes with metric pass@k"),
+        ({"easy_above": 0.5, "by_domain": True}, "by_domain goes with drop_easiest"),
+        ({"drop_below": 0.5}, "exactly one of drop_easiest and easy_above for pass@1"),
+        ({"metric": "ifd", "easy_above": 0.5}, "exactly one of drop_easiest and drop_below"),
+        ({"metric": "grade", "drop_easiest": 0.5, "drop_below": 2.0}, "exactly one of"),
+        ({"metric": "grade", "drop_easiest": 0.5, "k": 4}, "k goes with metric pass@k"),
     ],
 )
 def test_settings_that_contradict_themselves(settings, message):

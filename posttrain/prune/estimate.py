@@ -1,0 +1,112 @@
+"""What a pruning pass would cost, from a probe: nothing is written where it would be."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from posttrain.prune.critic import CriticModel, OpenCritic
+from posttrain.prune.directory import STORE_NAME, PruneDir
+from posttrain.prune.encoding import Encoding
+from posttrain.prune.identity import claim, identity
+from posttrain.prune.intake import take_in
+from posttrain.prune.judging import judge, num_open, open_tasks
+from posttrain.prune.reading import make_reader
+from posttrain.prune.settings import PruneSettings
+from posttrain.prune.store import Store, TaskTable
+
+PROBE_PROMPTS = 64
+
+
+def estimate(
+    settings: PruneSettings, out: Path, model: CriticModel, open_critic: OpenCritic
+) -> dict[str, Any]:
+    """Prompts that are left to judge, and about how many answers, tokens and seconds they take.
+
+    A random part of them is judged by the same rule in a copy of the store that is thrown away. The
+    seconds leave out the engine's start, and are rather too many: a few prompts do not keep an
+    engine as busy as all of them. Raises as `prune` does.
+    """
+    with tempfile.TemporaryDirectory(prefix="posttrain-prune-") as scratch:
+        path = Path(scratch) / STORE_NAME
+        if (out / STORE_NAME).exists():
+            with PruneDir(out, fresh=False) as directory:
+                original = Store(directory.store_path)
+                original.copy_to(path)
+                original.close()
+        store = Store(path)
+        try:
+            claim(store, identity(settings, model))
+            encoding = Encoding(model.chat, settings)
+            take_in(store, settings, make_reader(settings, encoding))
+            return _probe(store, store.tasks(), open_critic, encoding, settings)
+        finally:
+            store.close()
+
+
+def _probe(
+    store: Store,
+    tasks: TaskTable,
+    open_critic: OpenCritic,
+    encoding: Encoding,
+    settings: PruneSettings,
+) -> dict[str, Any]:
+    left = num_open(tasks, settings)
+    result: dict[str, Any] = {
+        "rows": int(tasks.num_rows.sum()),
+        "quarantined": store.counts()[1],
+        "prompts": len(tasks),
+        "prompts_to_judge": left,
+    }
+    if not left:
+        return result | {"answers": 0, "prompt_tokens": 0, "completion_tokens": 0, "seconds": 0.0}
+    chosen = _sample(tasks, settings)
+    probe = tasks.take(chosen)
+    before = store.usage()
+    seconds = asyncio.run(_timed(store, probe, open_critic, encoding, settings))
+    requests, tokens = (now - then for now, then in zip(store.usage(), before, strict=True))
+    answers = int((store.tasks().take(chosen).asked - probe.asked).sum())
+    lengths = [encoding.length(store.task(key)) for key in probe.key.tolist()]
+    scale = left / num_open(probe, settings)
+    return result | {
+        "answers": round(answers * scale),
+        "prompt_tokens": round(requests * fmean(lengths) * scale),
+        "completion_tokens": round(tokens * scale),
+        "seconds": round(seconds * scale, 1),
+        "probed_prompts": len(chosen),
+    }
+
+
+def _sample(tasks: TaskTable, settings: PruneSettings) -> NDArray[np.int64]:
+    """Random tasks, decided ones too: the cut is made among all of them. If none of these is open,
+    open ones."""
+    rng = np.random.default_rng(settings.seed)
+    size = max(PROBE_PROMPTS, settings.judge.concurrency)
+
+    def some(among: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.sort(rng.choice(among, min(size, len(among)), replace=False))
+
+    chosen = some(np.arange(len(tasks)))
+    if num_open(tasks.take(chosen), settings):
+        return chosen
+    return some(np.flatnonzero(open_tasks(tasks, settings)))
+
+
+async def _timed(
+    store: Store,
+    probe: TaskTable,
+    open_critic: OpenCritic,
+    encoding: Encoding,
+    settings: PruneSettings,
+) -> float:
+    async with open_critic() as critic:
+        began = time.perf_counter()
+        await judge(store, probe, critic, encoding, settings)
+        return time.perf_counter() - began

@@ -1,0 +1,85 @@
+"""What answers were judged with: answers of one identity are never mixed with those of another."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import rewards
+from posttrain.errors import RunDirError
+from posttrain.prune.critic import CriticModel
+from posttrain.prune.settings import PruneSettings
+from posttrain.prune.store import Store
+
+_LIBRARIES = ("math-verify", "reasoning-gym")
+"""Verifiers are made of these; another version may score otherwise."""
+
+_NAMED_ONLY = "critic.model"
+"""What a critic was called does not count: its fingerprint does."""
+
+
+def identity(settings: PruneSettings, model: CriticModel) -> dict[str, Any]:
+    """Plain values. Confidence, cap and cut are not in it: they only say how many answers of this
+    kind are wanted."""
+    engine = settings.resources.rollout.engine
+    judged_with: dict[str, Any] = {
+        "method": settings.method,
+        "critic": {"model": model.name, "fingerprint": model.fingerprint},
+        "template": model.chat.template_hash,
+        "system": settings.critic.system,
+        "engine": {"dtype": engine.dtype, "extra": engine.extra},
+    }
+    if settings.method == "critic":
+        judge = settings.judge
+        judged_with["sampling"] = {
+            "temperature": judge.temperature,
+            "max_tokens": judge.max_tokens,
+            "seed": settings.seed,
+        }
+        judged_with["verifier"] = {
+            "settings": settings.rewards.model_dump(mode="json"),
+            "version": verifier_version(),
+        }
+    return judged_with
+
+
+def verifier_version() -> str:
+    """Of all verifiers: a hash of their source, and the libraries that they are made of."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(rewards.__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    versions = [f"{name} {metadata.version(name)}" for name in _LIBRARIES]
+    return ", ".join([digest.hexdigest()[:16], *versions])
+
+
+def claim(store: Store, judged_with: Mapping[str, Any]) -> None:
+    """The store is of this identity from now on. RunDirError if it is of another."""
+    before = store.meta("judged_with")
+    if before is None:
+        store.set_meta("judged_with", judged_with)
+        return
+    old, new = _flat(before), _flat(judged_with)
+    changes = [
+        f"{key}: {old.get(key)!r}, now {new.get(key)!r}"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key) and key != _NAMED_ONLY
+    ]
+    if changes:
+        raise RunDirError(
+            f"{store.path.parent} was judged with something else ({'; '.join(changes)}), and such"
+            " answers are not mixed: take it back, give another --out, or --fresh to delete what is"
+            " there and start anew"
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

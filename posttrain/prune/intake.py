@@ -1,0 +1,149 @@
+"""The first pass over a source: tasks go into the store, what cannot be used into quarantine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from posttrain.errors import DataError, ModelError
+from posttrain.progress import say
+from posttrain.prune.columns import ColumnSettings, Task, UnusableRow
+from posttrain.prune.others import OtherSet, OtherSets, overlaps
+from posttrain.prune.settings import PruneSettings, SourceChoice
+from posttrain.prune.source import Row, Source, open_source
+from posttrain.prune.store import Store
+
+BATCH_ROWS = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reader:
+    """How a row becomes a task, and how much of it is shown. `num_tokens` raises ModelError for
+    what the critic's template cannot render; `room` is the most that fits."""
+
+    make: Callable[[Mapping[str, Any]], Task]
+    num_tokens: Callable[[Task], int]
+    room: int
+
+
+MakeReader = Callable[[ColumnSettings, str], Reader]
+"""For the columns that there are, and the domain of rows without one."""
+
+
+def take_in(store: Store, settings: PruneSettings, make_reader: MakeReader) -> Source:
+    """The source, opened. Its rows are read into the store unless they are there: if the source,
+    or what is read of it, has changed, they replace the old ones. What was judged stays.
+
+    Raises DataError if the source cannot be opened or no row can be used, or with `strict` at the
+    first that cannot.
+    """
+    choice = settings.source
+    before = store.meta("intake") or {}
+    pinned = before.get("revision") if before.get("path") == choice.path else None
+    source = open_source(choice.path, split=choice.split, subset=choice.subset, revision=pinned)
+    columns = choice.columns.resolve(source.columns)
+    others = OtherSets(settings.overlap)
+    reader = make_reader(columns, source.stem)
+    signature = {
+        "path": choice.path,
+        "fingerprint": source.fingerprint,
+        "revision": source.revision,
+        "rows": [choice.limit, choice.sample],
+        "columns": columns.model_dump(),
+        "overlap": others.fingerprints,
+        "room": reader.room,
+        "strict": settings.strict,
+    }
+    if before == signature:
+        source.restore(_read_schema(store))
+        return source
+    say(f"prune: reading {choice.path}, columns {', '.join(columns.names())}")
+    wanted = _wanted_rows(source, choice, settings.seed)
+    with store.transaction():
+        _replace_rows(
+            store, source, source.rows(wanted, columns.names()), reader, others.read(), settings
+        )
+        store.set_meta("schema", source.schema().serialize().to_pybytes().hex())
+        store.set_meta("intake", signature)
+    return source
+
+
+def _replace_rows(
+    store: Store,
+    source: Source,
+    rows: Iterable[Row],
+    reader: Reader,
+    others: Sequence[OtherSet],
+    settings: PruneSettings,
+) -> None:
+    batch: list[tuple[int, Task]] = []
+    store.clear_rows()
+    for row in rows:
+        try:
+            task = _task(row, reader)
+        except UnusableRow as problem:
+            _quarantine(store, row, str(problem), source.stem, strict=settings.strict)
+            continue
+        batch.append((row.number, task))
+        for other, shared in overlaps(task, others):
+            store.add_overlap(row.number, other.name, shared, drops=other.drops)
+        if len(batch) == BATCH_ROWS:
+            store.add_rows(batch)
+            batch.clear()
+    store.add_rows(batch)
+    if not store.has_tasks():
+        raise DataError(_nothing_left(store, source))
+
+
+def _wanted_rows(source: Source, choice: SourceChoice, seed: int) -> NDArray[np.bool_] | None:
+    """Which rows are taken, up to the last of them; None: all."""
+    if choice.limit is not None:
+        return np.broadcast_to(np.True_, choice.limit)
+    if choice.sample is None:
+        return None
+    wanted = np.zeros(source.count(), dtype=bool)
+    size = min(choice.sample, len(wanted))
+    wanted[np.random.default_rng(seed).choice(len(wanted), size, replace=False)] = True
+    return wanted
+
+
+def _task(row: Row, reader: Reader) -> Task:
+    if row.record is None:
+        assert row.problem is not None
+        raise UnusableRow(row.problem)
+    task = reader.make(row.record)
+    try:
+        length = reader.num_tokens(task)
+    except ModelError as error:
+        raise UnusableRow(str(error)) from error
+    if length > reader.room:
+        raise UnusableRow(f"{length} tokens are too many; {reader.room} fit into critic.max_length")
+    return task
+
+
+def _quarantine(store: Store, row: Row, problem: str, domain: str, *, strict: bool) -> None:
+    if strict:
+        raise DataError(f"{row.file}, row {row.place}: {problem}")
+    readable = row.record is not None
+    details: dict[str, Any] = {"file": row.file, "row": row.place, "reason": problem}
+    if row.offset is not None:
+        details |= {"offset": row.offset, "bytes": row.length}
+    details["content"] = row.content or (dict(row.record) if row.record is not None else None)
+    store.add_quarantined(row.number, domain, details, readable=readable)
+
+
+def _nothing_left(store: Store, source: Source) -> str:
+    reasons = [details["reason"] for _, _, details in store.quarantined()]
+    if not reasons:
+        return f"{source.stem} has no rows, or all of them are held out"
+    return f"none of {len(reasons)} rows of {source.stem} can be used; the first: {reasons[0]}"
+
+
+def _read_schema(store: Store) -> Any:
+    import pyarrow as pa
+
+    return pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(store.meta("schema"))))

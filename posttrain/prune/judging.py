@@ -1,0 +1,100 @@
+"""The critic's answers to the tasks of a store, as long as the schedule wants more."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from judges.sampling import Answers, Sampler
+from judges.schedule import Schedule
+from judges.stopping import open_prompts
+from posttrain.progress import duration, say
+from posttrain.prune.critic import Critic
+from posttrain.prune.decisions import stopping_rule
+from posttrain.prune.encoding import Encoding
+from posttrain.prune.scoring import score_tasks
+from posttrain.prune.settings import PruneSettings
+from posttrain.prune.store import Store, TaskTable
+from posttrain.types import Sampling
+
+SAY_EVERY_S = 10.0
+
+
+def open_tasks(tasks: TaskTable, settings: PruneSettings) -> NDArray[np.bool_]:
+    """Tasks that need more than is there, and may get it."""
+    if settings.method != "critic":
+        return tasks.unjudged
+    needing = open_prompts(stopping_rule(settings), tasks.domain, tasks.scored, tasks.correct)
+    return needing & (tasks.scored < settings.judge.max_samples)
+
+
+def num_open(tasks: TaskTable, settings: PruneSettings) -> int:
+    return int(open_tasks(tasks, settings).sum())
+
+
+async def judge(
+    store: Store, tasks: TaskTable, critic: Critic, encoding: Encoding, settings: PruneSettings
+) -> None:
+    """Every open task, until none is; what is found is in the store at once.
+
+    Raises StageError if answers cannot be scored, or are no grades; what the engine raises passes
+    through.
+    """
+    if settings.method == "critic":
+        await _sample(store, tasks, critic, encoding, settings)
+    else:
+        await score_tasks(store, tasks, critic, encoding, settings)
+
+
+async def _sample(
+    store: Store, tasks: TaskTable, critic: Critic, encoding: Encoding, settings: PruneSettings
+) -> None:
+    asked = settings.judge
+    sampler = Sampler(
+        critic.generator,
+        critic.scorer,
+        encoding.prompt,
+        sampling=Sampling(
+            max_tokens=asked.max_tokens, temperature=asked.temperature, seed=settings.seed
+        ),
+        concurrency=asked.concurrency,
+    )
+    schedule = Schedule(
+        tasks.asked,
+        tasks.scored,
+        tasks.correct,
+        tasks.domain,
+        stopping_rule(settings),
+        round_size=asked.round_size if asked.adaptive else None,
+        cap=asked.max_samples,
+    )
+    report = _Report(schedule.num_open, lambda: f"{sampler.usage.samples:,} answers")
+
+    def keep(answers: Answers) -> None:
+        store.record_answers(int(tasks.key[answers.index]), answers)
+        report.tick()
+
+    await sampler.run(schedule, lambda index: store.task(int(tasks.key[index])).prompt, keep)
+
+
+class _Report:
+    """A line now and then: how many tasks are open, and when the last may be decided."""
+
+    def __init__(self, num_open: Callable[[], int], note: Callable[[], str]) -> None:
+        self._num_open = num_open
+        self._note = note
+        self._began = self._said = time.monotonic()
+        self._at_first = num_open()
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        if now - self._said < SAY_EVERY_S:
+            return
+        self._said = now
+        left = self._num_open()
+        decided = self._at_first - left
+        when = duration((now - self._began) / decided * left) if decided > 0 else "?"
+        say(f"prune: {left:,} prompts undecided · {self._note()} · about {when} left")

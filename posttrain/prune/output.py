@@ -1,0 +1,189 @@
+"""The second pass over a source: kept rows as they were, and every row beside what was decided."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from judges.selection import RULES
+from posttrain.errors import DataError
+from posttrain.prune.decisions import LABELS, Decisions, Reasons
+from posttrain.prune.settings import PruneSettings
+from posttrain.prune.shards import make_shards
+from posttrain.prune.source import Source
+from posttrain.prune.store import Store, TaskTable
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+PREFIX = "prune_"
+QUARANTINED, HELD_OUT = -1, -2
+"""In place of a task's index: rows that no critic has judged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowTable:
+    """Arrays over the rows of the source, taken or not. `task` is the index of a row's task in a
+    `TaskTable`, `QUARANTINED` or `HELD_OUT`; rows that are not `readable` (or were not taken)
+    are in no table. `notes` says for quarantined and held-out rows why."""
+
+    task: NDArray[np.int32]
+    readable: NDArray[np.bool_]
+    notes: Mapping[int, str]
+
+
+def row_table(store: Store, tasks: TaskTable) -> RowTable:
+    index = np.full(int(tasks.key.max(initial=0)) + 1, QUARANTINED, dtype=np.int32)
+    index[tasks.key] = np.arange(len(tasks))
+    total = store.num_rows()
+    task = np.full(total, QUARANTINED, dtype=np.int32)
+    readable = np.zeros(total, dtype=bool)
+    for row, key, _ in store.row_tasks():
+        readable[row] = True
+        if key is not None and key < len(index):
+            task[row] = index[key]
+    notes: dict[int, str] = {}
+    for row, other, drops, shared in store.overlaps():
+        if drops:
+            task[row] = HELD_OUT
+            notes.setdefault(row, f"shares {shared!r} with {other}")
+    for row, is_readable, details in store.quarantined():
+        readable[row] = is_readable
+        if is_readable:
+            notes[row] = details["reason"]
+    return RowTable(task=task, readable=readable, notes=notes)
+
+
+class Annotator:
+    """The columns that say what was decided about rows."""
+
+    def __init__(
+        self, tasks: TaskTable, rows: RowTable, decided: Decisions, settings: PruneSettings
+    ) -> None:
+        self._tasks = tasks
+        self._rows = rows
+        self._decided = decided
+        self._reasons = Reasons(tasks, decided, settings)
+
+    def columns(self, numbers: NDArray[np.int64]) -> dict[str, pa.Array]:
+        """For the rows of these numbers `[M]`, by name."""
+        import pyarrow as pa
+
+        task = self._rows.task[numbers]
+        judged = task >= 0
+        decided, tasks = self._decided, self._tasks
+
+        def known(values: NDArray[Any], kind: Any = None) -> pa.Array:
+            taken = values[np.where(judged, task, 0)]
+            absent = ~judged
+            if taken.dtype.kind == "f":
+                absent = absent | np.isnan(taken)
+            return pa.array(taken, kind, mask=absent)
+
+        rule = np.where(judged, decided.rule[np.maximum(task, 0)], len(RULES) - 1 - task)
+        kept = judged & decided.kept[np.maximum(task, 0)]
+        label = decided.label[np.maximum(task, 0)]
+        columns = {
+            "row": pa.array(numbers + 1),
+            "id": known(tasks.task_id).cast(pa.string()),
+            "action": _words(
+                ("keep", "drop", "quarantined"), np.select([kept, task != QUARANTINED], [0, 1], 2)
+            ),
+            "rule": _words((*RULES, "quarantined", "held_out"), rule),
+            "reason": self._reason(numbers, task),
+            "label": _words(LABELS, label, absent=~judged | (label < 0)),
+            "value": known(decided.value),
+            "low": known(decided.low),
+            "high": known(decided.high),
+            "samples": known(tasks.scored),
+            "correct": known(tasks.correct),
+            "undecided": known(decided.undecided),
+        }
+        return {PREFIX + name: values for name, values in columns.items()}
+
+    def _reason(self, numbers: NDArray[np.int64], task: NDArray[np.int32]) -> pa.Array:
+        import pyarrow as pa
+
+        texts = self._reasons.of(np.maximum(task, 0))
+        others = task < 0
+        if not others.any():
+            return texts
+        notes = [self._rows.notes[int(n)] for n in numbers[others]]
+        return pa.compute.replace_with_mask(texts, pa.array(others), pa.array(notes, pa.string()))
+
+
+def _words(
+    words: Sequence[str], codes: NDArray[Any], absent: NDArray[np.bool_] | None = None
+) -> pa.Array:
+    import pyarrow as pa
+
+    return pa.array(list(words), pa.string()).take(pa.array(codes, mask=absent))
+
+
+def write_rows(
+    directory: Path,
+    source: Source,
+    rows: RowTable,
+    annotator: Annotator,
+    kept: NDArray[np.bool_],
+    *,
+    form: Literal["parquet", "jsonl"],
+) -> None:
+    """`kept` `[tasks]` rows into `directory`/kept, all that can be read into `directory`/annotated,
+    both in the order of the source. Raises DataError for a source that changed, that has columns of
+    our names, or that cannot be written in this format."""
+    schema = source.schema()
+    taken = [name for name in schema.names if name.startswith(PREFIX)]
+    if taken:
+        raise DataError(f"the source already has the column {taken[0]!r}: rename or remove it")
+    annotations = annotator.columns(np.flatnonzero(rows.readable)[:1])
+    annotated_schema = _extended(schema, annotations)
+    written = 0
+    with (
+        make_shards(form, directory / "kept", schema) as kept_shards,
+        make_shards(form, directory / "annotated", annotated_schema) as annotated_shards,
+    ):
+        for numbers, table, lines in source.tables(rows.readable):
+            written += len(numbers)
+            task = rows.task[numbers]
+            is_kept = (task >= 0) & kept[np.maximum(task, 0)]
+            chosen = np.flatnonzero(is_kept)
+            kept_shards.write(
+                table.take(chosen), None if lines is None else [lines[i] for i in chosen]
+            )
+            beside = annotator.columns(numbers)
+            annotated_shards.write(_beside(table, beside, annotated_schema), None)
+    if written != rows.readable.sum():
+        raise DataError("the source has other rows than when it was taken in: it was changed")
+
+
+def _extended(schema: pa.Schema, columns: Mapping[str, pa.Array]) -> pa.Schema:
+    """With our columns, also in the description that `datasets` leaves in a schema."""
+    for name, values in columns.items():
+        schema = schema.append(_field(name, values))
+    notes = dict(schema.metadata or {})
+    if b"huggingface" in notes:
+        described = json.loads(notes[b"huggingface"])
+        features = described.get("info", {}).get("features", {})
+        for name, values in columns.items():
+            features[name] = {"dtype": str(values.type), "_type": "Value"}
+        notes[b"huggingface"] = json.dumps(described).encode()
+    return schema.with_metadata(notes)
+
+
+def _field(name: str, values: pa.Array) -> pa.Field:
+    import pyarrow as pa
+
+    return pa.field(name, values.type)
+
+
+def _beside(table: pa.Table, columns: Mapping[str, pa.Array], schema: pa.Schema) -> pa.Table:
+    import pyarrow as pa
+
+    return pa.table([*table.columns, *columns.values()], schema=schema)

@@ -1,0 +1,81 @@
+"""The columns that rows of JSON have in common, and the rows that do not fit among them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_KINDS = {bool: "a boolean", int: "a number", float: "a number", str: "a text", list: "a list"}
+
+
+class JsonSchema:
+    """Grows with the rows. A column may be missing, null, or gain fields; its kind stays what most
+    of the first rows say."""
+
+    def __init__(self) -> None:
+        import pyarrow as pa
+
+        self.schema: pa.Schema = pa.schema([])
+        self._kinds: dict[str, str] = {}
+
+    def admit(self, records: Sequence[Mapping[str, Any]]) -> list[str | None]:
+        """For each row, why it does not fit into one table with the others, or None. Columns and
+        fields of rows that fit are taken over."""
+        self._note_kinds(records)
+        problems = [self._odd_column(record) for record in records]
+        fitting = [i for i, problem in enumerate(problems) if problem is None]
+        if self._extend([records[i] for i in fitting]) is not None:  # somewhere among them
+            for i in fitting:
+                problems[i] = self._extend([records[i]])
+        return problems
+
+    def table(self, records: Sequence[Mapping[str, Any]]) -> pa.Table:
+        """Admitted rows; a column that a row lacks is null there."""
+        import pyarrow as pa
+
+        return pa.table(
+            [pa.array([r.get(f.name) for r in records], f.type) for f in self.schema],
+            schema=self.schema,
+        )
+
+    def _note_kinds(self, records: Sequence[Mapping[str, Any]]) -> None:
+        names = {name for record in records for name in record} - set(self._kinds)
+        for name in sorted(names):
+            kinds = Counter(k for r in records if (k := _kind(r.get(name))) is not None)
+            if kinds:
+                self._kinds[name] = kinds.most_common(1)[0][0]
+
+    def _odd_column(self, record: Mapping[str, Any]) -> str | None:
+        for name, value in record.items():
+            kind = _kind(value)
+            if kind is not None and kind != self._kinds[name]:
+                return f"column {name!r} is {kind}, in most rows {self._kinds[name]}"
+        return None
+
+    def _extend(self, records: Sequence[Mapping[str, Any]]) -> str | None:
+        """Takes over the rows' columns; says why it cannot, and then changes nothing."""
+        import pyarrow as pa
+
+        names = list(dict.fromkeys(name for record in records for name in record))
+        column = ""
+        fields = []
+        try:
+            for column in names:
+                values = pa.array([record.get(column) for record in records])
+                fields.append(pa.field(column, values.type))
+            column = ""
+            self.schema = pa.unify_schemas(
+                [self.schema, pa.schema(fields)], promote_options="permissive"
+            )
+        except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
+            where = f"column {column!r} " if column else ""
+            return f"{where}does not fit into one table with the rows before it: {error}"
+        return None
+
+
+def _kind(value: object) -> str | None:
+    return None if value is None else _KINDS.get(type(value), "an object")

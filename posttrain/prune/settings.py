@@ -1,0 +1,96 @@
+"""Everything that `posttrain prune` reads."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from judges.judge import JudgeSettings
+from judges.selection import SelectionSettings
+from posttrain.config import RewardPoolSettings, RolloutPoolSettings
+from posttrain.data.overlap import WORDS
+from posttrain.prune.columns import ColumnSettings
+from rewards.shaping import RewardSettings
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceChoice(_Section):
+    """`path` is a file, a directory or what `datasets` knows by that name; `split` and `subset`
+    are those of `datasets`. `limit` takes the first rows, `sample` as many at random."""
+
+    path: str = Field(min_length=1)
+    split: str = "train"
+    subset: str | None = None
+    columns: ColumnSettings = ColumnSettings()
+    limit: int | None = Field(default=None, gt=0)
+    sample: int | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _one_cut(self) -> Self:
+        if self.limit is not None and self.sample is not None:
+            raise ValueError("limit and sample exclude one another")
+        return self
+
+
+class OverlapSettings(_Section):
+    """Rows that share `words` words in a row with a set of `held_out` are dropped; with one of
+    `compare` they are counted. Sets are named like sources."""
+
+    held_out: list[str] = []
+    compare: list[str] = []
+    words: int = Field(default=WORDS, gt=0)
+
+
+class CriticSettings(_Section):
+    """The model that judges. `max_length` is what it takes, prompt and answer, in tokens; `system`
+    the text of a system message that is put before every prompt."""
+
+    model: str = Field(min_length=1)
+    max_length: int = Field(default=2048, gt=0)
+    system: str | None = None
+
+
+class PruneResources(_Section):
+    """Engines and scorer processes, as in a run's `resources`."""
+
+    rollout: RolloutPoolSettings = RolloutPoolSettings()
+    rewards: RewardPoolSettings = RewardPoolSettings()
+    deadline_s: float = Field(default=300.0, gt=0)
+
+
+class PruneSettings(_Section):
+    """`method` is how rows are judged: by the critic's own answers (`critic`), by the grade that it
+    gives to the row's answer (`grade`), or by how much the prompt helps it to predict that answer
+    (`ifd`); the last two are experimental."""
+
+    source: SourceChoice
+    critic: CriticSettings
+    method: Literal["critic", "grade", "ifd"] = "critic"
+    judge: JudgeSettings = JudgeSettings()
+    selection: SelectionSettings = SelectionSettings(drop_easiest=0.5)
+    rewards: RewardSettings = RewardSettings()
+    overlap: OverlapSettings = OverlapSettings()
+    resources: PruneResources = PruneResources()
+    seed: int = Field(default=0, ge=0)
+    strict: bool = False
+    format: Literal["parquet", "jsonl"] = "parquet"
+
+    @model_validator(mode="after")
+    def _metric_suits_the_method(self) -> Self:
+        metric = self.selection.metric
+        if metric != self.method and not (self.method == "critic" and self.selection.is_rate):
+            raise ValueError(f"method {self.method} has no {metric} to select by")
+        return self
+
+    @model_validator(mode="after")
+    def _answers_fit(self) -> Self:
+        if self.method == "critic" and self.judge.max_tokens >= self.critic.max_length:
+            raise ValueError(
+                f"judge.max_tokens = {self.judge.max_tokens} leaves no room for a prompt in "
+                f"critic.max_length = {self.critic.max_length}"
+            )
+        return self

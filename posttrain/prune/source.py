@@ -1,0 +1,127 @@
+"""Where rows come from: what every source can do, and which one a name means."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from posttrain.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+CHUNK_ROWS = 1000
+JSON_SUFFIXES = (".jsonl", ".ndjson")
+PARQUET_SUFFIX = ".parquet"
+FILE_SUFFIXES = (*JSON_SUFFIXES, PARQUET_SUFFIX, ".json", ".csv")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """Row `number` (from 0) of a source, which is row or line `place` (from 1) of `file`.
+
+    `record` holds the columns that were asked for; of a row that is not `readable`, `problem` says
+    why and `content` what stands there, as far as it can be shown.
+    """
+
+    number: int
+    file: str
+    place: int
+    record: Mapping[str, Any] | None
+    problem: str | None = None
+    content: str = ""
+    offset: int | None = None
+    length: int | None = None
+
+
+class Source(Protocol):
+    """Rows in a fixed order, read in chunks.
+
+    `fingerprint` names the content; `stem` is what rows without a domain are called; `columns` are
+    those of the table, or of the first rows of JSON.
+    """
+
+    @property
+    def stem(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def revision(self) -> str | None:
+        """What pins a name on the hub; None for files."""
+        ...
+
+    @property
+    def columns(self) -> Sequence[str]: ...
+
+    def count(self) -> int: ...
+
+    def rows(self, wanted: NDArray[np.bool_] | None, columns: Sequence[str]) -> Iterator[Row]:
+        """The wanted of the first `len(wanted)` rows (None: all rows), with the given columns; a
+        JSON record comes whole."""
+        ...
+
+    def schema(self) -> pa.Schema:
+        """Of all readable rows; for JSON lines, after `rows` has been run through or `restore`d."""
+        ...
+
+    def restore(self, schema: pa.Schema) -> None: ...
+
+    def tables(
+        self, wanted: NDArray[np.bool_]
+    ) -> Iterator[tuple[NDArray[np.int64], pa.Table, Sequence[str] | None]]:
+        """The wanted of the first `len(wanted)` rows with all columns: their numbers, the table,
+        and their lines where the source has lines."""
+        ...
+
+
+def open_source(name: str, *, split: str, subset: str | None, revision: str | None) -> Source:
+    """A JSON lines or Parquet file, a directory of either, or whatever `datasets` can load.
+
+    Raises:
+        DataError: nothing there, nothing in it, or no split of that name.
+    """
+    from posttrain.prune.json_source import JsonSource
+    from posttrain.prune.table_source import datasets_source, parquet_source
+
+    path = Path(name)
+    is_name = len(path.parts) <= 2 and not path.is_absolute() and path.suffix not in FILE_SUFFIXES
+    if not path.exists() and not is_name:
+        raise DataError(f"{name}: there is no such file or directory")
+    if path.is_file():
+        if path.suffix in JSON_SUFFIXES:
+            return JsonSource([path])
+        if path.suffix == PARQUET_SUFFIX:
+            return parquet_source([path])
+        raise DataError(
+            f"{name}: a source ends in .jsonl or .parquet, or is a directory or name that "
+            "`datasets` can load"
+        )
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+        if files and all(file.suffix in JSON_SUFFIXES for file in files):
+            return JsonSource(files)
+        if files and all(file.suffix == PARQUET_SUFFIX for file in files):
+            return parquet_source(files)
+    return datasets_source(name, split=split, subset=subset, revision=revision)
+
+
+def hash_files(files: Sequence[Path]) -> str:
+    """Of names and contents (16 hex digits)."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            inner = hashlib.file_digest(content, "sha256").hexdigest()
+        digest.update(f"{file.name} {inner}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def is_wanted(wanted: NDArray[np.bool_] | None, number: int) -> bool:
+    return wanted is None or bool(wanted[number])

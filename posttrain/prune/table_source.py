@@ -1,0 +1,217 @@
+"""Tables as a source: Parquet files, and whatever the `datasets` library can load."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from posttrain.errors import DataError
+from posttrain.prune.source import CHUNK_ROWS, Row, hash_files, is_wanted
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Tables = Callable[[Sequence[str] | None], Iterator[tuple[str, "pa.Table"]]]
+"""Chunks of given columns (None: all) in order, each with the file it is from."""
+
+
+class TableSource:
+    """Implements `Source` over chunks that all have the columns of `schema`."""
+
+    def __init__(
+        self,
+        read: Tables,
+        schema: pa.Schema,
+        *,
+        count: int | None,
+        stem: str,
+        fingerprint: str,
+        revision: str | None = None,
+    ) -> None:
+        self._read = read
+        self._schema = schema
+        self._count = count
+        self.columns: Sequence[str] = schema.names
+        self.stem = stem
+        self.fingerprint = fingerprint
+        self.revision = revision
+
+    def count(self) -> int:
+        if self._count is None:
+            first = self.columns[:1]
+            self._count = sum(table.num_rows for _, table in self._read(first))
+        return self._count
+
+    def rows(self, wanted: NDArray[np.bool_] | None, columns: Sequence[str]) -> Iterator[Row]:
+        number, place, current = 0, 0, ""
+        for file, table in self._read(columns):
+            if wanted is not None and number >= len(wanted):
+                return
+            if file != current:
+                place, current = 0, file
+            left = table.num_rows if wanted is None else len(wanted) - number
+            indices = range(min(table.num_rows, left))
+            chosen = [i for i in indices if is_wanted(wanted, number + i)]
+            for i, record in zip(chosen, _records(table.take(chosen)), strict=True):
+                shared = {"number": number + i, "file": file, "place": place + i + 1}
+                if isinstance(record, str):
+                    yield Row(**shared, record=None, problem=record)  # type: ignore[arg-type]
+                else:
+                    yield Row(**shared, record=record)  # type: ignore[arg-type]
+            number += table.num_rows
+            place += table.num_rows
+
+    def schema(self) -> pa.Schema:
+        return self._schema
+
+    def restore(self, schema: pa.Schema) -> None:
+        pass
+
+    def tables(
+        self, wanted: NDArray[np.bool_]
+    ) -> Iterator[tuple[NDArray[np.int64], pa.Table, Sequence[str] | None]]:
+        number = 0
+        for _, table in self._read(None):
+            mask = wanted[number : number + table.num_rows]
+            if mask.any():
+                # `wanted` may end within the table.
+                chosen = np.flatnonzero(mask)
+                yield number + chosen, table.take(chosen), None
+            number += table.num_rows
+            if number >= len(wanted):
+                return
+
+
+def _records(table: pa.Table) -> list[Mapping[str, Any] | str]:
+    """Rows as Python values; for one that holds no UTF-8 text, what is wrong with it."""
+    try:
+        return list(table.to_pylist())
+    except UnicodeDecodeError:
+        return [_record(table.slice(i, 1)) for i in range(table.num_rows)]
+
+
+def _record(row: pa.Table) -> Mapping[str, Any] | str:
+    try:
+        record: Mapping[str, Any] = row.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return f"no UTF-8 text ({error.reason} at byte {error.start + 1})"
+    return record
+
+
+def parquet_source(files: Sequence[Path]) -> TableSource:
+    """Raises DataError for a file that is no Parquet or whose columns do not go with the others."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([])
+    count = 0
+    for file in files:
+        try:
+            with pq.ParquetFile(file) as opened:
+                count += opened.metadata.num_rows
+                schema = pa.unify_schemas(
+                    [schema, opened.schema_arrow], promote_options="permissive"
+                )
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{file} cannot be read as Parquet: {error}") from error
+
+    def read(columns: Sequence[str] | None) -> Iterator[tuple[str, pa.Table]]:
+        wanted = schema if columns is None else pa.schema([schema.field(c) for c in columns])
+        for file in files:
+            with pq.ParquetFile(file) as opened:
+                present = [name for name in wanted.names if name in opened.schema_arrow.names]
+                for batch in opened.iter_batches(CHUNK_ROWS, columns=present):
+                    yield str(file), _fitted(pa.Table.from_batches([batch]), wanted)
+
+    return TableSource(
+        read,
+        schema,
+        count=count,
+        stem=files[0].stem if len(files) == 1 else files[0].parent.name,
+        fingerprint=hash_files(files),
+    )
+
+
+def _fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table with all columns of the schema, null where it has none."""
+    import pyarrow as pa
+
+    columns = [
+        table.column(field.name).cast(field.type)
+        if field.name in table.schema.names
+        else pa.nulls(table.num_rows, field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema=schema)
+
+
+def datasets_source(
+    name: str, *, split: str, subset: str | None, revision: str | None
+) -> TableSource:
+    """A directory that `datasets` wrote or can read, or a data set on the hub, streamed.
+
+    `revision` pins what a hub name stands for; None means as it is now. Raises DataError.
+    """
+    path = Path(name)
+    saved = path.is_dir() and any(
+        (path / marker).exists() for marker in ("state.json", "dataset_dict.json")
+    )
+    try:
+        if saved:
+            data = _load_saved(path, split)
+        else:
+            revision = revision or (None if path.exists() else _current_revision(name))
+            data = _load_streaming(name, split, subset, revision)
+    except Exception as error:  # whatever the loaders of a hundred formats stumble over
+        raise DataError(
+            f"{name}: neither a .jsonl or .parquet file nor anything that `datasets` can load as "
+            f"split {split!r}: {type(error).__name__}: {error}"
+        ) from error
+    features = data.features
+    if features is None:
+        features = data._resolve_features().features
+    schema = features.arrow_schema
+
+    def read(columns: Sequence[str] | None) -> Iterator[tuple[str, Any]]:
+        view = data if columns is None else data.select_columns(list(columns))
+        wanted = schema if columns is None else view.features.arrow_schema
+        for table in view.with_format("arrow").iter(batch_size=CHUNK_ROWS):
+            yield name, _fitted(table, wanted)
+
+    content = hash_tree(path) if path.is_dir() else f"{name}@{revision}"
+    return TableSource(
+        read,
+        schema,
+        count=len(data) if saved else None,
+        stem=path.name,
+        fingerprint=json.dumps([content, split, subset]),
+        revision=revision,
+    )
+
+
+def hash_tree(path: Path) -> str:
+    return hash_files(sorted(p for p in path.rglob("*") if p.is_file()))
+
+
+def _load_saved(path: Path, split: str) -> Any:
+    from datasets import DatasetDict, load_from_disk
+
+    data = load_from_disk(str(path))
+    return data[split] if isinstance(data, DatasetDict) else data
+
+
+def _load_streaming(name: str, split: str, subset: str | None, revision: str | None) -> Any:
+    from datasets import load_dataset
+
+    return load_dataset(name, subset, split=split, revision=revision, streaming=True)
+
+
+def _current_revision(name: str) -> str:
+    from huggingface_hub import HfApi
+
+    return str(HfApi().dataset_info(name).sha)

@@ -1,0 +1,125 @@
+"""The critic of `posttrain prune`: a checkpoint, or an adapter on one, served by engine pools."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from posttrain.config import ResourceSettings
+from posttrain.data.chat import ChatFormat
+from posttrain.errors import ModelError
+from posttrain.inputs import locate_model
+from posttrain.prune.critic import Critic, CriticModel, OpenCritic
+from posttrain.prune.settings import PruneSettings
+from posttrain.run_dir import fingerprint_directory
+from posttrain.workers.pools import Pools
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CriticFiles:
+    """A checkpoint directory, and the PEFT adapter that is merged into it, if there is one."""
+
+    base: Path
+    adapter: Path | None
+
+    @property
+    def fingerprint(self) -> str:
+        base = fingerprint_directory(self.base)
+        if self.adapter is None:
+            return base
+        both = f"{base} {fingerprint_directory(self.adapter)}"
+        return hashlib.sha256(both.encode()).hexdigest()
+
+    @property
+    def tokenizer(self) -> Path:
+        """Training may have left one beside the adapter."""
+        if self.adapter is not None and (self.adapter / "tokenizer_config.json").exists():
+            return self.adapter
+        return self.base
+
+
+def locate_critic(name: str) -> CriticFiles:
+    """A checkpoint directory, a hub name, `starter`, or the directory of a PEFT adapter.
+
+    Raises ModelError if nothing can be read there, or the adapter does not say what it is for.
+    """
+    adapter = Path(name) / ADAPTER_CONFIG
+    if not adapter.is_file():
+        return CriticFiles(base=locate_model(name), adapter=None)
+    try:
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError) as error:
+        raise ModelError(f"--model: {adapter} names no base model: {error!r}") from error
+    return CriticFiles(base=locate_model(str(base)), adapter=Path(name))
+
+
+def critic_model(name: str) -> CriticModel:
+    """What judging needs to know of the critic before it is served. Raises ModelError."""
+    files = locate_critic(name)
+    return CriticModel(
+        name=name, fingerprint=files.fingerprint, chat=ChatFormat(str(files.tokenizer))
+    )
+
+
+def critic_opener(settings: PruneSettings, out: Path) -> OpenCritic:
+    """Engines and scorers for as long as they are asked; `out` names what they leave in shared
+    memory should the process be killed."""
+
+    @asynccontextmanager
+    async def open_critic() -> AsyncIterator[Critic]:
+        files = locate_critic(settings.critic.model)
+        with _pools(settings, out) as pools:
+            model = files.base
+            if files.adapter is not None:
+                model = pools.scratch / "merged"
+                merge_adapter(files, model)
+            generators = await pools.serving(str(model))
+
+            async def score_tokens(
+                sequences: Sequence[Sequence[int]], label: str
+            ) -> list[list[float]]:
+                first, *_ = await generators.score_tokens(sequences, label)
+                return first
+
+            yield Critic(generator=generators, scorer=pools.scorer, score_tokens=score_tokens)
+
+    return open_critic
+
+
+def merge_adapter(files: CriticFiles, target: Path) -> None:
+    """Writes base and adapter as one checkpoint. Raises ModelError if they do not fit."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    assert files.adapter is not None
+    base = AutoModelForCausalLM.from_pretrained(files.base, dtype="auto", trust_remote_code=False)
+    try:
+        merged = PeftModel.from_pretrained(base, str(files.adapter)).merge_and_unload()
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ModelError(f"--model: {files.adapter} does not fit {files.base}: {error}") from error
+    merged.save_pretrained(target)
+    ChatFormat(str(files.tokenizer)).tokenizer.save_pretrained(target)
+
+
+def _pools(settings: PruneSettings, out: Path) -> Pools:
+    resources = settings.resources
+    engine = resources.rollout.engine.model_copy(
+        update={"max_model_len": settings.critic.max_length}
+    )
+    return Pools(
+        hashlib.sha256(str(out.absolute()).encode()).hexdigest()[:12],
+        engine=engine,
+        replicas=resources.rollout.replicas,
+        rollout=resources.rollout.actor,
+        learner=ResourceSettings().learner,
+        rewards=settings.rewards,
+        reward_workers=resources.rewards.workers,
+        reward_actor=resources.rewards.actor,
+        deadline_s=resources.deadline_s,
+    )

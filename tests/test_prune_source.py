@@ -1,0 +1,250 @@
+"""Sources: every row once, in order, unchanged; what cannot be read is named by file and row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from posttrain.errors import DataError
+from posttrain.prune import lines
+from posttrain.prune.schema import JsonSchema
+from posttrain.prune.source import Source, open_source
+
+ROWS = [{"question": f"q{i}", "n": i, "tags": [f"t{i}"], "deep": {"x": i}} for i in range(7)]
+
+
+def opened(path: Path, **options: Any) -> Source:
+    return open_source(str(path), **{"split": "train", "subset": None, "revision": None} | options)
+
+
+def jsonl(path: Path, rows: list[Any]) -> Path:
+    texts = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    path.write_bytes(b"\n".join(texts) + b"\n")
+    return path
+
+
+def parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def saved(path: Path, rows: list[dict[str, Any]]) -> Path:
+    from datasets import Dataset, DatasetDict
+
+    DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(str(path))
+    return path
+
+
+def parts(path: Path, rows: list[dict[str, Any]], write: Any, suffix: str) -> Path:
+    path.mkdir()
+    write(path / f"b{suffix}", rows[4:])
+    write(path / f"a{suffix}", rows[:4])
+    return path
+
+
+MAKERS = {
+    "jsonl": lambda d: jsonl(d / "s.jsonl", ROWS),
+    "parquet": lambda d: parquet(d / "s.parquet", ROWS),
+    "directory of jsonl": lambda d: parts(d / "s", ROWS, jsonl, ".jsonl"),
+    "directory of parquet": lambda d: parts(d / "s", ROWS, parquet, ".parquet"),
+    "saved by datasets": lambda d: saved(d / "s", ROWS),
+}
+
+
+def tables(source: Source, wanted: list[int], total: int = 7) -> list[dict[str, Any]]:
+    mask = np.zeros(total, dtype=bool)
+    mask[wanted] = True
+    found = []
+    for numbers, table, _ in source.tables(mask):
+        found += [(int(n), row) for n, row in zip(numbers, table.to_pylist(), strict=True)]
+    assert [n for n, _ in found] == wanted
+    return [row for _, row in found]
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_every_kind_gives_the_same_rows_in_order(tmp_path: Path, kind: str) -> None:
+    source = opened(MAKERS[kind](tmp_path))
+    assert list(source.columns) == ["question", "n", "tags", "deep"]
+    assert source.stem == "s"
+    assert source.count() == 7
+    rows = list(source.rows(None, ["question", "n"]))
+    assert [row.number for row in rows] == list(range(7))
+    assert [(r.record["question"], r.record["n"]) for r in rows] == [(f"q{i}", i) for i in range(7)]
+    assert source.schema().names == ["question", "n", "tags", "deep"]
+    assert tables(source, [0, 3, 4, 6]) == [ROWS[i] for i in (0, 3, 4, 6)]
+    assert source.fingerprint == opened(tmp_path / Path(kind_path(kind))).fingerprint
+
+
+def kind_path(kind: str) -> str:
+    return {"jsonl": "s.jsonl", "parquet": "s.parquet"}.get(kind, "s")
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_only_what_is_wanted_is_read(tmp_path: Path, kind: str) -> None:
+    source = opened(MAKERS[kind](tmp_path))
+    wanted = np.array([True, False, True])
+    assert [row.number for row in source.rows(wanted, ["question"])] == [0, 2]
+    assert tables(source, [2], total=3) == [ROWS[2]]
+
+
+def test_a_row_of_several_files_is_named_by_its_own(tmp_path: Path) -> None:
+    source = opened(MAKERS["directory of parquet"](tmp_path))
+    rows = list(source.rows(None, ["n"]))
+    assert [(Path(r.file).name, r.place) for r in rows] == [
+        *(("a.parquet", i) for i in range(1, 5)),
+        *(("b.parquet", i) for i in range(1, 4)),
+    ]
+
+
+def test_files_are_told_apart_by_content(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "s.jsonl", ROWS)
+    before = opened(path).fingerprint
+    jsonl(path, [*ROWS[:-1], {**ROWS[-1], "n": 8}])
+    assert opened(path).fingerprint != before
+
+
+def test_a_repository_that_datasets_reads_is_streamed(tmp_path: Path) -> None:
+    # A card with configurations is `datasets`' own business.
+    (tmp_path / "repo" / "data").mkdir(parents=True)
+    parquet(tmp_path / "repo" / "data" / "x.parquet", ROWS)
+    card = "---\nconfigs:\n- config_name: main\n  data_files: data/*.parquet\n---\n"
+    (tmp_path / "repo" / "README.md").write_text(card)
+    source = opened(tmp_path / "repo", subset="main")
+    assert source.count() == 7
+    assert [row.record for row in source.rows(None, ["n"])] == [{"n": i} for i in range(7)]
+    assert tables(source, [5]) == [ROWS[5]]
+
+
+BAD_LINES = [
+    (b"{", "no JSON (Expecting property name enclosed in double quotes at character 2)"),
+    (b"[1]", "a JSON object was expected"),
+    (b'{"question": "caf\xe9"}', "no UTF-8 text (invalid continuation byte at byte 18)"),
+    (b'{"question": "a", "question": "b"}', "no usable JSON ('question' stands there twice)"),
+    (b"[" * 100_000, "no usable JSON (maximum recursion depth exceeded"),
+    (b'{"question": 7}', "column 'question' is a number, in most rows a text"),
+    (b'{"deep": {"x": "a"}}', "does not fit into one table with the rows before it: Unable to"),
+    (b'{"n": 1180591620717411303424}', "column 'n' does not fit into one table"),
+    (b'{"question": "\\ud800"}', "column 'question' does not fit into one table"),
+]
+
+
+@pytest.mark.parametrize(("line", "said"), BAD_LINES)
+def test_a_bad_line_is_named_and_the_others_stay(tmp_path: Path, line: bytes, said: str) -> None:
+    path = jsonl(tmp_path / "s.jsonl", [*ROWS[:3], line, *ROWS[3:]])
+    source = opened(path)
+    rows = list(source.rows(None, []))
+    (bad,) = [row for row in rows if row.record is None]
+    assert (bad.number, bad.place, bad.file) == (3, 4, str(path))
+    assert bad.problem is not None
+    assert bad.problem.startswith(said)
+    content = path.read_bytes()
+    assert content[bad.offset : bad.offset + bad.length] == line
+    assert tables(source, [0, 1, 2, 4, 5, 6, 7], total=8) == ROWS
+
+
+def test_the_first_row_does_not_decide_what_the_others_must_be(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "s.jsonl", [{"question": ["odd"]}, *ROWS])
+    rows = list(opened(path).rows(None, []))
+    assert [row.record is None for row in rows] == [True] + [False] * 7
+
+
+def test_columns_may_come_and_go_and_numbers_mix(tmp_path: Path) -> None:
+    rows = [{"a": 1}, {"a": 1.5, "b": None}, {"b": {"x": 1}}, {"b": {"y": "z"}}]
+    source = opened(jsonl(tmp_path / "s.jsonl", rows))
+    assert [row.problem for row in source.rows(None, [])] == [None] * 4
+    assert tables(source, [0, 1, 2, 3], total=4) == [
+        {"a": 1.0, "b": None},
+        {"a": 1.5, "b": None},
+        {"a": None, "b": {"x": 1, "y": None}},
+        {"a": None, "b": {"x": None, "y": "z"}},
+    ]
+
+
+def test_a_line_of_a_hundred_megabytes_is_not_taken_into_memory(tmp_path: Path) -> None:
+    path = tmp_path / "s.jsonl"
+    size = 100_000_000
+    with path.open("wb") as file:
+        file.write(b'{"question": "a"}\n{"question": "')
+        for _ in range(100):
+            file.write(b"x" * (size // 100))
+        file.write(b'"}\n{"question": "b"}\n')
+    first, long, last = opened(path).rows(None, [])
+    assert (first.record, last.record) == ({"question": "a"}, {"question": "b"})
+    assert long.problem == f"a line of {size + 16:,} bytes; the limit is {lines.MAX_LINE_BYTES:,}"
+    assert (long.offset, long.length, long.content) == (18, size + 16, "")
+    held = max(len(line.content or b"") for line in lines.read_lines(path))
+    assert held < 100
+
+
+def test_blank_lines_and_a_byte_order_mark_are_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\n  \n{"a": 2}')
+    rows = list(opened(path).rows(None, []))
+    assert [(r.number, r.place, r.record) for r in rows] == [(0, 1, {"a": 1}), (1, 4, {"a": 2})]
+    assert tables(opened_with_schema(path), [0, 1], total=2) == [{"a": 1}, {"a": 2}]
+
+
+def opened_with_schema(path: Path) -> Source:
+    """As a second process opens it."""
+    first = opened(path)
+    list(first.rows(None, []))
+    second = opened(path)
+    second.restore(first.schema())
+    return second
+
+
+def test_lines_come_back_as_they_stand(tmp_path: Path) -> None:
+    path = tmp_path / "s.jsonl"
+    texts = ['{"a": 1.0,   "b":"é"}', '{"b": "\\u00e9", "a": 2}']
+    path.write_text("\n".join(texts), encoding="utf-8")
+    ((_, _, found),) = opened_with_schema(path).tables(np.ones(2, dtype=bool))
+    assert list(found or ()) == texts
+
+
+def test_text_in_parquet_that_is_no_utf8(tmp_path: Path) -> None:
+    raw = pa.array([b"fine", b"caf\xe9", b"good"])
+    path = tmp_path / "s.parquet"
+    pq.write_table(pa.table({"question": raw.view(pa.string())}), path)
+    rows = list(opened(path).rows(None, ["question"]))
+    assert [row.record for row in rows] == [{"question": "fine"}, None, {"question": "good"}]
+    assert rows[1].problem == "no UTF-8 text (unexpected end of data at byte 4)"
+
+
+def test_parquet_files_with_other_columns_become_one_table(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    parquet(tmp_path / "s" / "a.parquet", [{"x": 1}])
+    parquet(tmp_path / "s" / "b.parquet", [{"x": 2, "y": "z"}])
+    source = opened(tmp_path / "s")
+    assert tables(source, [0, 1], total=2) == [{"x": 1, "y": None}, {"x": 2, "y": "z"}]
+    parquet(tmp_path / "s" / "c.parquet", [{"x": "text"}])
+    with pytest.raises(DataError, match=r"c\.parquet cannot be read as Parquet: Unable to merge"):
+        opened(tmp_path / "s")
+
+
+def test_what_is_not_there_or_no_source(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no\.jsonl: there is no such file"):
+        opened(tmp_path / "no.jsonl")
+    (tmp_path / "s.csv").write_text("a,b\n")
+    with pytest.raises(DataError, match=r"s\.csv: a source ends in \.jsonl or \.parquet"):
+        opened(tmp_path / "s.csv")
+    (tmp_path / "s.parquet").write_text("no parquet")
+    with pytest.raises(DataError, match=r"s\.parquet cannot be read as Parquet"):
+        opened(tmp_path / "s.parquet")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty: neither a \.jsonl .* can load as split 'train'"):
+        opened(tmp_path / "empty")
+
+
+def test_a_row_that_does_not_fit_leaves_no_trace() -> None:
+    schema = JsonSchema()
+    assert schema.admit([{"a": 1}, {"a": 2}]) == [None, None]
+    before = schema.schema
+    (problem,) = schema.admit([{"a": {"b": 1}, "new": 1}])
+    assert problem == "column 'a' is an object, in most rows a number"
+    assert schema.schema == before
