@@ -34,6 +34,7 @@ from posttrain.online.settings import LoopSettings
 from posttrain.workers.settings import (
     ActorResources,
     EngineSettings,
+    LearnerResources,
     LearnerSettings,
     PublishSettings,
 )
@@ -127,7 +128,7 @@ class ResourceSettings(_Section):
     """The pools. `deadline_s` is how long a pool may take until it is placed and ready."""
 
     rollout: RolloutPoolSettings = RolloutPoolSettings()
-    learner: ActorResources = ActorResources()
+    learner: LearnerResources = LearnerResources()
     rewards: RewardPoolSettings = RewardPoolSettings()
     deadline_s: float = Field(default=300.0, gt=0)
 

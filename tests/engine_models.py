@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    set_seed,
+)
 
 from posttrain.types import GenerationRequest, Sampling
 
@@ -61,6 +68,33 @@ def save_policy(directory: Path, *, tied: bool, seed: int = 0) -> Path:
         dtype="float32",
     )
     Qwen3ForCausalLM(config).save_pretrained(directory)
+    build_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def save_moe_policy(directory: Path, *, seed: int = 0) -> Path:
+    """A random Qwen3-MoE of four experts, two of which see each token."""
+    set_seed(seed)
+    config = Qwen3MoeConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        moe_intermediate_size=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=MAX_MODEL_LEN,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=END,
+        pad_token_id=PAD,
+        initializer_range=0.2,
+        dtype="float32",
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(directory)
     build_tokenizer().save_pretrained(directory)
     return directory
 

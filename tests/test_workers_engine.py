@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,13 +13,13 @@ from posttrain.advantages import group_to_samples
 from posttrain.errors import MismatchError
 from posttrain.packing import pack
 from posttrain.types import Message, Outcome, PolicyVersion, Prompt, Reward, RolloutGroup
-from posttrain.workers.cluster import start_actor, stop_actor
 from posttrain.workers.generator import GeneratorPool
-from posttrain.workers.pools import LearnerActor
+from posttrain.workers.learner_ranks import start_learner
 from posttrain.workers.publisher import SharedMemoryPublisher, compare_logprobs
 from posttrain.workers.settings import (
     ActorResources,
     EngineSettings,
+    LearnerResources,
     LearnerSettings,
     PublishSettings,
 )
@@ -51,7 +50,7 @@ class Stack:
 
     async def scores(self, sequences):
         """(the learner's, the engine's) log-probabilities."""
-        learned = await self.learner.score_tokens.remote(sequences)
+        learned = await self.learner.score_tokens(sequences)
         (served,) = await self.generators.score_tokens(sequences, f"test-{next(self._versions)}")
         return learned, served
 
@@ -85,7 +84,7 @@ class Stack:
             pad_token_id=0,
             current=rollouts[0].oldest_version,
         )
-        return await self.learner.step.remote(batch)
+        return await self.learner.step(batch)
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
@@ -95,16 +94,16 @@ def stack(request, cluster, tmp_path_factory):
     resources = ActorResources(cpus=0.25)
     with ThreadPoolExecutor() as starting:  # at the same time: each takes many seconds
         learner = starting.submit(
-            start_actor,
-            LearnerActor,
+            start_learner,
             str(policy),
             LearnerSettings(learning_rate=3e-2),
             temperature=TEMPERATURE,
             max_age=1,
             max_tokens=40,
+            num_steps=100,
             seed=0,
-            resources=resources,
-            environment={"OMP_NUM_THREADS": "1"},
+            checkpoint=None,
+            resources=LearnerResources(cpus=0.25),
             deadline_s=240,
         )
         generators = GeneratorPool.start(
@@ -119,7 +118,7 @@ def stack(request, cluster, tmp_path_factory):
     scratch.mkdir()
     yield Stack(generators, learner.result(), scratch)
     generators.stop()
-    stop_actor(learner.result())
+    learner.result().stop()
 
 
 only_tied = pytest.mark.parametrize("stack", ["tied"], indirect=True)
@@ -210,16 +209,15 @@ async def test_weights_change_under_running_requests(stack):
 
 
 class Forger:
-    """The learner's handle, except that what it writes for the engines is changed first."""
+    """The learner, except that what it writes for the engines is changed first."""
 
     def __init__(self, learner, change):
         self.score_tokens = learner.score_tokens
-        self.write_weights = SimpleNamespace(remote=self._write)
         self._learner = learner
         self._change = change
 
-    async def _write(self, directory):
-        seconds = await self._learner.write_weights.remote(directory)
+    async def write_weights(self, directory):
+        seconds = await self._learner.write_weights(directory)
         file = f"{directory}/model.safetensors"
         state = load_file(file)
         self._change(state)

@@ -28,10 +28,11 @@ async def rl(context: StageContext, model: Path) -> dict[str, Any]:
         temperature=settings.temperature,
         max_age=settings.max_lag,
         max_tokens=settings.max_tokens,
+        num_steps=settings.num_steps,
         seed=context.seed,
     )
     publisher = SharedMemoryPublisher(
-        learner.actor, generators, context.pools.scratch, probes, settings.publish
+        learner, generators, context.pools.scratch, probes, settings.publish
     )
     attempt = context.ledger.open_attempt("rl", from_step=0)
     progress = Progress("rl", settings.num_steps)

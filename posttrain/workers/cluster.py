@@ -6,7 +6,8 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -77,7 +78,27 @@ def start_actor(
         StageError: its process died.
         Whatever `ready` raised.
     """
-    handle = (
+    handle = create_actor(
+        actor_class, *arguments, resources=resources, environment=environment, **keywords
+    )
+    try:
+        wait_until_ready([handle.ready.remote()], actor_class.__name__, resources, deadline_s)
+    except BaseException:
+        # Else it would hold its devices, or go on waiting for them.
+        stop_actor(handle)
+        raise
+    return handle
+
+
+def create_actor(
+    actor_class: Any,
+    *arguments: Any,
+    resources: ActorResources,
+    environment: Mapping[str, str],
+    **keywords: Any,
+) -> Any:
+    """A handle to an actor that may not be placed yet."""
+    return (
         ray.remote(actor_class)
         .options(
             num_cpus=resources.cpus,
@@ -86,29 +107,46 @@ def start_actor(
         )
         .remote(*arguments, **keywords)
     )
-    try:
-        _wait_until_ready(handle, actor_class.__name__, resources, deadline_s)
-    except BaseException:
-        # Else it would hold its devices, or go on waiting for them.
-        stop_actor(handle)
-        raise
-    return handle
 
 
-def _wait_until_ready(handle: Any, name: str, resources: ActorResources, deadline_s: float) -> None:
+def wait_until_ready(
+    calls: Sequence[Any], name: str, resources: ActorResources, deadline_s: float
+) -> list[Any]:
+    """What the `calls` of actors called `name` return, as soon as all have or one has failed;
+    raises as `start_actor`."""
+    waiting, ends_at = list(calls), time.monotonic() + deadline_s
     try:
-        ray.get(handle.ready.remote(), timeout=deadline_s)
-    except GetTimeoutError as error:
-        raise PlacementError(
-            f"{name} asked for {resources.cpus:g} CPUs and {resources.gpus:g} GPUs and was not "
-            f"ready after {deadline_s:g} s. Free now: {_devices(ray.available_resources())}; in "
-            f"all: {_devices(ray.cluster_resources())}. Lower resources.* or start a larger "
-            "cluster; raise resources.deadline_s if it only needs longer."
-        ) from error
+        while waiting:
+            done, waiting = ray.wait(waiting, timeout=max(0.0, ends_at - time.monotonic()))
+            if not done:
+                raise _not_ready(name, resources, deadline_s)
+            ray.get(done)
+        answers: list[Any] = ray.get(list(calls))
     except RayTaskError as error:
         raise error.cause from error
     except RayActorError as error:
         raise StageError(f"{name} died while it started: {error}") from error
+    return answers
+
+
+def _not_ready(name: str, resources: ActorResources, deadline_s: float) -> PlacementError:
+    return PlacementError(
+        f"{name} asked for {resources.cpus:g} CPUs and {resources.gpus:g} GPUs and was not "
+        f"ready after {deadline_s:g} s. Free now: {_devices(ray.available_resources())}; in "
+        f"all: {_devices(ray.cluster_resources())}. Lower resources.* or start a larger "
+        "cluster; raise resources.deadline_s if it only needs longer."
+    )
+
+
+def refuse_more_than_there_is(name: str, resources: ActorResources, *, count: int) -> None:
+    """PlacementError at once if the whole cluster, were it free, could not hold `count` actors."""
+    total = ray.cluster_resources()
+    if count * resources.cpus > total.get("CPU", 0) or count * resources.gpus > total.get("GPU", 0):
+        raise PlacementError(
+            f"{count} × {name} ask for {count * resources.cpus:g} CPUs and "
+            f"{count * resources.gpus:g} GPUs, but the cluster has {_devices(total)}: lower "
+            "resources.* or start a larger cluster"
+        )
 
 
 def _devices(resources: Mapping[str, float]) -> str:

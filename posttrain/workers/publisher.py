@@ -8,12 +8,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from posttrain.errors import MismatchError
 from posttrain.types import PolicyVersion
-from posttrain.workers.cluster import answer
 from posttrain.workers.generator import GeneratorPool
+from posttrain.workers.learner_ranks import RemoteLearner
 from posttrain.workers.settings import PublishSettings
 from posttrain.workers.weights import remove_weights
 
@@ -22,14 +21,13 @@ class SharedMemoryPublisher:
     """Implements `posttrain.types.Publisher` for engines on the learner's host.
 
     Args:
-        learner: handle of the learner actor.
         scratch: a directory in shared memory that belongs to this run.
         probe_sequences: token ids that engine and learner are compared on.
     """
 
     def __init__(
         self,
-        learner: Any,
+        learner: RemoteLearner,
         generators: GeneratorPool,
         scratch: Path,
         probe_sequences: Sequence[Sequence[int]],
@@ -51,7 +49,7 @@ class SharedMemoryPublisher:
         """
         began = time.perf_counter()
         directory = self._scratch / str(version)
-        write_s = await answer(self._learner.write_weights.remote(str(directory)), "the learner")
+        write_s = await self._learner.write_weights(directory)
         pauses = await self._generators.update_weights(str(directory), version)
         remove_weights(directory)
         metrics = {
@@ -67,9 +65,7 @@ class SharedMemoryPublisher:
 
     async def probe(self, version: PolicyVersion) -> dict[str, float]:
         """Compares engines and learner on the probe's tokens."""
-        reference = await answer(
-            self._learner.score_tokens.remote(self._probe_sequences), "the learner"
-        )
+        reference = await self._learner.score_tokens(self._probe_sequences)
         answers = await self._generators.score_tokens(self._probe_sequences, f"probe-{version}")
         mismatch = compare_logprobs(reference, answers)
         if mismatch["mismatch_max"] > self._settings.max_mismatch:
