@@ -34,6 +34,7 @@ from posttrain.online.rescreen import RescreenSettings
 from posttrain.online.settings import LoopSettings
 from posttrain.workers.settings import (
     ActorResources,
+    LearnerResources,
     LearnerSettings,
     PublishSettings,
     RolloutPoolSettings,
@@ -145,7 +146,7 @@ class ResourceSettings(_Section):
 
     rollout: RolloutPoolSettings = RolloutPoolSettings()
     judge: RolloutPoolSettings = RolloutPoolSettings()
-    learner: ActorResources = ActorResources()
+    learner: LearnerResources = LearnerResources()
     rewards: RewardPoolSettings = RewardPoolSettings()
     deadline_s: float = Field(default=300.0, gt=0)
 

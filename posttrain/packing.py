@@ -7,6 +7,7 @@ length where no kernel for packed sequences exists (SDPA on CPU).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 
 import numpy as np
 
@@ -47,6 +48,38 @@ def pack(
         num_loss_tokens=int(sum(sample.loss_mask.sum() for sample in samples)),
         num_sequences=len(samples),
     )
+
+
+def deal(batch: TrainingBatch, num_ranks: int) -> tuple[TrainingBatch, ...]:
+    """One share per rank, all with the same number of micro-batches, since ranks meet after each.
+
+    Micro-batches that stand at one place of their shares are about equally large. Where their
+    number is no multiple of `num_ranks` the largest are halved between rows, and where no more
+    rows are left, micro-batches without a loss token fill up. Denominators stay the whole batch's.
+    """
+    micro_batches = list(batch.micro_batches)
+    while len(micro_batches) % num_ranks:
+        largest = max(micro_batches, key=lambda m: (len(m.token_ids) > 1, m.token_ids.size))
+        if len(largest.token_ids) == 1:
+            micro_batches.append(_empty_micro_batch())
+            continue
+        middle = len(largest.token_ids) // 2
+        position = next(i for i, m in enumerate(micro_batches) if m is largest)
+        halves = [_rows(largest, slice(None, middle)), _rows(largest, slice(middle, None))]
+        micro_batches[position : position + 1] = halves
+    micro_batches.sort(key=lambda m: m.token_ids.size, reverse=True)
+    return tuple(
+        TrainingBatch(
+            micro_batches=tuple(micro_batches[rank::num_ranks]),
+            num_loss_tokens=batch.num_loss_tokens,
+            num_sequences=batch.num_sequences,
+        )
+        for rank in range(num_ranks)
+    )
+
+
+def _rows(batch: MicroBatch, rows: slice) -> MicroBatch:
+    return MicroBatch(**{f.name: getattr(batch, f.name)[rows] for f in fields(MicroBatch)})
 
 
 def _first_fit_decreasing(samples: Sequence[TrainingSample], row_tokens: int) -> list[Row]:
@@ -99,6 +132,19 @@ def _micro_batch(rows: Sequence[Row], pad_token_id: int, current: PolicyVersion)
         rollout_logprobs=rollout_logprobs,
         advantages=advantages,
         ages=ages,
+    )
+
+
+def _empty_micro_batch() -> MicroBatch:
+    shape = (1, _LENGTH_MULTIPLE)
+    nothing = np.zeros(shape, dtype=np.float32)
+    return MicroBatch(
+        token_ids=np.zeros(shape, dtype=np.int64),
+        position_ids=np.arange(_LENGTH_MULTIPLE, dtype=np.int64)[None],
+        loss_mask=nothing,
+        rollout_logprobs=nothing,
+        advantages=nothing,
+        ages=np.zeros(shape, dtype=np.int64),
     )
 
 

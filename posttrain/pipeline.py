@@ -26,7 +26,6 @@ from posttrain.progress import duration, say
 from posttrain.run_dir import RunDir, fingerprint_directory
 from posttrain.stages.context import StageContext
 from posttrain.workers.pools import Pools
-from posttrain.workers.settings import RolloutPoolSettings
 
 START = "start"
 """The evaluation of the policy that comes in, recorded like a stage."""
@@ -242,20 +241,14 @@ def _pools(owner: Path, settings: Settings) -> Pools:
     resources = settings.resources
     return Pools(
         hashlib.sha256(str(owner).encode()).hexdigest()[:12],
-        rollout=_as_long_as(settings.policy.max_length, resources.rollout),
-        judge=_as_long_as(settings.policy.max_length, resources.judge),
+        rollout=resources.rollout.as_long_as(settings.policy.max_length),
+        judge=resources.judge.as_long_as(settings.policy.max_length),
         learner=resources.learner,
         rewards=settings.rewards,
         reward_workers=resources.rewards.workers,
         reward_actor=resources.rewards.actor,
         deadline_s=resources.deadline_s,
     )
-
-
-def _as_long_as(max_length: int, pool: RolloutPoolSettings) -> RolloutPoolSettings:
-    """Its engines take what the policy takes."""
-    engine = pool.engine.model_copy(update={"max_model_len": max_length})
-    return pool.model_copy(update={"engine": engine})
 
 
 def _result(run_dir: RunDir) -> RunResult:

@@ -49,6 +49,12 @@ def final_answer(text: str) -> str | None:
     return _after_phrase(end) or _at_the_end(end)
 
 
+def boxed_answer(text: str) -> str | None:
+    r"""What the last `\boxed{}` of `text` holds; None without one, or if it is empty or open."""
+    boxes = list(_BOX.finditer(text))
+    return _inside(text, boxes[-1]) if boxes else None
+
+
 def _inside(text: str, box: re.Match[str]) -> str | None:
     r"""What the box holds, `\boxed 5` included; None if it is empty or does not close."""
     if box["brace"] is None:

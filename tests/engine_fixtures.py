@@ -20,13 +20,14 @@ from engine_models import (
 from posttrain.advantages import group_to_samples
 from posttrain.packing import pack
 from posttrain.types import Message, Outcome, PolicyVersion, Prompt, Reward, RolloutGroup
-from posttrain.workers.cluster import connect, disconnect, start_actor, stop_actor
+from posttrain.workers.cluster import connect, disconnect
 from posttrain.workers.generator import GeneratorPool
-from posttrain.workers.pools import LearnerActor, RemoteLearner
+from posttrain.workers.learner_ranks import start_learner
 from posttrain.workers.publisher import WeightPublisher
 from posttrain.workers.settings import (
     ActorResources,
     EngineSettings,
+    LearnerResources,
     LearnerSettings,
     PublishSettings,
 )
@@ -118,16 +119,16 @@ def stack(request, cluster, tmp_path_factory):
     resources = ActorResources(cpus=0.25)
     with ThreadPoolExecutor() as starting:  # at the same time: each takes many seconds
         learner = starting.submit(
-            start_actor,
-            LearnerActor,
+            start_learner,
             str(policy),
             LearnerSettings(learning_rate=3e-2),
             temperature=TEMPERATURE,
             max_age=1,
             max_tokens=40,
+            num_steps=100,
             seed=0,
-            resources=resources,
-            environment={"OMP_NUM_THREADS": "1"},
+            checkpoint=None,
+            resources=LearnerResources(cpus=0.25),
             deadline_s=240,
         )
         generators = asyncio.run(
@@ -142,6 +143,6 @@ def stack(request, cluster, tmp_path_factory):
         )
     scratch = directory / "scratch"
     scratch.mkdir()
-    yield Stack(policy, generators, RemoteLearner(learner.result()), scratch)
+    yield Stack(policy, generators, learner.result(), scratch)
     generators.stop()
-    stop_actor(learner.result())
+    learner.result().stop()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.packing import pack
+from posttrain.packing import deal, pack
 from posttrain.types import PolicyVersion, TrainingSample
 
 PAD = 0
@@ -139,3 +139,44 @@ def test_age_counts_steps_across_attempts():
 def test_a_sequence_that_would_train_its_first_token_is_refused():
     with pytest.raises(AssertionError, match="without a prompt"):
         pack([sample(0, 4)], row_tokens=8, micro_tokens=8, pad_token_id=PAD, current=CURRENT)
+
+
+@given(samples_strategy, st.integers(8, 400), st.integers(1, 5))
+def test_dealing_gives_every_rank_as_many_micro_batches_and_every_sequence_once(
+    samples, micro_tokens, num_ranks
+):
+    batch = pack(
+        samples, row_tokens=64, micro_tokens=micro_tokens, pad_token_id=PAD, current=CURRENT
+    )
+    shares = deal(batch, num_ranks)
+    assert len(shares) == num_ranks
+    assert len({len(share.micro_batches) for share in shares}) == 1
+    assert {(share.num_loss_tokens, share.num_sequences) for share in shares} == {
+        (batch.num_loss_tokens, batch.num_sequences)
+    }
+    dealt = Counter(s for share in shares for s in unpack(share) if s[0][0] != PAD)
+    assert dealt == Counter(s for s in unpack(batch) if s[0][0] != PAD)
+    # A micro-batch without a loss token stands only where nothing was left to halve.
+    micro_batches = [m for share in shares for m in share.micro_batches]
+    if any(m.loss_mask.sum() == 0 for m in micro_batches):
+        assert all(len(m.token_ids) == 1 for m in micro_batches)
+
+
+def test_dealing_halves_the_largest_and_meets_equals():
+    samples = [sample(1, 31, i) for i in range(8)] + [sample(1, 7, 8)]
+    batch = pack(samples, row_tokens=32, micro_tokens=256, pad_token_id=PAD, current=CURRENT)
+    assert [m.token_ids.shape for m in batch.micro_batches] == [(8, 32), (1, 8)]
+    shapes = [[m.token_ids.shape for m in share.micro_batches] for share in deal(batch, 3)]
+    assert shapes == [[(4, 32)], [(4, 32)], [(1, 8)]]
+    assert [len(share.micro_batches) for share in deal(batch, 1)] == [2]
+
+
+def test_dealing_fills_up_with_micro_batches_without_a_loss_token():
+    batch = pack([sample(1, 7)], row_tokens=32, micro_tokens=256, pad_token_id=PAD, current=CURRENT)
+    first, second = deal(batch, 2)
+    assert [m.token_ids.shape for m in (*first.micro_batches, *second.micro_batches)] == [
+        (1, 8)
+    ] * 2
+    (empty,) = second.micro_batches
+    assert empty.loss_mask.sum() == 0
+    assert empty.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]

@@ -12,9 +12,9 @@ import ray
 from posttrain.errors import DataError, ModelError, PlacementError, StageError
 from posttrain.types import Message, Outcome, PolicyVersion, Prompt, Rollout, VersionSpan
 from posttrain.workers.cluster import start_actor, stop_actor
-from posttrain.workers.pools import LearnerActor
+from posttrain.workers.learner_ranks import start_learner
 from posttrain.workers.scoring import RewardWorkers
-from posttrain.workers.settings import ActorResources, LearnerSettings
+from posttrain.workers.settings import ActorResources, LearnerResources, LearnerSettings
 from rewards.shaping import RewardSettings
 
 pytest_plugins = ["engine_fixtures"]
@@ -88,16 +88,16 @@ def test_a_process_that_dies_while_it_starts_is_named(cluster):
 def test_an_unreadable_model_is_bad_input_and_names_its_path(cluster, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError) as caught:
-        start_actor(
-            LearnerActor,
+        start_learner(
             str(tmp_path),
             LearnerSettings(),
             temperature=1.0,
             max_age=1,
             max_tokens=40,
+            num_steps=1,
             seed=0,
-            resources=SMALL,
-            environment={"OMP_NUM_THREADS": "1"},
+            checkpoint=None,
+            resources=LearnerResources(cpus=0.25),
             deadline_s=60,
         )
     assert caught.value.exit_code == 2

@@ -1,28 +1,22 @@
 """The learner on DeepSpeed, against the same training written by hand in plain torch."""
 
+import asyncio
 import json
 import math
 
-import numpy as np
 import pytest
-import ray
 import torch
 from engine_models import save_policy
-from safetensors.torch import load_file
+from learner_hosts import TEMPERATURE, batch_of, poisoned_samples, published, random_samples
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.errors import DivergenceError
-from posttrain.packing import pack
-from posttrain.types import PolicyVersion, TrainingSample
-from posttrain.workers.cluster import start_actor, stop_actor
-from posttrain.workers.pools import LearnerActor
-from posttrain.workers.settings import ActorResources, LearnerSettings
+from posttrain.workers.settings import LearnerSettings
 from posttrain.workers.weights import with_lm_head
 
-pytest_plugins = ["engine_fixtures"]
+pytest_plugins = ["engine_fixtures", "learner_fixtures"]
 pytestmark = pytest.mark.engine
 
-TEMPERATURE = 0.7
 SETTINGS = LearnerSettings(
     learning_rate=1e-3,
     warmup_steps=1,
@@ -75,33 +69,25 @@ class PlainTorch:
 class Pair:
     """A learner and its reference, which have seen the same batches; tests run in any order."""
 
-    def __init__(self, actor, reference, directory):
-        self.actor = actor
+    def __init__(self, learner, reference, directory):
+        self.learner = learner
         self.reference = reference
         self._directory = directory
         self._written = 0
         self._steps = 0
 
     def step(self, samples, *, micro_tokens):
-        batch = pack(
-            samples,
-            row_tokens=64,
-            micro_tokens=micro_tokens,
-            pad_token_id=0,
-            current=PolicyVersion(1, 5),
-        )
         warmed_up = (self._steps + 1) / (SETTINGS.warmup_steps + 1)
         self._steps += 1
-        metrics = ray.get(self.actor.step.remote(batch))
+        batch = batch_of(samples, micro_tokens=micro_tokens)
+        metrics = asyncio.run(self.learner.step(batch))
         assert metrics["learning_rate"] == SETTINGS.learning_rate * min(1.0, warmed_up)
         return metrics
 
     def weights(self):
         """What the learner would publish."""
         self._written += 1
-        directory = self._directory / str(self._written)
-        ray.get(self.actor.write_weights.remote(str(directory)))
-        return load_file(directory / "model.safetensors")
+        return published(self.learner, self._directory / str(self._written))
 
     def assert_equal_weights(self, tolerance):
         weights, expected = self.weights(), self.reference.state()
@@ -117,55 +103,10 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def pair(cluster, tmp_path_factory):
+def pair(one_rank, tmp_path_factory):
     directory = tmp_path_factory.mktemp("learner")
     policy = save_policy(directory / "policy", tied=True)
-    actor = start_actor(
-        LearnerActor,
-        str(policy),
-        SETTINGS,
-        temperature=TEMPERATURE,
-        max_age=2,
-        max_tokens=40,
-        seed=0,
-        resources=ActorResources(cpus=0.25),
-        environment={"OMP_NUM_THREADS": "1"},
-        deadline_s=120,
-    )
-    yield Pair(actor, PlainTorch(policy), directory)
-    stop_actor(actor)
-
-
-def random_samples(seed, num_samples=7):
-    """Sequences of 8 to 40 tokens whose rollout log-probabilities are off enough to clip some."""
-    rng = np.random.default_rng(seed)
-    samples = []
-    for _ in range(num_samples):
-        prompt, length = int(rng.integers(1, 6)), int(rng.integers(8, 40))
-        mask = (np.arange(length) >= prompt).astype(np.float32)
-        samples.append(
-            TrainingSample(
-                token_ids=rng.integers(3, 128, length),
-                loss_mask=mask,
-                rollout_logprobs=mask * rng.uniform(-9, -4, length).astype(np.float32),
-                advantages=mask * np.float32(rng.normal()),
-                oldest_version=PolicyVersion(1, int(rng.integers(3, 6))),
-            )
-        )
-    return samples
-
-
-def poisoned_samples():
-    """One of seven sequences has an advantage that is no number."""
-    *others, last = random_samples(99)
-    poisoned = TrainingSample(
-        token_ids=last.token_ids,
-        loss_mask=last.loss_mask,
-        rollout_logprobs=last.rollout_logprobs,
-        advantages=last.loss_mask * np.float32("nan"),
-        oldest_version=last.oldest_version,
-    )
-    return [*others, poisoned]
+    return Pair(one_rank.begin(policy, SETTINGS), PlainTorch(policy), directory)
 
 
 def test_a_step_equals_plain_torch_however_the_batch_is_split(pair):
@@ -214,14 +155,14 @@ def test_the_third_skipped_step_in_a_row_is_divergence(pair):
 
 def test_tokens_are_scored_like_transformers_does(pair):
     sequences = [[3, 40, 77, 5, 120], [9, 8], list(range(3, 128))]
-    scored = ray.get(pair.actor.score_tokens.remote(sequences))
+    scored = asyncio.run(pair.learner.score_tokens(sequences))
     for ids, logprobs in zip(sequences, scored, strict=True):
         assert logprobs == pytest.approx(pair.reference.score(ids), abs=1e-4)
 
 
 def test_the_saved_policy_loads_in_transformers_with_equal_weights(pair, tmp_path):
     source = pair._directory / "policy"
-    ray.get(pair.actor.save_policy.remote(str(tmp_path / "saved"), str(source)))
+    asyncio.run(pair.learner.save_policy(tmp_path / "saved", str(source)))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
     assert model.dtype is torch.float32
     weights = pair.weights()

@@ -1,6 +1,9 @@
 """Tables of settings that go over defaults."""
 
-from posttrain.workers.settings import merged
+import pytest
+from pydantic import ValidationError
+
+from posttrain.workers.settings import LearnerResources, LearnerSettings, LoraSettings, merged
 
 
 def test_a_nested_table_changes_only_what_it_names() -> None:
@@ -13,3 +16,15 @@ def test_a_nested_table_changes_only_what_it_names() -> None:
 def test_a_table_and_a_value_replace_each_other() -> None:
     assert merged({"a": {"b": 1}}, {"a": 3}) == {"a": 3}
     assert merged({"a": 3}, {"a": {"b": 1}}) == {"a": {"b": 1}}
+
+
+def test_ranks_may_not_share_a_gpu_and_may_share_a_core() -> None:
+    assert LearnerResources(cpus=0.5, ranks=2).ranks == 2
+    assert LearnerResources(gpus=0.5).gpus == 0.5
+    with pytest.raises(ValidationError, match=r"2 ranks with 0\.5 GPUs each would share one"):
+        LearnerResources(gpus=0.5, ranks=2)
+
+
+def test_an_adapter_does_not_divide_experts() -> None:
+    with pytest.raises(ValidationError, match=r"expert_parallel = 2 divides experts that lora"):
+        LearnerSettings(lora=LoraSettings(), expert_parallel=2)

@@ -14,7 +14,7 @@ from posttrain.data.prompts import content_hash
 from posttrain.errors import DataError
 from posttrain.types import Message, Prompt
 from rewards.answer import extract_answer
-from rewards.maths import last_boxed
+from rewards.maths_answer import boxed_answer
 from rewards.shaping import RewardSettings
 from rewards.verifiers import check_reference, verifier_name
 
@@ -210,7 +210,7 @@ def _reference(record: Mapping[str, Any], columns: ColumnSettings, completion: s
         if value is None or value == "":
             raise UnusableRow(f"the answer is missing: column {columns.answer!r} is empty")
         return str(value) if isinstance(value, int) else value
-    found = completion and (last_boxed(completion) or extract_answer(completion))
+    found = completion and (boxed_answer(completion) or extract_answer(completion))
     if not found:
         raise UnusableRow(
             "the answer is missing: there is no column for it, and the completion has none in "

@@ -8,9 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from judges.judge import JudgeSettings
 from judges.selection import SelectionSettings
-from posttrain.config import RewardPoolSettings, RolloutPoolSettings
+from posttrain.config import RewardPoolSettings
 from posttrain.data.overlap import WORDS
 from posttrain.prune.columns import ColumnSettings
+from posttrain.workers.settings import RolloutPoolSettings
 from rewards.shaping import RewardSettings
 
 

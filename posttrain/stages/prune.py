@@ -109,14 +109,11 @@ def merge_adapter(files: CriticFiles, target: Path) -> None:
 
 def _pools(settings: PruneSettings, out: Path) -> Pools:
     resources = settings.resources
-    engine = resources.rollout.engine.model_copy(
-        update={"max_model_len": settings.critic.max_length}
-    )
+    rollout = resources.rollout.as_long_as(settings.critic.max_length)
     return Pools(
         hashlib.sha256(str(out.absolute()).encode()).hexdigest()[:12],
-        engine=engine,
-        replicas=resources.rollout.replicas,
-        rollout=resources.rollout.actor,
+        rollout=rollout,
+        judge=rollout,
         learner=ResourceSettings().learner,
         rewards=settings.rewards,
         reward_workers=resources.rewards.workers,

@@ -40,6 +40,7 @@ async def rl(context: StageContext, model: Path) -> dict[str, Any]:
         temperature=settings.temperature,
         max_age=settings.max_lag,
         max_tokens=settings.max_tokens,
+        num_steps=settings.num_steps,
         seed=context.seed,
         checkpoint=checkpoint / "learner" if checkpoint is not None else None,
     )

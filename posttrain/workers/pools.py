@@ -6,19 +6,22 @@ machine starting one costs more than a stage's whole generation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from posttrain.types import PolicyVersion, TrainingBatch
+from posttrain.types import PolicyVersion
 from posttrain.workers.agreement import facts_of_checkpoint
-from posttrain.workers.cluster import answer, connect, disconnect, start_actor, stop_actor
+from posttrain.workers.cluster import connect, disconnect
 from posttrain.workers.generator import GeneratorPool
-from posttrain.workers.learner import DeepSpeedLearner
+from posttrain.workers.learner_ranks import RemoteLearner, start_learner
 from posttrain.workers.scoring import RewardWorkers
-from posttrain.workers.settings import ActorResources, LearnerSettings, RolloutPoolSettings
+from posttrain.workers.settings import (
+    ActorResources,
+    LearnerResources,
+    LearnerSettings,
+    RolloutPoolSettings,
+)
 from posttrain.workers.transport import PublishedWeights, this_node
 from posttrain.workers.weights import (
     clear_scratch,
@@ -27,74 +30,6 @@ from posttrain.workers.weights import (
     write_weights,
 )
 from rewards.shaping import RewardSettings
-
-
-class LearnerActor:
-    """A `DeepSpeedLearner` in a process of its own."""
-
-    def __init__(self, model_path: str, settings: LearnerSettings, **keywords: Any) -> None:
-        self._start = partial(DeepSpeedLearner, model_path, settings, **keywords)
-        self._learner: DeepSpeedLearner | None = None
-
-    def ready(self) -> None:
-        self._learner = self._start()
-
-    def step(self, batch: TrainingBatch) -> dict[str, float]:
-        return self._running.step(batch)
-
-    def write_weights(self, directory: str) -> float:
-        return self._running.write_weights(directory)
-
-    def score_tokens(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        return self._running.score_tokens(sequences)
-
-    def save_policy(self, directory: str, tokenizer_path: str) -> None:
-        self._running.save_policy(directory, tokenizer_path)
-
-    @property
-    def _running(self) -> DeepSpeedLearner:
-        assert self._learner is not None, "ready() comes first"
-        return self._learner
-
-
-class RemoteLearner:
-    """Implements `posttrain.types.Learner` through a `LearnerActor`."""
-
-    def __init__(self, actor: Any) -> None:
-        self.actor = actor
-
-    async def step(self, batch: TrainingBatch) -> Mapping[str, float]:
-        metrics: Mapping[str, float] = await answer(self.actor.step.remote(batch), "the learner")
-        return metrics
-
-    async def node_id(self) -> str:
-        """Ray's id of the node on which it runs."""
-        node_id: str = await answer(self.actor.__ray_call__.remote(_node_id), "the learner")
-        return node_id
-
-    async def write_weights(self, directory: Path) -> float:
-        """Writes the current weights for the engines; returns the seconds that it took."""
-        seconds: float = await answer(
-            self.actor.write_weights.remote(str(directory)), "the learner"
-        )
-        return seconds
-
-    async def score_tokens(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probability of each token but the first, at temperature 1: `[T-1]` per sequence."""
-        scores: list[list[float]] = await answer(
-            self.actor.score_tokens.remote(sequences), "the learner"
-        )
-        return scores
-
-    async def save_policy(self, directory: Path, tokenizer_path: str) -> None:
-        await answer(self.actor.save_policy.remote(str(directory), tokenizer_path), "the learner")
-
-    def stop(self) -> None:
-        stop_actor(self.actor)
-
-
-def _node_id(_: Any) -> str:
-    return this_node()
 
 
 class Pools:
@@ -106,7 +41,7 @@ class Pools:
         *,
         rollout: RolloutPoolSettings,
         judge: RolloutPoolSettings,
-        learner: ActorResources,
+        learner: LearnerResources,
         rewards: RewardSettings,
         reward_workers: int,
         reward_actor: ActorResources,
@@ -187,23 +122,25 @@ class Pools:
         temperature: float,
         max_age: int,
         max_tokens: int,
+        num_steps: int,
         seed: int,
+        checkpoint: Path | None = None,
     ) -> RemoteLearner:
-        """A learner that starts from the checkpoint `model`. Whoever publishes its weights leaves
-        the engines at a version that is no checkpoint's (see `serves_checkpoint`)."""
-        actor = start_actor(
-            LearnerActor,
+        """A learner that starts from the policy `model`, or goes on from `checkpoint`, which was
+        trained from it. Whoever publishes its weights leaves the engines at a version that is no
+        checkpoint's (see `serves_checkpoint`)."""
+        return start_learner(
             model,
             settings,
             temperature=temperature,
             max_age=max_age,
             max_tokens=max_tokens,
+            num_steps=num_steps,
             seed=seed,
+            checkpoint=checkpoint,
             resources=self._learner,
-            environment={"OMP_NUM_THREADS": str(settings.threads)},
             deadline_s=self._deadline_s,
         )
-        return RemoteLearner(actor)
 
     async def _start_engines(
         self, model: str, version: PolicyVersion, settings: RolloutPoolSettings

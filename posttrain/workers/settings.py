@@ -4,11 +4,13 @@ settings are checked in an instant."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from posttrain.losses.settings import LossSettings
+
+Schedule = Literal["constant", "linear", "cosine"]
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,6 +30,22 @@ class ActorResources(BaseModel):
 
     cpus: float = Field(default=1.0, ge=0)
     gpus: float = Field(default=0.0, ge=0)
+
+
+class LearnerResources(ActorResources):
+    """Those of each of the learner's `ranks`, over which its optimizer state, gradients and, from
+    ZeRO-3 on, weights are divided."""
+
+    ranks: int = Field(default=1, gt=0)
+
+    @model_validator(mode="after")
+    def _ranks_share_no_gpu(self) -> Self:
+        if self.ranks > 1 and self.gpus % 1:
+            raise ValueError(
+                f"{self.ranks} ranks with {self.gpus:g} GPUs each would share one, and NCCL does "
+                "not let them; give each rank a whole GPU, or take one rank"
+            )
+        return self
 
 
 class EngineSettings(BaseModel):
@@ -63,24 +81,63 @@ class RolloutPoolSettings(BaseModel):
     actor: ActorResources = ActorResources()
     engine: EngineSettings = EngineSettings()
 
+    def as_long_as(self, max_length: int) -> RolloutPoolSettings:
+        """The same, its engines taking sequences of `max_length` tokens, as the policy does."""
+        engine = self.engine.model_copy(update={"max_model_len": max_length})
+        return self.model_copy(update={"engine": engine})
+
+
+class LoraSettings(BaseModel):
+    """A low-rank adapter by PEFT. `target_modules` names linear layers (the ends of their names);
+    `all-linear` takes all of them but the head. Routed experts, which transformers keep in one
+    tensor a layer, stay as they are."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    r: int = Field(default=16, gt=0)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+
 
 class LearnerSettings(BaseModel):
-    """How the policy is trained online. `deepspeed` is merged over the configuration made here."""
+    """How the policy is trained online. `deepspeed` is merged over the configuration made here.
+
+    `schedule` runs over rl.num_steps after the warm-up. `lora` trains an adapter and leaves the
+    policy as it is, so that the loss's reference needs no memory of its own. Together
+    `expert_parallel` ranks hold a mixture's experts once; 1 leaves them to ZeRO. `step_deadline_s`
+    bounds whatever all ranks do together: a step, a publish, a checkpoint.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     loss: LossSettings = LossSettings()
     learning_rate: float = Field(default=1e-5, gt=0)
+    schedule: Schedule = "constant"
     warmup_steps: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    lora: LoraSettings | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
-    zero_stage: Literal[1, 2] = 2
-    threads: int = Field(default=1, gt=0, description="CPU threads, without a GPU")
+    zero_stage: Literal[1, 2, 3] = 2
+    expert_parallel: int = Field(default=1, gt=0)
+    gradient_checkpointing: bool = False
+    threads: int = Field(default=1, gt=0, description="CPU threads of a rank, without a GPU")
     logprob_chunk_tokens: int = Field(default=4096, gt=0)
     max_skipped_steps: int = Field(default=3, gt=0)
+    step_deadline_s: float = Field(default=1800.0, gt=0)
+    keep_checkpoints: int = Field(default=2, gt=0, description="the newest that stay on disk")
     deepspeed: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _an_adapter_leaves_experts_alone(self) -> Self:
+        if self.lora is not None and self.expert_parallel > 1:
+            raise ValueError(
+                f"expert_parallel = {self.expert_parallel} divides experts that lora does not "
+                "train; leave it at 1, and take zero_stage = 3 if they are large"
+            )
+        return self
 
 
 class PublishSettings(BaseModel):

@@ -1,0 +1,192 @@
+"""A causal language model made ready for online training: loaded, checked, adapted, wrapped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.errors import ModelError, SettingsError
+from posttrain.losses.logprobs import token_logprobs
+from posttrain.workers.gather import whole
+from posttrain.workers.learner_config import common_config
+from posttrain.workers.settings import LearnerSettings, LoraSettings
+
+FINGERPRINT_ELEMENTS = 256
+"""Of each tensor; online training moves every one of them."""
+
+
+class PackedPolicy(nn.Module):
+    """A causal language model whose forward pass gives log-probabilities instead of logits.
+
+    They are part of the wrapped module, so that what DeepSpeed hooks onto it (ZeRO-3 fetches
+    weights module by module) knows when the head's weight is needed, in the backward pass too.
+    """
+
+    def __init__(self, model: Any, chunk_tokens: int) -> None:
+        super().__init__()
+        # Under these names DeepSpeed's presets for architectures look for layers and settings.
+        self.model = model.base_model
+        self.config = model.config
+        self.head = _Head(model.get_output_embeddings().weight, chunk_tokens)
+
+    def forward(
+        self, token_ids: Tensor, position_ids: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """`logprobs` and `entropy`, `[R, L]`, as `posttrain.losses.logprobs` defines them.
+
+        `token_ids` and `position_ids` are `[R, L]`; positions start at 0 with each sequence.
+        """
+        hidden = self.model(
+            input_ids=token_ids,
+            position_ids=position_ids,
+            use_cache=False,  # with a cache, packed sequences would see each other
+        ).last_hidden_state
+        logprobs, entropy = self.head(hidden, token_ids, temperature)
+        return logprobs, entropy
+
+
+class _Head(nn.Module):
+    """Owns the output embedding beside the model, which is never asked for logits."""
+
+    def __init__(self, weight: nn.Parameter, chunk_tokens: int) -> None:
+        super().__init__()
+        self.weight = weight
+        self._chunk_tokens = chunk_tokens
+
+    def forward(
+        self, hidden: Tensor, token_ids: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        return token_logprobs(hidden, self.weight, token_ids, temperature, self._chunk_tokens)
+
+
+def load_model(model_path: str, settings: LearnerSettings) -> Any:
+    """The model in `settings.dtype`, in training mode and without dropout. Under ZeRO-3 all ranks
+    load it at once and each keeps its part only.
+
+    Raises:
+        ModelError: transformers cannot load it, weights are missing, or its tokenizer knows tokens
+            that the model has no embedding for.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        with _divided_while_loading(settings):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                model_path,
+                dtype=getattr(torch, settings.dtype),
+                attn_implementation="sdpa",
+                output_loading_info=True,
+            )
+        vocabulary = AutoTokenizer.from_pretrained(model_path).get_vocab()
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ModelError(f"transformers cannot load {model_path!r}: {error}") from error
+    if report["missing_keys"]:
+        raise ModelError(
+            f"{model_path!r} lacks {len(report['missing_keys'])} of the model's tensors, among "
+            f"them {min(report['missing_keys'])}: take the whole checkpoint, or correct its "
+            "config.json"
+        )
+    num_embeddings = model.get_input_embeddings().num_embeddings
+    last_token = max(vocabulary, key=lambda token: vocabulary[token])
+    if vocabulary[last_token] >= num_embeddings:
+        raise ModelError(
+            f"{model_path!r}: the tokenizer gives {last_token!r} the id {vocabulary[last_token]}, "
+            f"but the model has {num_embeddings} embeddings; take the tokenizer that belongs to "
+            "it, or resize the embeddings and train them first"
+        )
+    if settings.zero_stage == 3 and settings.dtype == "bfloat16":
+        _recompute_buffers(model)
+    model.train()
+    _switch_off_dropout(model)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+@contextmanager
+def _divided_while_loading(settings: LearnerSettings) -> Iterator[None]:
+    if settings.zero_stage < 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # Transformers looks it up for as long as it lives.
+    config = HfDeepSpeedConfig(common_config(settings))
+    yield
+    del config
+
+
+def _recompute_buffers(model: Any) -> None:
+    """While a model is divided DeepSpeed makes bf16 of whatever is made. Transformers keeps what it
+    computes itself in fp32, and needs it: rotary frequencies in bf16 are another model's."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights():
+        computed = AutoModelForCausalLM.from_config(model.config)
+    for name, module in computed.named_modules():
+        for leaf in module._non_persistent_buffers_set:
+            setattr(model.get_submodule(name), leaf, getattr(module, leaf))
+
+
+def _switch_off_dropout(model: Any) -> None:
+    """The engine samples without dropout: with it, the ratio would measure noise."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+
+
+def add_adapter(model: Any, settings: LoraSettings) -> Any:
+    """Puts PEFT's layers into `model` itself, and returns PEFT's view of it.
+
+    Raises:
+        SettingsError: `target_modules` names nothing, or an embedding.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = settings.target_modules
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+    )
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise SettingsError(f"rl.learner.lora.target_modules = {targets!r}: {error}") from error
+    for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if hasattr(embedding, "base_layer"):
+            raise SettingsError(
+                f"rl.learner.lora.target_modules = {targets!r} names an embedding or the head; "
+                "name layers between them"
+            )
+    return adapted
+
+
+def model_fingerprint(model: Any) -> str:
+    """SHA-256 (hex) of configuration, names, shapes and a part of each tensor's values; called by
+    all ranks at once.
+
+    It tells models apart, and policies of one model; it does not vouch for every weight.
+    """
+    config = model.config.to_dict()
+    for volatile in ("_name_or_path", "transformers_version", "dtype"):
+        config.pop(volatile, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        with whole([tensor]):
+            digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+            first = tensor.detach().flatten()[:FINGERPRINT_ELEMENTS]
+            digest.update(first.to("cpu", torch.float64).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,202 @@
+"""Checkpoints of the learner: training goes on as if nothing had been, or is refused by name."""
+
+import asyncio
+import os
+import shutil
+import signal
+import threading
+import time
+
+import pytest
+import ray
+from engine_models import save_moe_policy, save_policy
+from learner_hosts import batch_of, largest_difference, published, random_samples, train
+
+from posttrain.errors import EngineError, ModelError, RunDirError
+from posttrain.losses.settings import LossSettings
+from posttrain.types import PolicyVersion
+from posttrain.workers import checkpoints
+from posttrain.workers.learner_ranks import start_learner
+from posttrain.workers.settings import LearnerResources, LearnerSettings, LoraSettings
+
+pytest_plugins = ["engine_fixtures", "learner_fixtures"]
+pytestmark = pytest.mark.engine
+
+SETTINGS = LearnerSettings(
+    learning_rate=1e-3,
+    schedule="linear",
+    weight_decay=0.1,
+    max_grad_norm=0.05,
+    logprob_chunk_tokens=16,
+    step_deadline_s=120,
+)
+DIVIDE_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+VERSION = PolicyVersion(1, 3)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return save_policy(tmp_path_factory.mktemp("dense") / "policy", tied=True)
+
+
+@pytest.fixture(scope="module")
+def interrupted(two_ranks, policy, tmp_path_factory):
+    """(checkpoint after step 3, metrics of steps 4 to 6, weights after step 6)"""
+    directory = tmp_path_factory.mktemp("interrupted")
+    learner = two_ranks.begin(policy, SETTINGS, num_steps=6)
+    train(learner, range(3))
+    checkpoint = checkpoints.checkpoint_directory(directory, VERSION)
+    asyncio.run(learner.save_checkpoint(checkpoint, VERSION))
+    return checkpoint, train(learner, range(3, 6)), published(learner, directory / "weights")
+
+
+@pytest.fixture(scope="module")
+def resumed(interrupted, policy):
+    """New processes, as a run starts them."""
+    learner = start_learner(
+        str(policy),
+        SETTINGS,
+        temperature=0.7,
+        max_age=2,
+        max_tokens=40,
+        num_steps=6,
+        seed=1,  # the checkpoint's random states count
+        checkpoint=interrupted[0],
+        resources=LearnerResources(cpus=0.1, ranks=2),
+        deadline_s=240,
+    )
+    yield learner
+    learner.stop()
+
+
+def timeless(metrics):
+    return [{k: v for k, v in m.items() if k != "step_s"} for m in metrics]
+
+
+def test_training_goes_on_bit_by_bit_in_new_processes(resumed, interrupted, tmp_path):
+    _, expected, weights = interrupted
+    assert timeless(train(resumed, range(3, 6))) == timeless(expected)
+    assert largest_difference(published(resumed, tmp_path / "weights"), weights) == 0
+
+
+def test_a_rank_killed_in_mid_step_ends_all_at_once_with_its_name(resumed):
+    victim = resumed._ranks[1]
+    pid = ray.get(victim.__ray_call__.remote(lambda actor: os.getpid()))
+    batch = batch_of(random_samples(7, num_samples=400), micro_tokens=64)
+
+    def kill():
+        time.sleep(0.5)
+        os.kill(pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    began = time.monotonic()
+    killer.start()
+    with pytest.raises(EngineError, match="learner rank 1 died"):
+        asyncio.run(resumed.step(batch))
+    assert time.monotonic() - began < 20
+    killer.join()
+    with pytest.raises(EngineError):
+        asyncio.run(resumed.score_tokens([[1, 2]]))
+
+
+def variants():
+    moe = {"zero_stage": 2, "expert_parallel": 2}
+    slow = [
+        ("dense", {"zero_stage": 1}),
+        ("dense", {"zero_stage": 1, "dtype": "bfloat16"}),
+        (
+            "dense",
+            {"zero_stage": 3, "deepspeed": DIVIDE_ALL, "loss": LossSettings(kl_coefficient=0.5)},
+        ),
+        ("moe", moe),
+        ("moe", {**moe, "zero_stage": 3, "deepspeed": DIVIDE_ALL}),
+    ]
+    lora = {"lora": LoraSettings(r=4, dropout=0.2), "zero_stage": 3, "deepspeed": DIVIDE_ALL}
+    return [("dense", lora), *(pytest.param(*v, marks=pytest.mark.slow) for v in slow)]
+
+
+@pytest.mark.parametrize(("kind", "changes"), variants(), ids=str)
+def test_every_way_to_train_is_resumed(two_ranks, tmp_path, kind, changes):
+    policy = tmp_path / "policy"
+    save_policy(policy, tied=True) if kind == "dense" else save_moe_policy(policy)
+    settings = SETTINGS.model_copy(update=changes)
+    learner = two_ranks.begin(policy, settings, num_steps=6)
+    train(learner, range(3))
+    asyncio.run(learner.save_checkpoint(tmp_path / "checkpoint-3", VERSION))
+    expected = train(learner, range(3, 6))
+    weights = published(learner, tmp_path / "expected")
+
+    again = two_ranks.begin(
+        policy, settings, num_steps=6, checkpoint=str(tmp_path / "checkpoint-3")
+    )
+    assert timeless(train(again, range(3, 6))) == timeless(expected)
+    assert largest_difference(published(again, tmp_path / "found"), weights) == 0
+
+
+@pytest.fixture
+def checkpoint(interrupted, tmp_path):
+    """A copy to spoil."""
+    return shutil.copytree(interrupted[0], tmp_path / "checkpoint-3")
+
+
+def refused(hosts, policy, checkpoint, error, message, **changes):
+    settings = SETTINGS.model_copy(update=changes)
+    with pytest.raises(error, match=message):
+        hosts.begin(policy, settings, num_steps=6, checkpoint=str(checkpoint))
+    return True
+
+
+def test_a_checkpoint_that_was_cut_short_is_refused(two_ranks, policy, checkpoint):
+    states = max(checkpoint.rglob("*_optim_states.pt"))
+    whole = states.read_bytes()
+    states.write_bytes(whole[:-100])
+    message = rf"cut short: .*{states.name} has {len(whole) - 100} of {len(whole)} bytes"
+    assert refused(two_ranks, policy, checkpoint, RunDirError, message)
+    states.write_bytes(whole[:-100] + bytes(100))
+    assert refused(two_ranks, policy, checkpoint, RunDirError, "is damaged")
+    states.unlink()
+    assert refused(
+        two_ranks, policy, checkpoint, RunDirError, f"cut short: .* has 0 of {len(whole)}"
+    )
+    (checkpoint / "manifest.json").unlink()
+    assert refused(two_ranks, policy, checkpoint, RunDirError, "no whole checkpoint")
+
+
+def test_a_checkpoint_of_another_learner_is_refused(
+    one_rank, two_ranks, policy, interrupted, tmp_path
+):
+    checkpoint = interrupted[0]
+    trained = save_policy(tmp_path / "trained", tied=True, seed=1)
+    assert refused(two_ranks, trained, checkpoint, ModelError, "made from another model")
+    untied = save_policy(tmp_path / "untied", tied=False)
+    assert refused(two_ranks, untied, checkpoint, ModelError, "made from another model")
+    ranks = r"resources.learner.ranks = 2, now it is 1"
+    assert refused(one_rank, policy, checkpoint, RunDirError, ranks)
+    stage = r"rl.learner.zero_stage = 2, now it is 1"
+    assert refused(two_ranks, policy, checkpoint, RunDirError, stage, zero_stage=1)
+    lora = r"rl.learner.lora = None, now it is"
+    assert refused(two_ranks, policy, checkpoint, RunDirError, lora, lora=LoraSettings())
+
+
+def steps_in(root):
+    return sorted(int(path.name.removeprefix("checkpoint-")) for path in root.glob("checkpoint-*"))
+
+
+def test_the_pointer_decides_what_counts_and_the_newest_stay(tmp_path):
+    assert checkpoints.latest(tmp_path) is None
+    for step in (2, 4, 10, 12):
+        directory = checkpoints.checkpoint_directory(tmp_path, PolicyVersion(1, step))
+        directory.mkdir()
+        (directory / "file").write_text("")
+        if step < 12:
+            checkpoints.commit(directory, keep=2)
+            assert checkpoints.latest(tmp_path) == directory
+    # 12 was written and never committed: resuming goes on from 10, and then 12 is of another past.
+    assert steps_in(tmp_path) == [4, 10, 12]
+    again = checkpoints.checkpoint_directory(tmp_path, PolicyVersion(2, 11))
+    again.mkdir()
+    checkpoints.commit(again, keep=2)
+    assert steps_in(tmp_path) == [10, 11]
+    again.rmdir()
+    with pytest.raises(RunDirError, match="names checkpoint-11, which is gone"):
+        checkpoints.latest(tmp_path)
