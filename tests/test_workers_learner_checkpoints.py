@@ -15,7 +15,6 @@ from learner_hosts import batch_of, largest_difference, published, random_sample
 from posttrain.errors import EngineError, ModelError, RunDirError
 from posttrain.losses.settings import LossSettings
 from posttrain.types import PolicyVersion
-from posttrain.workers import checkpoints
 from posttrain.workers.learner_ranks import start_learner
 from posttrain.workers.settings import LearnerResources, LearnerSettings, LoraSettings
 
@@ -45,7 +44,7 @@ def interrupted(two_ranks, policy, tmp_path_factory):
     directory = tmp_path_factory.mktemp("interrupted")
     learner = two_ranks.begin(policy, SETTINGS, num_steps=6)
     train(learner, range(3))
-    checkpoint = checkpoints.checkpoint_directory(directory, VERSION)
+    checkpoint = directory / "checkpoint"
     asyncio.run(learner.save_checkpoint(checkpoint, VERSION))
     return checkpoint, train(learner, range(3, 6)), published(learner, directory / "weights")
 
@@ -176,27 +175,3 @@ def test_a_checkpoint_of_another_learner_is_refused(
     assert refused(two_ranks, policy, checkpoint, RunDirError, stage, zero_stage=1)
     lora = r"rl.learner.lora = None, now it is"
     assert refused(two_ranks, policy, checkpoint, RunDirError, lora, lora=LoraSettings())
-
-
-def steps_in(root):
-    return sorted(int(path.name.removeprefix("checkpoint-")) for path in root.glob("checkpoint-*"))
-
-
-def test_the_pointer_decides_what_counts_and_the_newest_stay(tmp_path):
-    assert checkpoints.latest(tmp_path) is None
-    for step in (2, 4, 10, 12):
-        directory = checkpoints.checkpoint_directory(tmp_path, PolicyVersion(1, step))
-        directory.mkdir()
-        (directory / "file").write_text("")
-        if step < 12:
-            checkpoints.commit(directory, keep=2)
-            assert checkpoints.latest(tmp_path) == directory
-    # 12 was written and never committed: resuming goes on from 10, and then 12 is of another past.
-    assert steps_in(tmp_path) == [4, 10, 12]
-    again = checkpoints.checkpoint_directory(tmp_path, PolicyVersion(2, 11))
-    again.mkdir()
-    checkpoints.commit(again, keep=2)
-    assert steps_in(tmp_path) == [10, 11]
-    again.rmdir()
-    with pytest.raises(RunDirError, match="names checkpoint-11, which is gone"):
-        checkpoints.latest(tmp_path)

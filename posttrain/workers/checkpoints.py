@@ -1,15 +1,14 @@
 """Checkpoints of the learner: written whole, found again, refused when they do not fit.
 
-A checkpoint is a directory `checkpoint-N` of DeepSpeed's own files, one file per rank with counters
+A checkpoint is a directory of DeepSpeed's own files, one file per rank with counters
 and random states, and a manifest. DeepSpeed's files are pickles: load only those of your own runs.
-Which checkpoint counts says a pointer beside them, written last (see `commit`).
+Which checkpoint counts is the stage's to say (`posttrain.stages.rl_checkpoint`).
 """
 
 from __future__ import annotations
 
 import pickle
 import random
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,15 +19,13 @@ import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from posttrain.atomic import staged_directory, write_atomically
+from posttrain.atomic import staged_directory
 from posttrain.errors import ModelError, RunDirError
 from posttrain.types import PolicyVersion
 from posttrain.workers.settings import LearnerSettings, LoraSettings, merged
 
 MANIFEST = "manifest.json"
-POINTER = "latest"
 ENGINE_TAG = "engine"
-_NAME = "checkpoint-"
 
 
 class Layout(BaseModel):
@@ -73,10 +70,6 @@ class Counters(BaseModel):
 
     steps: int
     skipped: int
-
-
-def checkpoint_directory(root: Path, version: PolicyVersion) -> Path:
-    return root / f"{_NAME}{version.step}"
 
 
 def save(
@@ -165,30 +158,6 @@ def restore(engine: Any, directory: Path) -> Counters:
     return Counters(**state["counters"])
 
 
-def commit(directory: Path, *, keep: int) -> None:
-    """Makes `directory` the checkpoint that counts, and removes what is not among the `keep`
-    newest or belongs to a later step that was given up."""
-    write_atomically(directory.parent / POINTER, directory.name + "\n")
-    committed = _step(directory)
-    steps = {_step(path): path for path in directory.parent.glob(f"{_NAME}*")}
-    kept = sorted((step for step in steps if step <= committed), reverse=True)[:keep]
-    for step in steps.keys() - set(kept):
-        shutil.rmtree(steps[step])
-
-
-def latest(root: Path) -> Path | None:
-    """The checkpoint that counts; None before the first. RunDirError if it is gone."""
-    pointer = root / POINTER
-    if not pointer.exists():
-        return None
-    directory = root / pointer.read_text().strip()
-    if not directory.is_dir():
-        raise RunDirError(
-            f"{pointer} names {directory.name}, which is gone: restore it, or start the stage over"
-        )
-    return directory
-
-
 @contextmanager
 def _staged_by_first_rank(target: Path) -> Iterator[Path]:
     """The same staged directory on all ranks, which is `target` for all of them afterwards."""
@@ -233,7 +202,3 @@ def _set_random_states(states: dict[str, Any]) -> None:
     keys = states["numpy"]["state"]["key"].numpy().astype(np.uint32)
     np.random.set_state(merged(states["numpy"], {"state": {"key": keys}}))
     random.setstate(states["python"])
-
-
-def _step(directory: Path) -> int:
-    return int(directory.name.removeprefix(_NAME))

@@ -132,8 +132,7 @@ class RemoteLearner:
         await self._first([rank.save_adapter.remote(str(directory)) for rank in self._ranks])
 
     async def save_checkpoint(self, directory: Path, version: PolicyVersion) -> None:
-        """All that the next step depends on; `directory` is on disk and whole, or not there.
-        It counts once it is committed (`posttrain.workers.checkpoints.commit`)."""
+        """All that the next step depends on; `directory` is on disk and whole, or not there."""
         await self._first(
             [rank.save_checkpoint.remote(str(directory), version) for rank in self._ranks]
         )

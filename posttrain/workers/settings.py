@@ -127,7 +127,6 @@ class LearnerSettings(BaseModel):
     logprob_chunk_tokens: int = Field(default=4096, gt=0)
     max_skipped_steps: int = Field(default=3, gt=0)
     step_deadline_s: float = Field(default=1800.0, gt=0)
-    keep_checkpoints: int = Field(default=2, gt=0, description="the newest that stay on disk")
     deepspeed: dict[str, Any] = {}
 
     @model_validator(mode="after")
