@@ -74,7 +74,7 @@ class Hosts:
             for rank, actor in enumerate(self._ranks)
         ]
         try:
-            ray.get(calls, timeout=180)
+            ray.get(calls, timeout=600)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
         return RemoteLearner(self._ranks, settings.step_deadline_s)

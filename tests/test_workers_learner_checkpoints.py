@@ -146,17 +146,18 @@ def refused(hosts, policy, checkpoint, error, message, **changes):
 
 
 def test_a_checkpoint_that_was_cut_short_is_refused(two_ranks, policy, checkpoint):
-    states = max(checkpoint.rglob("*_optim_states.pt"))
-    whole = states.read_bytes()
-    states.write_bytes(whole[:-100])
-    message = rf"cut short: .*{states.name} has {len(whole) - 100} of {len(whole)} bytes"
-    assert refused(two_ranks, policy, checkpoint, RunDirError, message)
-    states.write_bytes(whole[:-100] + bytes(100))
+    states = sorted(checkpoint.rglob("*_optim_states.pt"))
+    whole = {file: file.read_bytes() for file in states}
+    assert len(whole) == 2
+    size = len(whole[states[0]])
+    for file, content in whole.items():
+        file.write_bytes(content[:-100] + bytes(100))
     assert refused(two_ranks, policy, checkpoint, RunDirError, "is damaged")
-    states.unlink()
-    assert refused(
-        two_ranks, policy, checkpoint, RunDirError, f"cut short: .* has 0 of {len(whole)}"
-    )
+    states[0].write_bytes(whole[states[0]][:-100])
+    message = rf"cut short: .*{states[0].name} has {size - 100} of {size} bytes"
+    assert refused(two_ranks, policy, checkpoint, RunDirError, message)
+    states[0].unlink()
+    assert refused(two_ranks, policy, checkpoint, RunDirError, f"cut short: .* 0 of {size} bytes")
     (checkpoint / "manifest.json").unlink()
     assert refused(two_ranks, policy, checkpoint, RunDirError, "no whole checkpoint")
 

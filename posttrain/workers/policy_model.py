@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -77,16 +77,41 @@ def load_model(model_path: str, settings: LearnerSettings) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
+        vocabulary = AutoTokenizer.from_pretrained(model_path).get_vocab()
         with _divided_while_loading(settings):
             model, report = AutoModelForCausalLM.from_pretrained(
                 model_path,
                 dtype=getattr(torch, settings.dtype),
                 attn_implementation="sdpa",
+                ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-        vocabulary = AutoTokenizer.from_pretrained(model_path).get_vocab()
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"transformers cannot load {model_path!r}: {error}") from error
+    except RuntimeError as error:
+        # Under ZeRO-3 a mismatch is raised all the same. What else is of this type comes from other
+        # ranks that are gone, and is not the model's fault.
+        if "size mismatch" not in str(error):
+            raise
+        raise ModelError(f"transformers cannot load {model_path!r}: {error}") from error
+    _refuse_parts_that_do_not_fit(model_path, model, report, vocabulary)
+    if settings.zero_stage == 3 and settings.dtype == "bfloat16":
+        _recompute_buffers(model)
+    model.train()
+    _switch_off_dropout(model)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _refuse_parts_that_do_not_fit(
+    model_path: str, model: Any, report: Mapping[str, Any], vocabulary: Mapping[str, int]
+) -> None:
+    for tensor, found, wanted in sorted(report["mismatched_keys"]):
+        raise ModelError(
+            f"transformers cannot load {model_path!r}: {tensor} has the size {list(found)}, and "
+            f"by config.json it is {list(wanted)}; correct the one that is wrong"
+        )
     if report["missing_keys"]:
         raise ModelError(
             f"{model_path!r} lacks {len(report['missing_keys'])} of the model's tensors, among "
@@ -101,13 +126,6 @@ def load_model(model_path: str, settings: LearnerSettings) -> Any:
             f"but the model has {num_embeddings} embeddings; take the tokenizer that belongs to "
             "it, or resize the embeddings and train them first"
         )
-    if settings.zero_stage == 3 and settings.dtype == "bfloat16":
-        _recompute_buffers(model)
-    model.train()
-    _switch_off_dropout(model)
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
 
 
 @contextmanager
