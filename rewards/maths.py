@@ -1,112 +1,92 @@
 r"""Mathematical answers, compared by math-verify (symbolically, not as strings).
 
-`prompt.reference` is the gold answer in LaTeX or plain notation, without `\boxed{}`. math-verify's
-own time limits use SIGALRM, which fails off the main thread, so they are switched off; an answer
-that takes for ever is stopped from outside (`rewards.pool`). Importing it takes about a third of
-a second, so it happens at the first use.
+`prompt.reference` is the gold answer in LaTeX or plain notation, without `\boxed{}`. Where the
+answer stands says `maths_answer`, how it is written `maths_notation`, what it may cost
+`maths_limits`.
 """
 
 from __future__ import annotations
 
-import logging
-import re
 from functools import lru_cache
-from typing import Any
 
 from posttrain.errors import DataError
 from posttrain.types import Outcome, Prompt
-from rewards.answer import extract_answer
+from rewards import maths_words
+from rewards.maths_answer import final_answer
+from rewards.maths_equality import equal, parse
+from rewards.maths_limits import MAX_LENGTH, LimitBroken, computations
+from rewards.maths_notation import to_latex
+from rewards.maths_units import Value, split
 from rewards.score import Score, failed, quote, right
-
-MAX_ANSWER_LENGTH = 1000
-"""Characters; parsing time grows steeply with nesting."""
-
-_OPEN_REASONING = re.compile(r"<(think|thinking|thought|reasoning|reflection)>", re.IGNORECASE)
-_CLOSE_REASONING = re.compile(r"</(?:think|thinking|thought|reasoning|reflection)>", re.IGNORECASE)
 
 
 def score(prompt: Prompt, text: str) -> Score:
     """Compares the last answer behind the reasoning section with the gold answer."""
-    source = final_answer(text)
-    if source is None:
+    answer = final_answer(text)
+    if answer is None:
         return failed(Outcome.UNPARSABLE, "no answer behind the reasoning section")
-    if len(source) > MAX_ANSWER_LENGTH:
-        reason = f"an answer of {len(source)} characters, the limit is {MAX_ANSWER_LENGTH}"
+    if len(answer) > MAX_LENGTH:
+        reason = f"an answer of {len(answer)} characters, the limit is {MAX_LENGTH}"
         return failed(Outcome.LIMIT, reason)
-    prediction = _parse(source)
-    if _math_verify().verify(_gold(prompt.reference), prediction, timeout_seconds=None):
-        return right()
-    if not _has_expression(prediction):
-        return failed(Outcome.UNPARSABLE, f"{quote(source)} cannot be read as mathematics")
-    return failed(Outcome.WRONG, f"{quote(source)} does not equal the reference")
+    try:
+        verdict = _agrees(prompt.reference, answer)
+    except LimitBroken as error:
+        return failed(Outcome.LIMIT, f"{quote(answer)}: {error}")
+    if verdict is None:
+        return failed(Outcome.UNPARSABLE, f"{quote(answer)} cannot be read as mathematics")
+    return right() if verdict else failed(Outcome.WRONG, f"{quote(answer)} is not the reference")
 
 
-def final_answer(text: str) -> str | None:
-    r"""What math-verify gets to see: the last `\boxed{}` behind the reasoning section, else the
-    line behind the last `#`, else the end of the text. None if there is nothing, or the reasoning
-    section was never closed.
-    """
-    *reasoning, answer = _CLOSE_REASONING.split(text)
-    if not reasoning and _OPEN_REASONING.search(text):
+def _agrees(reference: str, answer: str) -> bool | None:
+    latex = to_latex(answer)
+    if latex is None:
         return None
-    boxed = last_boxed(answer)
-    if boxed is not None:
-        return f"\\boxed{{{boxed}}}"
-    marked = extract_answer(answer)
-    # Markdown headings begin with `#` too, but other lines follow them.
-    if marked is not None and "\n" not in marked:
-        return f"\\boxed{{{marked}}}"
-    return answer.strip()[-MAX_ANSWER_LENGTH:] or None
-
-
-def last_boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{…}` of `text`; None without one whose braces close."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    start += len("\\boxed{")
-    depth = 1
-    for position in range(start, len(text)):
-        character = text[position]
-        if character in "{}" and text[position - 1] != "\\":
-            depth += 1 if character == "{" else -1
-            if depth == 0:
-                return text[start:position]
-    return None
-
-
-@lru_cache(maxsize=1)
-def _math_verify() -> Any:
-    # It warns once per process that its time limits are off, which is what we want.
-    for module in ("parser", "grader"):
-        logging.getLogger(f"math_verify.{module}").setLevel(logging.ERROR)
-    import math_verify
-
-    return math_verify
-
-
-def _parse(source: str) -> list[Any]:
-    parsed: list[Any] = _math_verify().parse(source, parsing_timeout=None)
-    return parsed
+    letter = maths_words.gold_choice(reference)
+    if letter is not None:
+        return maths_words.choice(latex) == letter
+    expected = maths_words.gold_words(reference)
+    if expected is not None:
+        return maths_words.words(latex) == expected
+    gold = _gold(reference)
+    assert gold is not None, "gold answers are checked when the data is loaded"
+    left = computations(latex) - computations(gold.latex)
+    if left:
+        raise LimitBroken(f"{', '.join(sorted(left))} is left to be worked out")
+    return equal(gold, split(latex))
 
 
 @lru_cache(maxsize=4096)
-def _gold(reference: str) -> list[Any]:
-    return _parse(f"\\boxed{{{reference}}}")
+def _gold(reference: str) -> Value | None:
+    latex = to_latex(reference)
+    return None if latex is None else split(latex)
 
 
-def _has_expression(parsed: list[Any]) -> bool:
-    """math-verify adds the raw string to what it parsed; alone, it means that nothing was."""
-    return any(not isinstance(item, str) for item in parsed)
+def _is_readable(gold: Value | None) -> bool:
+    return (
+        gold is not None
+        and not maths_words.is_sentence(gold.latex)
+        and parse(gold.latex) is not None
+    )
 
 
 def check_reference(prompt: Prompt) -> None:
-    """Raises DataError for a gold answer that cannot be parsed."""
+    """Raises DataError for a gold answer that cannot be parsed, or that no answer could equal."""
     reference = prompt.reference
     if not isinstance(reference, str):
         raise DataError(f"the reference must be a string, got {reference!r}; write it in quotes")
-    if not _has_expression(_gold(reference)):
+    gold = _gold(reference)
+    is_text = maths_words.gold_choice(reference) or maths_words.gold_words(reference)
+    try:
+        if not is_text and not _is_readable(gold):
+            raise DataError(
+                f"math-verify cannot parse the gold answer {quote(reference)}; "
+                "write it as LaTeX mathematics, words in \\text{}"
+            )
+    except LimitBroken as error:
+        raise DataError(f"the gold answer {quote(reference)} is too large: {error}") from error
+    own = score(prompt, f"\\boxed{{{reference}}}")
+    if own.outcome is not Outcome.CORRECT:
         raise DataError(
-            f"math-verify cannot parse the gold answer {quote(reference)}; "
-            "write it as LaTeX mathematics, words in \\text{}"
+            f"the gold answer {quote(reference)} does not equal itself: {own.explanation}; "
+            "write it as one mathematical value without \\boxed{{}}"
         )

@@ -43,7 +43,15 @@ CLUSTER = {"ray", "vllm", "deepspeed", "trl", "peft", "accelerate"}
 """Imported in these two packages only, wherever in a module it is."""
 CLUSTER_USERS = {"posttrain.workers", "posttrain.stages"}
 
-SLOW = CLUSTER | {"torch", "transformers", "datasets", "reasoning_gym", "math_verify", "polars"}
+SLOW = CLUSTER | {
+    "torch",
+    "transformers",
+    "datasets",
+    "reasoning_gym",
+    "math_verify",
+    "sympy",
+    "polars",
+}
 """Outside these units only inside functions."""
 SLOW_USERS = CLUSTER_USERS | {"posttrain.losses"}
 SCRIPTS = {"posttrain.starter.train", "posttrain.starter.evaluate"}

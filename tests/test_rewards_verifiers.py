@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from typing import Any
 
 import pytest
@@ -13,9 +12,8 @@ from hypothesis import strategies as st
 from posttrain.data.prompts import make_prompt
 from posttrain.errors import DataError
 from posttrain.types import Outcome, Prompt
-from rewards import exact, expression, maths, reasoning_gym
+from rewards import exact, expression, reasoning_gym
 from rewards.answer import extract_answer
-from rewards.score import Score
 from rewards.shaping import RewardSettings
 from rewards.verifiers import VERIFIERS, check_references, verifier_name
 
@@ -229,60 +227,6 @@ def test_expressions_run_as_python_does(source: str, value: int) -> None:
     assert expression.score(task, f"#{source}").outcome is CORRECT
     task = prompt({"variable": "x", "examples": [[value, expected + 1]]})
     assert expression.score(task, f"#{source}").outcome is WRONG
-
-
-@pytest.mark.parametrize(
-    ("gold", "text", "outcome"),
-    [
-        ("\\frac{1}{2}", "\\boxed{0.5}", CORRECT),
-        ("\\frac{1}{2}", "#1/2", CORRECT),
-        ("5", "it is 5", CORRECT),
-        ("5", "#### 5", CORRECT),
-        ("7", "\\boxed{007}", CORRECT),
-        ("2x+1", "$\\boxed{1+2x}$", CORRECT),
-        ("\\text{Monday}", "\\boxed{Monday}", CORRECT),
-        ("3", "\\boxed{1} or \\boxed{3}", CORRECT),
-        ("3", "\\boxed{3} or \\boxed{1}", WRONG),
-        ("2", "\\boxed{1,2,3}", WRONG),
-        ("5", "<think>\\boxed{5}</think>\\boxed{6}", WRONG),
-        ("6", "<think>\\boxed{5}</think>\\boxed{6}", CORRECT),
-        ("6", "\\boxed{5}</think>#6", CORRECT),
-        ("5", "<think>\\boxed{5}", UNPARSABLE),
-        ("5", "<think>5</think>", UNPARSABLE),
-        ("5", "\\boxed{\\frac{}", UNPARSABLE),
-        ("5", "\\boxed{???}", UNPARSABLE),
-        ("5", "", UNPARSABLE),
-        ("5", "٥", UNPARSABLE),
-        ("5", "\\boxed{" + "(" * KILOBYTES_100 + "}", LIMIT),
-        ("5", "5 " * (KILOBYTES_100 // 2), CORRECT),
-    ],
-)
-def test_maths(gold: str, text: str, outcome: Outcome) -> None:
-    result = maths.score(prompt(gold), text)
-    assert result.outcome is outcome, result.explanation
-    assert result.correctness == (1.0 if outcome is CORRECT else 0.0)
-
-
-def test_maths_works_off_the_main_thread() -> None:
-    results: list[Score] = []
-    thread = threading.Thread(target=lambda: results.append(maths.score(prompt("5"), "#5")))
-    thread.start()
-    thread.join()
-    assert [result.outcome for result in results] == [CORRECT]
-
-
-@pytest.mark.parametrize(
-    ("text", "inside"),
-    [
-        ("\\boxed{a}", "a"),
-        ("\\boxed{\\frac{1}{2}} and more", "\\frac{1}{2}"),
-        ("\\boxed{\\{1\\}}", "\\{1\\}"),
-        ("\\boxed{1", None),
-        ("boxed{1}", None),
-    ],
-)
-def test_last_boxed(text: str, inside: str | None) -> None:
-    assert maths.last_boxed(text) == inside
 
 
 @pytest.mark.parametrize(

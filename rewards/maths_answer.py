@@ -1,0 +1,82 @@
+r"""Which part of a completion is its mathematical answer.
+
+Behind the reasoning section, in this order: the last `\boxed{}` (nothing else counts once there is
+one), the line behind the last `#`, what follows the last "answer is", the last formula, the number
+at the end. It is one piece of text; whether it holds one value is for the comparison to judge.
+"""
+
+from __future__ import annotations
+
+import re
+
+from rewards.answer import extract_answer
+from rewards.reasoning_section import after_reasoning
+
+SEARCHED = 2000
+"""Characters at the end of a completion in which an answer without box or mark is looked for."""
+
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?P<brace>\{)?")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_PHRASE = re.compile(
+    r"\b(?:answer|result|solution)\b[\s*]*(?:is|are|:|=)[\s*:=]*(?:equal to\b)?", re.IGNORECASE
+)
+_AFTERTHOUGHT = re.compile(r",?\s+(?:because|since|as|so|which|where|when)\b.*|[.;]\s.*")
+_FORMULA = re.compile(
+    r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
+)
+_NUMBER = re.compile(
+    r"[-+−–]?\$?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
+    r"(?:[eE][-+]?[0-9]+|[⁰¹²³⁴-⁹]+|\s?[¼-¾⅐-⅞]|/[0-9]+|\s?%|!|\^\S*[0-9])?"
+)
+_WORD = re.compile(r"(?<![A-Za-z\\])(?!(?:sin|cos|tan|log|ln|exp|sqrt|pi)\b)[A-Za-z]{2,}")
+_BULLET = re.compile(r"^\s*[-*•]\s+")
+
+
+def final_answer(text: str) -> str | None:
+    """The answer in `text`, stripped; None if there is none, also when the last box is empty or
+    never closes: an earlier one was not the last word."""
+    section = after_reasoning(text)
+    if section is None:
+        return None
+    boxes = list(_BOX.finditer(section))
+    if boxes:
+        return _inside(section, boxes[-1])
+    marked = extract_answer(section)
+    # Markdown headings begin with `#` too, but other lines follow them.
+    if marked is not None and "\n" not in marked:
+        return _after_phrase(marked) or marked
+    end = section.strip()[-SEARCHED:]
+    return _after_phrase(end) or _at_the_end(end)
+
+
+def _inside(text: str, box: re.Match[str]) -> str | None:
+    r"""What the box holds, `\boxed 5` included; None if it is empty or does not close."""
+    if box["brace"] is None:
+        first = text[box.end() :].split(maxsplit=1)[:1]
+        return first[0].strip("$.,") or None if first else None
+    depth = 1
+    for brace in _BRACE.finditer(text, box.end()):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[box.end() : brace.start()].strip() or None
+    return None
+
+
+def _after_phrase(text: str) -> str | None:
+    phrases = list(_PHRASE.finditer(text))
+    if not phrases:
+        return None
+    line, *_ = text[phrases[-1].end() :].strip().split("\n", 1)
+    return _AFTERTHOUGHT.sub("", line).strip(" *.") or None
+
+
+def _at_the_end(text: str) -> str | None:
+    formulas = list(_FORMULA.finditer(text))
+    behind = text[formulas[-1].end() :] if formulas else text
+    numbers = _NUMBER.findall(behind)
+    if formulas and not numbers:
+        return next(part for part in formulas[-1].groups() if part is not None).strip() or None
+    *_, line = behind.rstrip().split("\n")
+    if not _WORD.search(line):
+        return _BULLET.sub("", line).strip(" *.") or None
+    return numbers[-1] if numbers else None
