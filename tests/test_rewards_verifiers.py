@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from posttrain.data.prompts import make_prompt
 from posttrain.errors import DataError
 from posttrain.types import Outcome, Prompt
-from rewards import exact, expression, reasoning_gym
+from rewards import exact, expression
 from rewards.answer import extract_answer
 from rewards.shaping import RewardSettings
 from rewards.verifiers import VERIFIERS, check_references, verifier_name
@@ -100,61 +99,6 @@ def test_integers_normalise_to_their_decimal(number: int, zeros: int, plus: str)
 def test_normalise_is_idempotent(text: str) -> None:
     once = exact.normalise(text)
     assert exact.normalise(once) == once
-
-
-def reasoning_gym_prompt(family: str, seed: int) -> Prompt:
-    import reasoning_gym as library
-
-    entry = library.create_dataset(family, size=1, seed=seed)[0]
-    return prompt({"family": family, "entry": entry})
-
-
-@pytest.mark.parametrize(
-    "family", ["chain_sum", "gcd", "base_conversion", "letter_counting", "number_sorting"]
-)
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_reasoning_gym_families(family: str, seed: int) -> None:
-    task = reasoning_gym_prompt(family, seed)
-    reasoning_gym.check_reference(task)
-    gold: str = task.reference["entry"]["answer"]
-    assert reasoning_gym.score(task, f"thought#{gold}").outcome is CORRECT
-    assert reasoning_gym.score(task, f"thought#[{gold}]").outcome is CORRECT
-    changed = gold.replace("'", "'1", 1) if family == "number_sorting" else f"{gold}1"
-    for wrong in (changed, "x", "[]]", "9" * 5000):
-        result = reasoning_gym.score(task, f"#{wrong}")
-        assert (result.outcome, result.correctness) == (WRONG, 0.0), wrong
-    assert reasoning_gym.score(task, gold).outcome is UNPARSABLE
-
-
-def test_reasoning_gym_gives_nothing_for_containing_the_answer() -> None:
-    task = reasoning_gym_prompt("gcd", 1)
-    gold = task.reference["entry"]["answer"]
-    result = reasoning_gym.score(task, f"#{gold} {gold}")
-    assert (result.outcome, result.correctness) == (WRONG, 0.0)
-
-
-def test_an_answer_that_breaks_its_reasoning_gym_scorer_is_unparsable() -> None:
-    task = reasoning_gym_prompt("prime_factorization", 1)
-    assert reasoning_gym.score(task, "#two").outcome is UNPARSABLE
-
-
-def test_families_that_evaluate_answers_are_all_refused() -> None:
-    from reasoning_gym.factory import DATASETS
-
-    own_parser = {"propositional_logic"}  # its parse_expr is not sympy's
-    gold_only = {"number_sorting"}  # eval() on its own gold answer
-    suspects = {
-        family
-        for family, (dataset, _) in DATASETS.items()
-        if any(
-            call in inspect.getsource(dataset.score_answer)
-            for call in ("eval(", "exec(", "parse_expr(", "sympify(")
-        )
-    }
-    assert suspects - own_parser - gold_only == reasoning_gym.EVALUATES_ANSWERS
-    task = prompt({"family": "n_queens", "entry": {"question": "", "answer": "", "metadata": {}}})
-    with pytest.raises(DataError, match="n_queens"):
-        reasoning_gym.score(task, "#__import__('os').getpid()")
 
 
 DOUBLE_PLUS_ONE = {"variable": "x", "examples": [[0, 1], [3, 7], [-2, -3]]}
@@ -251,12 +195,12 @@ def test_expressions_run_as_python_does(source: str, value: int) -> None:
         (
             "reasoning_gym",
             {"family": "composite", "entry": {"question": "", "answer": "", "metadata": {}}},
-            "cannot score",
+            "source_dataset",
         ),
         (
             "reasoning_gym",
-            {"family": "gcd", "entry": {"question": "", "answer": "a#b", "metadata": {}}},
-            "its own answer 'a#b'",
+            {"family": "dice", "entry": {"question": "", "answer": 0.5, "metadata": {}}},
+            "its own answer '0.5'",
         ),
         ("nope", "5", "'nope'; there are exact, expression, maths, reasoning_gym"),
     ],
