@@ -88,5 +88,5 @@ def check_reference(prompt: Prompt) -> None:
     if own.outcome is not Outcome.CORRECT:
         raise DataError(
             f"the gold answer {quote(reference)} does not equal itself: {own.explanation}; "
-            "write it as one mathematical value without \\boxed{{}}"
+            "write it as one mathematical value without \\boxed{}"
         )

@@ -64,12 +64,13 @@ def check_expression(expression: Any) -> None:
 
 def _digits(expression: Any) -> float:
     """An upper bound of the decimal digits of the exact value, written-out terms included."""
+    import mpmath
     import sympy
 
     if isinstance(expression, sympy.Rational):
         digits = math.log10(max(abs(expression.p), 1)) + math.log10(expression.q)
     elif isinstance(expression, sympy.Float):
-        digits = abs(float(sympy.log(abs(expression), 10))) if expression else 0.0
+        digits = abs(mpmath.mag(expression.num)) * math.log10(2) if expression else 0.0
     elif isinstance(expression, sympy.Pow | sympy.exp):
         digits = _digits_of_power(*expression.as_base_exp())
     elif isinstance(expression, sympy.factorial | sympy.gamma | sympy.binomial):

@@ -15,7 +15,7 @@ _CHOICE = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _ANOTHER = re.compile(r"\(\s*[A-J]\s*\)|\b[A-J]\s*[.:)]|\b(?:or|and)\b|^\s*[,/]", re.IGNORECASE)
-_WORDS = re.compile(r"[^\W\d_]{3,}(?:[ '-][^\W\d_]+)*")
+_WORDS = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)*")
 _SENTENCE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}[,:]? +[A-Za-z]{2,}")
 _NAMES = frozenset({"infinity", "sqrt", "sin", "cos", "tan", "log", "exp", "abc", "xyz"})
 

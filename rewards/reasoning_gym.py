@@ -151,5 +151,5 @@ def check_reference(prompt: Prompt) -> None:
     if own.outcome is not Outcome.CORRECT:
         raise DataError(
             f"the entry of family {family!r} does not score its own answer {quote(str(gold))} as "
-            f"right: {own.explanation}"
+            f"right: {own.explanation}; leave it out"
         )

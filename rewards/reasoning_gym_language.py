@@ -17,6 +17,7 @@ from typing import Any
 MAX_LENGTH = 2000
 """Characters of an expression."""
 MAX_EXPONENT = 100
+"""Of every number in an exponent."""
 
 _FUNCTIONS = """
 exp log ln sqrt Abs sin cos tan sec csc cot asin acos atan sinh cosh tanh asinh acosh atanh
@@ -74,13 +75,19 @@ def _parse(text: str) -> ast.Expression | None:
 
 
 def _is_small(exponent: ast.expr) -> bool:
+    """No power within the power, no large number."""
     match exponent:
         case ast.Constant(value=int(value)):
             return value <= MAX_EXPONENT
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return _is_small(operand)
-        case ast.BinOp(left=left, op=ast.Div(), right=right):
-            return _is_small(left) and _is_small(right)
+        case ast.Name():
+            return True
+        case ast.BinOp(left=left, op=operator, right=right) if isinstance(operator, _ARITHMETIC):
+            # 99*99*99 would be large without a large number in it.
+            named = any(isinstance(part, ast.Name) for part in ast.walk(exponent))
+            small = named or isinstance(operator, ast.Div)
+            return small and _is_small(left) and _is_small(right)
         case _:
             return False
 

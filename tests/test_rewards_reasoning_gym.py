@@ -264,9 +264,14 @@ def test_no_family_runs_its_data(family: str, tmp_path: Path) -> None:
         ("polynomial_multiplication", "3*x**2 - y*z", True),
         ("polynomial_multiplication", "x**(1/2)", True),
         ("polynomial_multiplication", "x**101", False),
+        ("polynomial_multiplication", "x**(99*99*99)", False),
+        ("polynomial_multiplication", "x**(1+(2+3))", False),
         ("polynomial_multiplication", "9**9**9", False),
         ("polynomial_multiplication", "sin(x)", False),
         ("simple_integration", "x**3/3 + sqrt(2)*exp(-x) + C", True),
+        ("simple_integration", "E**(-2*x/3)", True),
+        ("simple_integration", "2**(x**9)", False),
+        ("simple_integration", "Integral(x, x)", False),
         ("simple_integration", "eval(x)", False),
         ("simple_integration", "exp(x)(x)", False),
         ("simple_integration", "x.real", False),
@@ -329,6 +334,21 @@ def test_what_fools_a_familys_scorer_does_not_fool_ours(
     prompt = task(family, entry)
     assert outcome(prompt, answer) in (WRONG, UNPARSABLE)
     assert outcome(prompt, entry["answer"]) is CORRECT
+
+
+@pytest.mark.parametrize("family", ["simple_integration", "intermediate_integration"])
+def test_an_integral_is_to_be_worked_out(family: str) -> None:
+    entry = find(family, lambda entry: "Integral" not in entry["answer"])
+    copied = f"Integral({entry['metadata']['integrand']}, {entry['metadata']['variable']})"
+    assert raw_score(family, entry, copied) == 1.0
+    assert outcome(task(family, entry), copied) is UNPARSABLE
+    assert outcome(task(family, entry), entry["answer"]) is CORRECT
+
+
+def test_an_entry_whose_own_answer_is_not_worked_out_is_refused() -> None:
+    entry = find("intermediate_integration", lambda entry: "Integral" in entry["answer"])
+    with pytest.raises(DataError, match="its own answer"):
+        reasoning_gym.check_reference(task("intermediate_integration", entry))
 
 
 def test_figlet_wants_the_whole_word() -> None:
