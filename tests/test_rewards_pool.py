@@ -124,12 +124,18 @@ def test_an_answer_that_devours_memory_hits_the_limit() -> None:
 
 
 def test_real_verifiers_hang_and_are_stopped() -> None:
-    task = make_prompt("?", reference="5", domain="d", metadata={"verifier": "maths"})
-    with ScorerPool(1, RewardSettings(), deadline_s=1.0) as pool:
-        # No limit of the verifier's own is in its way.
-        power = r"\boxed{\begin{pmatrix}x&y\\z&w\end{pmatrix}^{50}}"
-        (late,) = score(pool, power, prompt=task)
-        assert (late.outcome, late.explanation) == (Outcome.LIMIT, "not scored within 1 s")
+    matrix = r"\begin{pmatrix}x&y\\z&w\end{pmatrix}"
+    task = make_prompt(
+        "?", reference=f"{matrix}^{{99}}", domain="d", metadata={"verifier": "maths"}
+    )
+    with ScorerPool(1, RewardSettings(), deadline_s=5.0) as pool:
+        (right,) = score(
+            pool, rf"\boxed{{{matrix}^{{99}}}}", prompt=task
+        )  # what it needs is loaded
+        assert right.outcome is Outcome.CORRECT
+        # No limit of the verifier's own is in the way of comparing these.
+        (late,) = score(pool, rf"\boxed{{{matrix}^{{100}}}}", prompt=task)
+        assert (late.outcome, late.explanation) == (Outcome.LIMIT, "not scored within 5 s")
 
 
 def test_workers_use_one_thread_know_no_torch_and_keep_stdout_clean(
