@@ -204,7 +204,7 @@ def _signals_end_the_run() -> Iterator[None]:
             raise
         name = signal.Signals(received[0]).name
         raise Interrupted(
-            f"stopped by {name}; the same command goes on after the last finished stage"
+            f"stopped by {name}; the same command goes on from the last stage or checkpoint"
         ) from None
     finally:
         for number, handler in previous.items():

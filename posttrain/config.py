@@ -30,6 +30,7 @@ from posttrain.data.pairs import MiningSettings
 from posttrain.data.sources import SourceSettings
 from posttrain.errors import SettingsError
 from posttrain.evaluation import EvalSettings
+from posttrain.metric_sinks import LogSettings
 from posttrain.online.rescreen import RescreenSettings
 from posttrain.online.settings import LoopSettings
 from posttrain.workers.settings import (
@@ -166,6 +167,7 @@ class Settings(_Section):
     rewards: RewardSettings = RewardSettings()
     resources: ResourceSettings = ResourceSettings()
     eval: EvalSettings = EvalSettings()
+    log: LogSettings = LogSettings()
 
     @field_validator("system_instructions")
     @classmethod

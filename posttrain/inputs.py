@@ -17,6 +17,7 @@ from posttrain.data.instructions import InstructionMix
 from posttrain.data.prompts import check_disjoint
 from posttrain.data.sources import STARTER, load_prompts, load_sft_rows
 from posttrain.errors import DataError, ModelError
+from posttrain.metric_sinks import check_sinks
 from posttrain.types import Prompt, SFTRow
 from rewards.verifiers import check_references
 
@@ -54,10 +55,12 @@ def load_inputs(settings: Settings) -> Inputs:
     """Reads policy and data and checks all that can be checked without a device.
 
     Raises:
+        SettingsError: a package that `log` asks for is missing.
         ModelError: no readable checkpoint.
         DataError: a source is missing, empty or malformed; a held-out prompt is also trained on;
             a prompt is too long; a reference does not suit its verifier.
     """
+    check_sinks(settings.log)
     model = locate_model(settings.policy.model)
     chat = ChatFormat(str(model))
     train = load_prompts(settings.tasks.train, "train")

@@ -5,33 +5,47 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from posttrain.errors import DataError
 
 
+class MetricSink(Protocol):
+    """Gets every record that metrics.jsonl gets."""
+
+    def write(self, record: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class MetricsLog:
-    """Appends records to `path`; each is on its way to disk when `append` returns.
+    """Appends records to `path`; each is on its way to disk when `append` returns. `sinks` get
+    them too, and are closed with it.
 
     A line that a killed writer left unfinished is cut off, so that the file stays valid.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, sinks: Sequence[MetricSink] = ()) -> None:
         _cut_torn_line(path)
         self._file = path.open("a", encoding="utf-8")
+        self._sinks = sinks
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record. Numbers that are not finite become null, their keys are listed under
         `non_finite`; numpy scalars become plain numbers. TypeError for what JSON cannot hold."""
         self._file.write(json.dumps(to_json(record), allow_nan=False) + "\n")
         self._file.flush()
+        for sink in self._sinks:
+            sink.write(record)
 
     def close(self) -> None:
         self._file.close()
+        for sink in self._sinks:
+            sink.close()
 
     def __enter__(self) -> MetricsLog:
         return self

@@ -21,6 +21,7 @@ from posttrain.errors import Interrupted, PosttrainError, StageError
 from posttrain.evaluation import PromptResult, evaluate, summarise
 from posttrain.inputs import Inputs
 from posttrain.ledger import Ledger
+from posttrain.metric_sinks import open_sinks
 from posttrain.metrics import MetricsLog
 from posttrain.progress import duration, say
 from posttrain.run_dir import RunDir, fingerprint_directory
@@ -63,7 +64,7 @@ def run(settings: Settings, inputs: Inputs, *, fresh: bool) -> RunResult:
 
 def _run_stages(run_dir: RunDir, settings: Settings, inputs: Inputs) -> None:
     ledger = Ledger(run_dir.ledger_path)
-    metrics = MetricsLog(run_dir.metrics_path)
+    metrics = MetricsLog(run_dir.metrics_path, open_sinks(settings.log, run_dir.path))
     try:
         with _pools(run_dir.path, settings) as pools:
             context = StageContext(
