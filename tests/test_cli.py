@@ -438,8 +438,8 @@ def test_a_signal_cleans_up_and_ends_with_4(how: str, number: signal.Signals) ->
     assert process.returncode == 4
     assert out == "cleaned up\n"
     assert err == (
-        f"posttrain: stopped by {number.name}; the same command goes on after the last finished "
-        "stage\n"
+        f"posttrain: stopped by {number.name}; the same command goes on from the last stage or "
+        "checkpoint\n"
     )
 
 
