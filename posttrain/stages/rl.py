@@ -12,16 +12,17 @@ from posttrain.progress import Progress
 from posttrain.stages.context import StageContext
 from posttrain.types import GenerationRequest, Sampling
 from posttrain.workers.generator import GeneratorPool
+from posttrain.workers.probe import ProbeSequence
 from posttrain.workers.publisher import WeightPublisher
 
-NUM_PROBES = 8
+NUM_PROBES = 16
 
 
 async def rl(context: StageContext, model: Path) -> dict[str, Any]:
     """Trains from the checkpoint `model`; the curriculum starts from the ledger's verdicts."""
     settings = context.settings.rl
     generators = await context.pools.serving(str(model))
-    probes = await _probe_sequences(context, generators)
+    probes = await _probes(context, generators)
     learner = context.pools.start_learner(
         str(model),
         settings.learner,
@@ -35,7 +36,7 @@ async def rl(context: StageContext, model: Path) -> dict[str, Any]:
         generators,
         model=model,
         scratch=context.pools.scratch,
-        probe_sequences=probes,
+        probes=probes,
         settings=settings.publish,
     )
     attempt = context.ledger.open_attempt("rl", from_step=0)
@@ -75,9 +76,7 @@ async def rl(context: StageContext, model: Path) -> dict[str, Any]:
     return _metrics(summary)
 
 
-async def _probe_sequences(
-    context: StageContext, generators: GeneratorPool
-) -> list[tuple[int, ...]]:
+async def _probes(context: StageContext, generators: GeneratorPool) -> list[ProbeSequence]:
     """Prompts with the policy's own answers: natural text to compare log-probabilities on."""
     sequences = []
     for prompt in context.held_out[:NUM_PROBES]:
@@ -90,7 +89,8 @@ async def _probe_sequences(
         (rollout,) = await generators.generate(request)
         sequence = rollout.prompt_token_ids + rollout.completion_token_ids
         # An engine scores a sequence only with room for one more token.
-        sequences.append(sequence[: context.settings.policy.max_length - 1])
+        fitting = sequence[: context.settings.policy.max_length - 1]
+        sequences.append(ProbeSequence(fitting, len(rollout.prompt_token_ids)))
     return sequences
 
 
