@@ -23,6 +23,7 @@ from posttrain.types import Message, Outcome, PolicyVersion, Prompt, Reward, Rol
 from posttrain.workers.cluster import connect, disconnect
 from posttrain.workers.generator import GeneratorPool
 from posttrain.workers.learner_ranks import start_learner
+from posttrain.workers.probe import ProbeSequence
 from posttrain.workers.publisher import WeightPublisher
 from posttrain.workers.settings import (
     ActorResources,
@@ -60,7 +61,7 @@ class Stack:
             self.generators,
             model=self.policy,
             scratch=self.scratch,
-            probe_sequences=PROBES,
+            probes=[ProbeSequence(tuple(ids), num_prompt_tokens=1) for ids in PROBES],
             settings=PublishSettings(**settings),
         )
 

@@ -5,7 +5,7 @@ import pytest
 
 from posttrain.errors import MismatchError
 from posttrain.types import PolicyVersion
-from posttrain.workers.probe import Probe, compare_logprobs
+from posttrain.workers.probe import Probe, ProbeSequence, compare_logprobs
 from posttrain.workers.settings import PublishSettings
 
 VERSION = PolicyVersion(1, 7)
@@ -16,7 +16,7 @@ def mismatch(largest, k3):
 
 
 def test_the_probe_runs_after_the_first_publishes_and_then_now_and_then():
-    probe = Probe(PublishSettings(probe_first=2, probe_every=5))
+    probe = Probe([], PublishSettings(probe_first=2, probe_every=5))
     assert [probe.due() for _ in range(11)] == [
         *(True, True, False, False, True),
         *(False, False, False, False, True, False),
@@ -24,7 +24,7 @@ def test_the_probe_runs_after_the_first_publishes_and_then_now_and_then():
 
 
 def test_in_fp32_the_bound_is_absolute():
-    probe = Probe(PublishSettings(max_mismatch=1e-4))
+    probe = Probe([], PublishSettings(max_mismatch=1e-4))
     probe.check(mismatch(1e-4, 1.0), VERSION, exact=True)
     with pytest.raises(
         MismatchError, match=r"after publishing 1\.7 .*mismatch_max is 0\.00011 nats.*max_mismatch"
@@ -35,7 +35,7 @@ def test_in_fp32_the_bound_is_absolute():
 
 
 def test_in_16_bits_the_bound_is_relative_to_the_first_probe():
-    probe = Probe(PublishSettings(max_growth=4.0))
+    probe = Probe([], PublishSettings(max_growth=4.0))
     probe.check(mismatch(0.01, 1e-5), VERSION, exact=False)
     probe.check(mismatch(0.04, 4e-5), VERSION, exact=False)
     with pytest.raises(
@@ -48,7 +48,7 @@ def test_in_16_bits_the_bound_is_relative_to_the_first_probe():
 
 def test_in_16_bits_the_first_probe_must_be_plausible_by_itself():
     with pytest.raises(MismatchError, match=r"mismatch_k3 is 0\.02 nats, more than 0\.01"):
-        Probe(PublishSettings()).check(mismatch(0.5, 0.02), VERSION, exact=False)
+        Probe([], PublishSettings()).check(mismatch(0.5, 0.02), VERSION, exact=False)
 
 
 def test_log_probabilities_are_compared_over_all_engines_and_tokens():
@@ -67,3 +67,15 @@ def test_a_log_probability_that_is_no_number_is_the_largest_mismatch(side):
     good, bad = [[-1.0, -2.0]], [[-1.0, float("nan")]]
     reference, answers = (bad, [good]) if side == "reference" else (good, [bad])
     assert compare_logprobs(reference, answers) == mismatch(float("inf"), float("inf"))
+
+
+def test_only_answers_are_compared():
+    probe = Probe(
+        [ProbeSequence((1, 2, 3), num_prompt_tokens=2), ProbeSequence((4, 5), num_prompt_tokens=1)],
+        PublishSettings(),
+    )
+    assert probe.token_ids == [[1, 2, 3], [4, 5]]
+    learner, engine = [[-9.0, -1.0], [-2.0]], [[-1.0, -1.5], [-2.0]]
+    compared = probe.compare(learner, [engine])
+    assert compared["mismatch_max"] == 0.5
+    assert compared["mismatch_k3"] == pytest.approx((np.exp(-0.5) - 0.5) / 2)

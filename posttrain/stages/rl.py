@@ -17,9 +17,10 @@ from posttrain.stages.rl_beside import Beside
 from posttrain.stages.rl_checkpoint import LoopState, RLCheckpoints, read_state
 from posttrain.types import GenerationRequest, Sampling
 from posttrain.workers.generator import GeneratorPool
+from posttrain.workers.probe import ProbeSequence
 from posttrain.workers.publisher import WeightPublisher
 
-NUM_PROBES = 8
+NUM_PROBES = 16
 STAGE = "rl"
 
 
@@ -33,7 +34,7 @@ async def rl(context: StageContext, model: Path) -> dict[str, Any]:
     checkpoint = checkpoints.latest()
     state = read_state(checkpoint) if checkpoint is not None else None
     generators = await context.pools.serving(str(model))
-    probes = await _probe_sequences(context, generators)
+    probes = await _probes(context, generators)
     learner = context.pools.start_learner(
         str(model),
         settings.learner,
@@ -49,7 +50,7 @@ async def rl(context: StageContext, model: Path) -> dict[str, Any]:
         generators,
         model=model,
         scratch=context.pools.scratch,
-        probe_sequences=probes,
+        probes=probes,
         settings=settings.publish,
     )
     curriculum = _curriculum(context, state)
@@ -161,9 +162,7 @@ def _open_draws(context: StageContext, attempt: int) -> list[Draw]:
     return draws
 
 
-async def _probe_sequences(
-    context: StageContext, generators: GeneratorPool
-) -> list[tuple[int, ...]]:
+async def _probes(context: StageContext, generators: GeneratorPool) -> list[ProbeSequence]:
     """Prompts with the policy's own answers: natural text to compare log-probabilities on."""
     sequences = []
     for prompt in context.held_out[:NUM_PROBES]:
@@ -176,7 +175,8 @@ async def _probe_sequences(
         (rollout,) = await generators.generate(request)
         sequence = rollout.prompt_token_ids + rollout.completion_token_ids
         # An engine scores a sequence only with room for one more token.
-        sequences.append(sequence[: context.settings.policy.max_length - 1])
+        fitting = sequence[: context.settings.policy.max_length - 1]
+        sequences.append(ProbeSequence(fitting, len(rollout.prompt_token_ids)))
     return sequences
 
 

@@ -14,6 +14,7 @@ from posttrain.online.rescreen import Rescreener
 from posttrain.stages.context import StageContext
 from posttrain.types import PolicyVersion, Sampling
 from posttrain.workers.generator import GeneratorPool
+from posttrain.workers.probe import ProbeSequence
 from posttrain.workers.publisher import WeightPublisher, WeightSource
 
 
@@ -65,7 +66,7 @@ class Beside:
         generators: GeneratorPool,
         curriculum: DifficultySampler | UniformSampler,
         learner: WeightSource,
-        probes: Sequence[Sequence[int]],
+        probes: Sequence[ProbeSequence],
     ) -> Beside:
         settings = context.settings.rl
         critic = to_critic = None
@@ -76,7 +77,7 @@ class Beside:
                 critic,
                 model=model,
                 scratch=context.pools.scratch / "critic",
-                probe_sequences=probes,
+                probes=probes,
                 settings=settings.publish,
             )
         return cls(context, generators, curriculum, critic, to_critic)

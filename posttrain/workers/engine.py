@@ -20,6 +20,9 @@ from posttrain.workers.fingerprint import Fingerprint, check_arrival
 from posttrain.workers.process_log import ProcessLog
 from posttrain.workers.settings import EngineSettings
 
+SHOWN_REASON = 500
+"""Characters: vLLM lists every architecture that it knows when it does not know one."""
+
 
 def engine_environment(settings: EngineSettings) -> dict[str, str]:
     """What must stand in the environment before vLLM is imported.
@@ -90,7 +93,8 @@ class VllmEngine:
         try:
             llm = AsyncLLM.from_engine_args(_engine_args(model, settings))
         except Exception as error:
-            raise ModelError(f"vLLM cannot load {model!r}: {log.last_error() or error}") from error
+            reason = (log.last_error() or str(error))[:SHOWN_REASON]
+            raise ModelError(f"vLLM cannot load {model!r}: {reason}") from error
         await llm.update_weight_version(str(version))
         return cls(llm, settings)
 

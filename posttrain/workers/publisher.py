@@ -11,7 +11,7 @@ from posttrain.types import PolicyVersion
 from posttrain.workers.agreement import facts_of_checkpoint
 from posttrain.workers.fingerprint import main_dtype
 from posttrain.workers.generator import GeneratorPool
-from posttrain.workers.probe import Probe, compare_logprobs
+from posttrain.workers.probe import Probe, ProbeSequence
 from posttrain.workers.settings import PublishSettings
 from posttrain.workers.transport import PublishedWeights
 
@@ -38,7 +38,7 @@ class WeightPublisher:
     Args:
         model: the checkpoint that the learner started from.
         scratch: a directory in shared memory that belongs to this run.
-        probe_sequences: token ids that engine and learner are compared on.
+        probes: what engine and learner are compared on.
     """
 
     def __init__(
@@ -48,15 +48,14 @@ class WeightPublisher:
         *,
         model: Path,
         scratch: Path,
-        probe_sequences: Sequence[Sequence[int]],
+        probes: Sequence[ProbeSequence],
         settings: PublishSettings,
     ) -> None:
         self._learner = learner
         self._generators = generators
         self._model = model
         self._scratch = scratch
-        self._probe_sequences = [list(sequence) for sequence in probe_sequences]
-        self._probe = Probe(settings)
+        self._probe = Probe(probes, settings)
         self._node_id: str | None = None
 
     async def publish(self, version: PolicyVersion) -> Mapping[str, float]:
@@ -93,9 +92,10 @@ class WeightPublisher:
         return metrics
 
     async def _compare(self, version: PolicyVersion, dtype: str) -> dict[str, float]:
-        reference = await self._learner.score_tokens(self._probe_sequences)
-        answers = await self._generators.score_tokens(self._probe_sequences, f"probe-{version}")
-        mismatch = compare_logprobs(reference, answers)
+        token_ids = self._probe.token_ids
+        learner = await self._learner.score_tokens(token_ids)
+        engines = await self._generators.score_tokens(token_ids, f"probe-{version}")
+        mismatch = self._probe.compare(learner, engines)
         exact = dtype == self._generators.dtype == "float32"
         self._probe.check(mismatch, version, exact=exact)
         return mismatch
