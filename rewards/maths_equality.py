@@ -67,9 +67,7 @@ def parse(latex: str) -> Any | None:
 def _same(gold: Any, answer: Any) -> bool:
     import sympy
 
-    sides, gold_sides = _sides(answer), _sides(gold)
-    if gold_sides and gold_sides[0].is_Symbol and isinstance(answer, sympy.Expr):
-        gold = gold_sides[-1]
+    gold = _values_of_names(gold, answer)
     distance = _distance(gold, answer)
     if distance is not None:
         decimal = gold.has(sympy.Float) or answer.has(sympy.Float)
@@ -77,11 +75,32 @@ def _same(gold: Any, answer: Any) -> bool:
             return False
         if decimal and distance <= FLOAT_TOLERANCE and _is_scalar(gold) and _is_scalar(answer):
             return True
+    sides, gold_sides = _sides(answer), _sides(gold)
     if sides and not gold_sides:
         return _verify(gold, answer) and all(_may_equal(side, sides[-1]) for side in sides)
-    # Otherwise it takes 1 < x < 2 for {1, 2}, and -oo < x < oo for the empty set.
+    # It takes 1 < x < 2 for {1, 2} and the reverse, and -oo < x < oo for the empty set.
+    inequality = isinstance(gold, sympy.core.relational.Relational | sympy.And) and not gold_sides
+    if inequality and isinstance(answer, sympy.FiniteSet | sympy.Tuple):
+        return False
     region = isinstance(gold, sympy.Interval | sympy.Union) and not answer.has(sympy.oo)
     return _verify(gold, answer, allow_set_relation_comp=region)
+
+
+def _values_of_names(gold: Any, answer: Any) -> Any:
+    """Of x = 1 the 1, of x = 1, y = 2 the tuple (1, 2), when the answer names nothing: math-verify
+    would take (2, 1) for the latter as well."""
+    import sympy
+
+    sides = _sides(gold)
+    if sides and sides[0].is_Symbol and isinstance(answer, sympy.Expr):
+        return sides[-1]
+    if isinstance(gold, sympy.FiniteSet) and isinstance(answer, sympy.Set | sympy.Tuple):
+        equations = [_sides(element) for element in gold._unsorted_args]
+        names = {sides[0] for sides in equations if sides}
+        bare = not any(_sides(element) for element in answer.args)
+        if bare and len(names) == len(equations) > 1:
+            return sympy.Tuple(*(sides[-1] for sides in equations))
+    return gold
 
 
 def _verify(gold: Any, answer: Any, **options: bool) -> bool:

@@ -50,6 +50,8 @@ KNOWN = {
     (r"100 \text{ cm}", r"\boxed{1 \text{ m}}"): WRONG,
     # Without box or mark the number at the end counts, whatever is said about it.
     ("5", "I cannot solve problem 5."): CORRECT,
+    # It takes a pair for an open interval, since (1, 2) may be either.
+    (r"\mathbb{R}", r"\boxed{\pm\infty}"): CORRECT,
     # Notation that math-verify's grammar does not have: 0 all the same, under another name.
     ("7", r"\boxed{7 \lor 8}"): UNPARSABLE,
     ("7", r"\boxed{7 \text{ (or } 8)}"): UNPARSABLE,
@@ -92,10 +94,13 @@ def test_agreement_with_judgement(
     assert disagreements == {key: KNOWN[key] for key in known}
 
 
-def test_only_one_wrong_answer_is_taken_for_right() -> None:
+def test_two_wrong_answers_are_taken_for_right() -> None:
     judged = {(pair.gold, pair.completion): pair.outcome for pair in PAIRS}
     taken = [key for key, said in KNOWN.items() if said is CORRECT and judged[key] is not CORRECT]
-    assert taken == [("5", "I cannot solve problem 5.")]
+    assert taken == [
+        ("5", "I cannot solve problem 5."),
+        (r"\mathbb{R}", r"\boxed{\pm\infty}"),
+    ]
 
 
 @pytest.mark.parametrize(
