@@ -1,8 +1,9 @@
-"""What runs inside a scorer process: `python -m rewards.worker FD PARENT_PID`.
+"""What runs inside a scorer process: `python -m rewards.worker FD PARENT_PID MEMORY_LIMIT`.
 
 It speaks pickles over one inherited socket: first it receives (settings, verifiers), then
 requests, and answers each with the result or the exception. It ends when the socket closes.
-Reads only from the process that started it, so nothing unpickled crosses a trust boundary.
+MEMORY_LIMIT is in bytes of address space, 0 for none. Reads only from the process that started it,
+so nothing unpickled crosses a trust boundary.
 """
 
 from __future__ import annotations
@@ -15,20 +16,15 @@ import sys
 import traceback
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
-from typing import Any, Literal
+from typing import Any
 
-from posttrain.types import Prompt, Reward, Rollout, SystemInstruction
-from rewards.score import Verifier
-from rewards.scorer import score_rollouts
+from posttrain.types import Prompt, Reward
+from rewards import reward_model
+from rewards.score import Finding, Verifier
+from rewards.scorer import score_rollout
 from rewards.shaping import RewardSettings
 from rewards.verifiers import check_reference
-
-CheckRequest = tuple[Literal["check"], Prompt]
-ScoreRequest = tuple[Literal["score"], Prompt, tuple[Rollout, ...], SystemInstruction | None]
-Request = CheckRequest | ScoreRequest
-
-MEMORY_LIMIT = 4 << 30
-"""Bytes of address space. An answer that wants more is stopped before the machine suffers."""
+from rewards.worker_requests import AskModel, Check, Request, ScoreOne
 
 _PR_SET_PDEATHSIG = 1
 
@@ -36,33 +32,53 @@ _PR_SET_PDEATHSIG = 1
 def main() -> None:
     connection = Connection(int(sys.argv[1]))
     _die_with_parent(int(sys.argv[2]))
-    _limit_memory()
+    _limit_memory(int(sys.argv[3]))
     try:
         settings, verifiers = connection.recv()
+        server = _Server(settings, verifiers)
         connection.send(None)
         while True:
-            connection.send(_answer(connection.recv(), settings, verifiers))
+            connection.send(server.answer(connection.recv()))
     except (EOFError, ConnectionError):
         return
 
 
-def _answer(
-    request: Request, settings: RewardSettings, verifiers: Mapping[str, Verifier]
-) -> tuple[Reward, ...] | Exception | None:
-    try:
-        if request[0] == "check":
-            check_reference(request[1], settings, verifiers)
-            return None
-        _, prompt, rollouts, system = request
-        return score_rollouts(prompt, rollouts, system, settings, verifiers)
-    except Exception as error:
-        error.add_note(f"in a scorer process:\n{traceback.format_exc()}")
-        return error
+class _Server:
+    """Remembers the last prompt: the answers to it come one by one."""
+
+    def __init__(self, settings: RewardSettings, verifiers: Mapping[str, Verifier]) -> None:
+        self._settings = settings
+        self._verifiers = verifiers
+        self._prompt: Prompt | None = None
+
+    def answer(self, request: Request) -> object:
+        try:
+            return self._answer(request)
+        except Exception as error:
+            error.add_note(f"in a scorer process:\n{traceback.format_exc()}")
+            return error
+
+    def _answer(self, request: Request) -> Reward | tuple[Finding, ...] | None:
+        match request:
+            case Check(prompt=prompt):
+                check_reference(prompt, self._settings, self._verifiers)
+                return None
+            case AskModel(prompt=prompt, texts=texts, system=system):
+                assert self._settings.reward_model is not None
+                return reward_model.score_texts(prompt, texts, system, self._settings.reward_model)
+            case ScoreOne(rollout=rollout, system=system, given=given):
+                self._prompt = request.prompt or self._prompt
+                assert self._prompt is not None
+                return score_rollout(
+                    self._prompt, rollout, system, self._settings, self._verifiers, given
+                )
 
 
-def _limit_memory() -> None:
+def _limit_memory(limit: int) -> None:
+    if limit == 0:
+        return
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = MEMORY_LIMIT if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT, hard)
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 

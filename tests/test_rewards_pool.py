@@ -128,7 +128,7 @@ def test_real_verifiers_hang_and_are_stopped() -> None:
     task = make_prompt(
         "?", reference=f"{matrix}^{{99}}", domain="d", metadata={"verifier": "maths"}
     )
-    with ScorerPool(1, RewardSettings(), deadline_s=5.0) as pool:
+    with ScorerPool(1, RewardSettings(deadlines_s={"maths": 5.0})) as pool:
         (right,) = score(
             pool, rf"\boxed{{{matrix}^{{99}}}}", prompt=task
         )  # what it needs is loaded
@@ -187,11 +187,11 @@ def test_callers_beyond_the_bound_wait_outside_the_queue() -> None:
         calls = [pool.score(TASK, [rollout("sleep 0.02")], None) for _ in range(20)]
         tasks = [asyncio.create_task(call) for call in calls]
         await asyncio.sleep(0.05)
-        queued = pool._jobs.qsize()
+        queued = pool._pieces.qsize()
         assert {outcome for task in tasks for outcome in outcomes(await task)} == {Outcome.CORRECT}
         return queued
 
-    with acting_pool() as pool:
+    with acting_pool(spares=0) as pool:
         assert asyncio.run(flood(pool)) <= GROUPS_PER_WORKER
         assert asyncio.run(flood(pool)) <= GROUPS_PER_WORKER  # and from a second event loop
 
@@ -211,7 +211,9 @@ def test_a_busy_worker_dies_with_its_parent(tmp_path: Path) -> None:
     assert eventually(lambda: not running(worker), seconds=5)
 
 
-@pytest.mark.parametrize(("num_workers", "deadline_s"), [(0, 1.0), (1, 0.0)])
-def test_impossible_sizes_are_refused(num_workers: int, deadline_s: float) -> None:
+@pytest.mark.parametrize(
+    ("num_workers", "spares", "patience_s"), [(0, 0, 1.0), (1, -1, 1.0), (1, 0, 0.0)]
+)
+def test_impossible_sizes_are_refused(num_workers: int, spares: int, patience_s: float) -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        ScorerPool(num_workers, RewardSettings(), deadline_s=deadline_s)
+        ScorerPool(num_workers, RewardSettings(), spares=spares, patience_s=patience_s)
