@@ -35,6 +35,11 @@ def acting(prompt: Prompt, text: str) -> Score:
             hang()
         case "sleep":
             time.sleep(float(argument))
+        case "nice":
+            return failed(Outcome.WRONG, str(os.nice(0)))
+        case "sleep-and-nice":
+            time.sleep(float(argument))
+            return failed(Outcome.WRONG, str(os.nice(0)))
         case "die":
             os.kill(os.getpid(), signal.SIGKILL)
         case "wait-to-be-killed-once":
