@@ -30,7 +30,8 @@ from rewards.score import Finding, Verifier, failed
 from rewards.scorer import stopped, unscored
 from rewards.shaping import RewardSettings
 from rewards.verifiers import VERIFIERS, remote_names, verifier_names
-from rewards.worker_process import Closed, DeadlineHit, WorkerDied, WorkerProcess
+from rewards.worker_process import DeadlineHit, WorkerProcess
+from rewards.worker_template import Closed, Template, WorkerDied
 
 RETRIES = 2
 """Times that an answer is tried again after its process died without running late."""
@@ -138,8 +139,9 @@ class ScorerPool:
         self._closing, self._close_signal = Pipe(duplex=False)
         self._remote = Remote(settings, engine, self._closing)
         num_threads = num_workers + spares
+        self._template = Template(settings, verifiers, self._closing)
         self._workers = [
-            WorkerProcess(settings, verifiers, self._closing) for _ in range(num_threads)
+            WorkerProcess(settings, self._template, self._closing) for _ in range(num_threads)
         ]
         self._idle = list(self._workers)
         self._threads = [
@@ -192,6 +194,7 @@ class ScorerPool:
             thread.join()
         for worker in self._workers:
             worker.kill()
+        self._template.kill()
         self._remote.close()
         self._closing.close()
 
@@ -222,7 +225,7 @@ class ScorerPool:
         group = piece.group
         if piece.start == 0 and not group.future.set_running_or_notify_cancel():
             return
-        worker = self._idle.pop()  # the one that was used last: it is warm, and others need not be
+        worker = self._idle.pop()  # the one that was used last: the others need not be started
         try:
             for index in range(piece.start, len(group.rollouts)):
                 if self._closed:
@@ -233,9 +236,6 @@ class ScorerPool:
                 group.put(index, self._score(worker, group, index, give_way))
                 if worker.num_answers >= self._answers_per_worker:
                     worker.kill()
-                if worker.was_killed:
-                    give_way()
-                    worker.revive()
         except Closed:
             group.fail(_closed_error())
         except Exception as error:

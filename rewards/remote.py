@@ -18,8 +18,9 @@ from rewards.judged import Ask
 from rewards.reward_model import RewardModelSettings
 from rewards.score import Finding, Unscored
 from rewards.shaping import RewardSettings
-from rewards.worker_process import Closed, DeadlineHit, WorkerDied, WorkerProcess
+from rewards.worker_process import DeadlineHit, WorkerProcess
 from rewards.worker_requests import AskModel
+from rewards.worker_template import Closed, Template, WorkerDied
 
 RETRIES = 1
 """Times that a group is given to the reward model again after its process died."""
@@ -66,7 +67,8 @@ class _ModelProcess:
         self, settings: RewardSettings, model: RewardModelSettings, closing: Connection
     ) -> None:
         self._deadline_s = model.deadline_s
-        self._worker = WorkerProcess(settings, {}, closing, memory_limit=0)
+        self._template = Template(settings, {}, closing, memory_limit=0)
+        self._worker = WorkerProcess(settings, self._template, closing)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward-model")
 
     async def findings(
@@ -97,3 +99,4 @@ class _ModelProcess:
         """After the closing signal: what is under way ends with Closed."""
         self._thread.shutdown(wait=True)
         self._worker.kill()
+        self._template.kill()

@@ -1,5 +1,5 @@
-"""What a scorer process is asked. A module of its own: the process runs `rewards.worker` as its
-main module, and what is pickled must have the same name on both sides.
+"""What scorer processes and their template are asked. A module of its own: the template runs
+`rewards.worker` as its main module, and what is pickled must have the same name on both sides.
 """
 
 from __future__ import annotations
@@ -13,14 +13,28 @@ from rewards.score import Finding
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """Imports everything that the prompt's verifiers need. Answered with None."""
+    """To the template: import everything that the prompt's verifiers need. Answered with None."""
 
     prompt: Prompt
 
 
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """To the template, followed by the handle of a socket: start a process that answers there.
+    Answered with its process id."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reap:
+    """To the template: a process that was killed, or has died. Answered with its exit code."""
+
+    pid: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreOne:
-    """One answer; `prompt` is None for that of the request before. Answered with a Reward."""
+    """To a process: one answer; `prompt` is None for that of the request before. Answered with a
+    Reward."""
 
     prompt: Prompt | None
     rollout: Rollout
@@ -30,11 +44,8 @@ class ScoreOne:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AskModel:
-    """A group for the reward model. Answered with a finding for each text."""
+    """To a process: a group for the reward model. Answered with a finding for each text."""
 
     prompt: Prompt
     texts: tuple[str, ...]
     system: SystemInstruction | None
-
-
-Request = Check | ScoreOne | AskModel

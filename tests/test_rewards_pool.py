@@ -27,16 +27,20 @@ def outcomes(rewards: tuple[Reward, ...]) -> list[Outcome]:
     return [reward.outcome for reward in rewards]
 
 
-def children() -> set[int]:
-    """Process ids of this process's children, ended but unreaped ones included."""
-    found = set()
+def descendants() -> set[int]:
+    """Process ids of what this process has started and what that has, ended but unreaped ones
+    included."""
+    parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if int(fields[1]) == os.getpid():
-            found.add(int(stat.parent.name))
+        parents[int(stat.parent.name)] = int(fields[1])
+    found, newest = set[int](), {os.getpid()}
+    while newest:
+        newest = {pid for pid, parent in parents.items() if parent in newest}
+        found |= newest
     return found
 
 
@@ -63,7 +67,7 @@ async def test_hundreds_of_groups_come_back_in_order_and_as_the_pure_path_scores
         make_prompt(f"{number}?", reference=str(number), domain="d") for number in range(300)
     ]
     groups = [[rollout(f"#{number}"), rollout(f"#{number}x")] for number in range(300)]
-    before = children()
+    before = descendants()
     with ScorerPool(2, settings) as pool:
         scorer: Scorer = pool
         results = await asyncio.gather(
@@ -72,8 +76,8 @@ async def test_hundreds_of_groups_come_back_in_order_and_as_the_pure_path_scores
                 for prompt, group in zip(prompts, groups, strict=True)
             )
         )
-        assert len(children() - before) == 2
-    assert children() == before
+        assert len(descendants() - before) == 3  # a template and what is forked from it
+    assert descendants() == before
     for prompt, group, rewards in zip(prompts, groups, results, strict=True):
         assert rewards == score_rollouts(prompt, group, instruction, settings)
         assert [reward.value for reward in rewards] == [1.5, 0.0]
@@ -165,16 +169,16 @@ def test_what_is_wrong_with_the_prompt_is_raised() -> None:
 
 
 async def test_closing_fails_what_is_under_way_and_leaves_nothing() -> None:
-    before = children()
+    before = descendants()
     pool = acting_pool(num_workers=2)
     waiting = [asyncio.create_task(pool.score(TASK, [rollout("hang")], None)) for _ in range(30)]
-    while len(children() - before) < 2:
+    while len(descendants() - before) < 3:
         await asyncio.sleep(0.01)
     started = time.monotonic()
     pool.close()
     pool.close()
     assert time.monotonic() - started < 5
-    assert children() == before
+    assert descendants() == before
     results = await asyncio.gather(*waiting, return_exceptions=True)
     assert [type(result) for result in results] == [StageError] * 30
     with pytest.raises(StageError, match="closed"):
