@@ -22,6 +22,9 @@ from rewards.worker_process import DeadlineHit, WorkerProcess
 from rewards.worker_requests import AskModel
 from rewards.worker_template import Closed, Template, WorkerDied
 
+LOADING_S = 600.0
+"""Seconds more for the first group: imports, and reading the model."""
+
 RETRIES = 1
 """Times that a group is given to the reward model again after its process died."""
 
@@ -67,6 +70,7 @@ class _ModelProcess:
         self, settings: RewardSettings, model: RewardModelSettings, closing: Connection
     ) -> None:
         self._deadline_s = model.deadline_s
+        self._loaded = False
         self._template = Template(settings, {}, closing, memory_limit=0)
         self._worker = WorkerProcess(settings, self._template, closing)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward-model")
@@ -87,11 +91,16 @@ class _ModelProcess:
         why = ""
         for _ in range(1 + RETRIES):
             try:
-                return self._worker.ask_model(request, self._deadline_s)
+                more = 0.0 if self._loaded else LOADING_S
+                findings = self._worker.ask_model(request, self._deadline_s + more)
+                self._loaded = True
+                return findings
             except DeadlineHit:
+                self._loaded = False
                 why = f"no output of the reward model within {self._deadline_s:g} s"
                 break
             except WorkerDied as error:
+                self._loaded = False
                 why = str(error)
         return (Unscored(f"the reward model: {why}"),) * len(request.texts)
 
