@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from posttrain.cli_prune import prune_command
+from posttrain.cli_reward import reward_command
 from posttrain.errors import DataError, Interrupted, PosttrainError, StageError
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ def audit_command(
 
 
 app.command("prune")(prune_command)
+app.command("reward")(reward_command)
 
 
 @app.command("doctor")

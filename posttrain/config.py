@@ -247,6 +247,18 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Settings:
         SettingsError: no such file, no YAML, an unknown key (names the nearest known one), a value
             of the wrong type (names the key and what was expected).
     """
+    return compose(Settings, read_yaml(path), overrides, str(path))
+
+
+def load_rewards(path: Path) -> RewardSettings:
+    """The section `rewards` of a file of settings; the others are not looked at. Raises as `load`
+    does."""
+    section = read_yaml(path).get("rewards", {})
+    return compose(RewardSettings, section, (), f"{path}: rewards")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Raises SettingsError for what is no file with a mapping in YAML."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
@@ -255,7 +267,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Settings:
         raise SettingsError(f"{path} is no YAML: {error}") from error
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: a mapping of settings was expected at the top")
-    return compose(Settings, content, overrides, str(path))
+    return content
 
 
 def compose(

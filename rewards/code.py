@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from posttrain.errors import DataError
 from posttrain.types import Outcome, Prompt
+from rewards.reasoning_section import after_reasoning
 from rewards.sandbox import Sandbox, shared_sandbox
 from rewards.sandbox_client import Execution, Program
 from rewards.sandbox_launcher import SandboxSettings
@@ -56,7 +57,6 @@ class CodeSettings(BaseModel):
 
 DEFAULTS = CodeSettings()
 
-_REASONING = re.compile(r"<(/?)(?:think|thinking|thought|reasoning|reflection)>", re.IGNORECASE)
 _FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})[ \t]*([^\s`]*)[^`]*")
 _LANGUAGES = ("", "python", "python3", "py")
 _FRACTION = re.compile(r"[+-]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
@@ -118,10 +118,9 @@ def _total(
 
 def extract_program(text: str) -> str | None:
     """The last closed fenced block of Python, or of no stated language, behind the reasoning."""
-    marks = list(_REASONING.finditer(text))
-    if marks and not any(mark[1] for mark in marks):  # opened and never closed
+    answer = after_reasoning(text)
+    if answer is None:
         return None
-    answer = text[max((mark.end() for mark in marks if mark[1]), default=0) :]
     program: str | None = None
     fence, wanted, lines = "", False, list[str]()
     for line in answer.split("\n"):

@@ -25,6 +25,15 @@ class Score:
             raise ValueError(f"correctness must be in [0, 1], got {self.correctness}")
 
 
+@dataclass(frozen=True, slots=True)
+class Unscored:
+    """A verifier could not do its work, through no fault of the answer."""
+
+    why: str
+
+
+Finding = Score | Unscored
+
 Verifier = Callable[[Prompt, str], Score]
 """(prompt, text of the whole completion) -> Score. Pure, picklable, and silent on stdout."""
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from posttrain.types import Outcome, Reward, Rollout, SystemInstruction
+from posttrain.types import Outcome, Prompt, Reward, Rollout, SystemInstruction
 from rewards.code import CodeSettings
+from rewards.judged import JudgedSettings
+from rewards.reward_model import RewardModelSettings
 from rewards.score import Score
+
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class OverlongPenalty(BaseModel):
@@ -38,22 +45,58 @@ class RewardSettings(BaseModel):
     verifiers: dict[str, str] = Field(
         default_factory=dict, description="domain -> verifier, over what the source names"
     )
+    added: dict[str, dict[str, Weight]] = Field(
+        default_factory=dict,
+        description="domain -> further verifier -> weight: added to what trains, never to "
+        "correctness",
+    )
+    custom: dict[str, str] = Field(
+        default_factory=dict, description="name -> `module:function`, verifiers of one's own"
+    )
+    deadline_s: float = Field(
+        default=10.0, gt=0, description="seconds that one verifier may take over one answer"
+    )
+    deadlines_s: dict[str, Seconds] = Field(
+        default_factory=dict, description="verifier -> seconds, where they differ"
+    )
     instruction_weight: float = Field(
         default=0.0, ge=0, description="reward for following the system instruction's pattern"
     )
     overlong_penalty: OverlongPenalty | None = None
     code: CodeSettings = CodeSettings()
+    judge: JudgedSettings | None = None
+    reward_model: RewardModelSettings | None = None
+
+    @model_validator(mode="after")
+    def _deadlines_fit(self) -> RewardSettings:
+        if self.code.answer_s >= self.deadline_of("code"):
+            raise ValueError(
+                f"code.answer_s = {self.code.answer_s:g} must be below the deadline of the verifier"
+                f" code, {self.deadline_of('code'):g} s; lower it or set deadlines_s.code"
+            )
+        return self
+
+    def deadline_of(self, verifier: str) -> float:
+        """Seconds."""
+        return self.deadlines_s.get(verifier, self.deadline_s)
 
 
 def combine(
-    score: Score, rollout: Rollout, system: SystemInstruction | None, settings: RewardSettings
+    score: Score,
+    added: Mapping[str, float],
+    prompt: Prompt,
+    rollout: Rollout,
+    system: SystemInstruction | None,
+    settings: RewardSettings,
 ) -> Reward:
     """The reward of one scored rollout. `components` holds the unweighted terms: `correctness`,
-    `instruction` (1 or 0; only with a system instruction that has a pattern) and `length` (in
-    [−1, 0]; only with an overlong penalty). Difficulty and gates read correctness alone.
+    what each further verifier has found (`added`, under its name), `instruction` (1 or 0; only with
+    a system instruction that has a pattern) and `length` (in [−1, 0]; only with an overlong
+    penalty). Difficulty and gates read correctness alone.
     """
-    components = {"correctness": score.correctness}
-    value = score.correctness
+    components = {"correctness": score.correctness, **added}
+    weights = settings.added.get(prompt.domain, {})
+    value = score.correctness + sum(weights[name] * term for name, term in added.items())
     if system is not None and system.pattern is not None:
         components["instruction"] = _follows(system.pattern, rollout, score.outcome)
         value += settings.instruction_weight * components["instruction"]

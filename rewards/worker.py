@@ -1,8 +1,11 @@
-"""What runs inside a scorer process: `python -m rewards.worker FD PARENT_PID`.
+"""The template of scorer processes: `python -m rewards.worker FD PARENT_PID MEMORY_LIMIT`.
 
-It speaks pickles over one inherited socket: first it receives (settings, verifiers), then
-requests, and answers each with the result or the exception. It ends when the socket closes.
-Reads only from the process that started it, so nothing unpickled crosses a trust boundary.
+It imports what verifiers need and forks a process for each socket that it is handed, so that one
+that was killed is replaced in milliseconds, whatever the imports take. All speak pickles: what is
+asked, answered with the result or the exception. The template is told (settings, verifiers) first.
+Each ends when its socket closes, and with its parent. MEMORY_LIMIT is in bytes of address space, 0
+for none. Reads only from the process that started it, so nothing unpickled crosses a trust
+boundary.
 """
 
 from __future__ import annotations
@@ -13,62 +16,116 @@ import resource
 import signal
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from multiprocessing import reduction
 from multiprocessing.connection import Connection
-from typing import Any, Literal
+from typing import Any
 
-from posttrain.types import Prompt, Reward, Rollout, SystemInstruction
+from posttrain.types import Prompt
+from rewards import reward_model
 from rewards.score import Verifier
-from rewards.scorer import score_rollouts
+from rewards.scorer import score_rollout
 from rewards.shaping import RewardSettings
 from rewards.verifiers import check_reference
-
-CheckRequest = tuple[Literal["check"], Prompt]
-ScoreRequest = tuple[Literal["score"], Prompt, tuple[Rollout, ...], SystemInstruction | None]
-Request = CheckRequest | ScoreRequest
-
-MEMORY_LIMIT = 4 << 30
-"""Bytes of address space. An answer that wants more is stopped before the machine suffers."""
+from rewards.worker_requests import AskModel, Check, Fork, Reap, ScoreOne
 
 _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    connection = Connection(int(sys.argv[1]))
+    control = Connection(int(sys.argv[1]))
     _die_with_parent(int(sys.argv[2]))
-    _limit_memory()
+    _limit_memory(int(sys.argv[3]))
     try:
-        settings, verifiers = connection.recv()
-        connection.send(None)
+        settings, verifiers = control.recv()
+        control.send(None)
+        template = _Template(control, settings, verifiers)
         while True:
-            connection.send(_answer(connection.recv(), settings, verifiers))
+            control.send(_caught(template.answer, control.recv()))
     except (EOFError, ConnectionError):
         return
 
 
-def _answer(
-    request: Request, settings: RewardSettings, verifiers: Mapping[str, Verifier]
-) -> tuple[Reward, ...] | Exception | None:
+def _caught(answer: Callable[[Any], object], request: object) -> object:
     try:
-        if request[0] == "check":
-            check_reference(request[1], settings, verifiers)
-            return None
-        _, prompt, rollouts, system = request
-        return score_rollouts(prompt, rollouts, system, settings, verifiers)
+        return answer(request)
     except Exception as error:
         error.add_note(f"in a scorer process:\n{traceback.format_exc()}")
         return error
 
 
-def _limit_memory() -> None:
+class _Template:
+    def __init__(
+        self, control: Connection, settings: RewardSettings, verifiers: Mapping[str, Verifier]
+    ) -> None:
+        self._control = control
+        self._settings = settings
+        self._verifiers = verifiers
+
+    def answer(self, request: Check | Fork | Reap) -> int | None:
+        match request:
+            case Check(prompt=prompt):
+                check_reference(prompt, self._settings, self._verifiers)
+                return None
+            case Reap(pid=pid):
+                _, status = os.waitpid(pid, 0)
+                return os.waitstatus_to_exitcode(status)
+            case Fork():
+                return self._fork(reduction.recv_handle(self._control))
+
+    def _fork(self, handle: int) -> int:
+        template = os.getpid()
+        pid = os.fork()
+        if pid != 0:
+            os.close(handle)
+            return pid
+        status = 1
+        try:
+            os.setsid()
+            _die_with_parent(template)
+            self._control.close()
+            _serve(Connection(handle), self._settings, self._verifiers)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+
+
+def _serve(
+    connection: Connection, settings: RewardSettings, verifiers: Mapping[str, Verifier]
+) -> None:
+    last: Prompt | None = None
+
+    def answer(request: ScoreOne | AskModel) -> object:
+        nonlocal last
+        match request:
+            case AskModel(prompt=prompt, texts=texts, system=system):
+                assert settings.reward_model is not None
+                return reward_model.score_texts(prompt, texts, system, settings.reward_model)
+            case ScoreOne(rollout=rollout, system=system, given=given):
+                last = request.prompt or last
+                assert last is not None
+                return score_rollout(last, rollout, system, settings, verifiers, given)
+
+    try:
+        while True:
+            connection.send(_caught(answer, connection.recv()))
+    except (EOFError, ConnectionError):
+        return
+
+
+def _limit_memory(limit: int) -> None:
+    if limit == 0:
+        return
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = MEMORY_LIMIT if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT, hard)
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _die_with_parent(parent: int) -> None:
-    """The closed socket ends a worker that waits; this also ends one that is busy in C code. The
-    kernel sends the signal when the *thread* that started the worker ends."""
+    """The closed socket ends a process that waits; this also ends one that is busy in C code. The
+    kernel sends the signal when the *thread* that started the process ends."""
     if sys.platform == "linux":
         prctl: Any = ctypes.CDLL(None, use_errno=True).prctl
         if prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:

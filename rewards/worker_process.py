@@ -1,139 +1,125 @@
-"""The parent's side of one scorer process: started when needed, killed when late, started anew."""
+"""The parent's side of one scorer process: forked when needed, killed when late, forked anew."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import pickle
-import signal
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
-from multiprocessing import Pipe
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
 from posttrain.types import Prompt, Reward, Rollout, SystemInstruction
-from rewards.score import Verifier
+from rewards.score import Finding
 from rewards.shaping import RewardSettings
-from rewards.verifiers import verifier_name
+from rewards.verifiers import verifier_names
+from rewards.worker_requests import AskModel, ScoreOne
+from rewards.worker_template import Closed, Forked, Template, WorkerDied
 
-START_DEADLINE_S = 60.0
-"""For starting the process and for importing what a verifier needs."""
-
-_ONE_THREAD = {
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-}
+LOWEST_PRIORITY = 19
+"""Niceness while an answer is late: what hangs must not take the processor from what does not."""
 
 
 class DeadlineHit(Exception):
     """The request took longer than it may; the process was killed."""
 
 
-class WorkerDied(Exception):
-    """The process ended, or never came up; what it was asked is not known to be at fault."""
-
-
-class Closed(Exception):
-    """The pool is closing."""
-
-
 class WorkerProcess:
-    """Owned by one thread, which must outlive the process (see `rewards.worker`).
+    """Used by one thread at a time."""
 
-    Plain subprocesses rather than `multiprocessing`: that would import the caller's main module in
-    every worker and leave its resource tracker running after the last of them. Each is a session
-    of its own, so that whatever it started is killed with it and Ctrl-C does not reach it.
-    """
-
-    def __init__(
-        self, settings: RewardSettings, verifiers: Mapping[str, Verifier], closing: Connection
-    ) -> None:
+    def __init__(self, settings: RewardSettings, template: Template, closing: Connection) -> None:
         self._settings = settings
-        self._verifiers = dict(verifiers)
+        self._template = template
         self._closing = closing
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
-        self._ready_verifiers: set[str] = set()
+        self._process: Forked | None = None
+        self._last_prompt: Prompt | None = None
+        self.num_answers = 0
+        """Of the process that there is."""
 
     def score(
         self,
         prompt: Prompt,
-        rollouts: Sequence[Rollout],
+        rollout: Rollout,
         system: SystemInstruction | None,
+        given: Mapping[str, Finding],
         deadline_s: float,
-    ) -> tuple[Reward, ...]:
-        """Raises DeadlineHit, WorkerDied, Closed, or what the worker raised (DataError)."""
-        try:
-            self._get_ready(prompt)
-        except DeadlineHit as error:
-            raise WorkerDied(f"not ready within {START_DEADLINE_S:.0f} s") from error
-        rewards: tuple[Reward, ...] = self._ask(
-            ("score", prompt, tuple(rollouts), system), deadline_s
+        patience_s: float,
+        on_slow: Callable[[], None],
+    ) -> Reward:
+        """`on_slow` is called once if the answer takes longer than `patience_s`. Raises
+        DeadlineHit, WorkerDied, Closed, or what the worker raised (DataError)."""
+        process = self._ready_for(prompt)
+        known = prompt is self._last_prompt
+        self._send(
+            process,
+            ScoreOne(prompt=None if known else prompt, rollout=rollout, system=system, given=given),
         )
-        return rewards
-
-    def _get_ready(self, prompt: Prompt) -> None:
-        """Pays for start and imports outside an answer's deadline: checking the reference of the
-        first prompt imports everything that its verifier needs."""
-        if self._process is None:
-            self._start()
-        name = verifier_name(prompt, self._settings)
-        if name not in self._ready_verifiers:
-            self._ask(("check", prompt), START_DEADLINE_S)
-            self._ready_verifiers.add(name)
-
-    def _start(self) -> None:
-        ours, theirs = Pipe()
-        command = [sys.executable, "-P", "-m", "rewards.worker", str(theirs.fileno())]
-        path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
-        self._connection = ours
+        self._last_prompt = prompt
+        self.num_answers += 1
+        slow = patience_s < deadline_s and not self._arrived(process, patience_s)
+        if slow:
+            on_slow()
+            with contextlib.suppress(ProcessLookupError):
+                os.setpriority(os.PRIO_PGRP, process.pid, LOWEST_PRIORITY)
         try:
-            self._process = subprocess.Popen(
-                [*command, str(os.getpid())],
-                pass_fds=[theirs.fileno()],
-                env={**os.environ, **_ONE_THREAD, "PYTHONPATH": path},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # the parent's stdout may carry one JSON object
-                start_new_session=True,
-            )
-        except OSError as error:
-            self.kill()
-            raise WorkerDied(f"cannot start a scorer process: {error}") from error
+            reward: Reward = self._receive(process, deadline_s - patience_s if slow else deadline_s)
         finally:
-            theirs.close()
-        self._ask((self._settings, self._verifiers), START_DEADLINE_S)
+            if slow and self._process is not None:
+                self._restore_priority(process)
+        return reward
 
-    def _ask(self, request: object, deadline_s: float) -> Any:
-        assert self._connection is not None
+    def ask_model(self, request: AskModel, deadline_s: float) -> tuple[Finding, ...]:
+        """Raises DeadlineHit, WorkerDied, Closed, or what the worker raised (ModelError)."""
+        if self._process is None:
+            self._process = self._template.fork(None)
+        self._send(self._process, request)
+        findings: tuple[Finding, ...] = self._receive(self._process, deadline_s)
+        return findings
+
+    def _ready_for(self, prompt: Prompt) -> Forked:
+        names = verifier_names(prompt, self._settings)
+        if self._process is not None and names not in self._process.ready_for:
+            self.kill()  # else it would import during the answer's time
+        if self._process is None:
+            self._process = self._template.fork(prompt)
+        return self._process
+
+    def _send(self, process: Forked, request: object) -> None:
         try:
-            self._connection.send_bytes(pickle.dumps(request, pickle.HIGHEST_PROTOCOL))
-            ready = wait([self._connection, self._closing], timeout=deadline_s)
-            if self._closing in ready:
-                raise Closed
-            if not ready:
-                self.kill()
-                raise DeadlineHit
-            reply = self._connection.recv()
+            process.connection.send_bytes(pickle.dumps(request, pickle.HIGHEST_PROTOCOL))
+        except OSError as error:
+            raise WorkerDied(f"the scorer process died ({self.kill()})") from error
+
+    def _arrived(self, process: Forked, within_s: float) -> bool:
+        """Whether the reply, or the end of the process, is there. Raises Closed."""
+        ready = wait([process.connection, self._closing], timeout=within_s)
+        if self._closing in ready:
+            raise Closed
+        return bool(ready)
+
+    def _receive(self, process: Forked, deadline_s: float) -> Any:
+        if not self._arrived(process, deadline_s):
+            self.kill()
+            raise DeadlineHit
+        try:
+            reply = process.connection.recv()
         except (EOFError, OSError) as error:
             raise WorkerDied(f"the scorer process died ({self.kill()})") from error
         if isinstance(reply, Exception):
             raise reply
         return reply
 
+    def _restore_priority(self, process: Forked) -> None:
+        """Where this user may not, the process has had its day."""
+        try:
+            ours = os.getpriority(os.PRIO_PROCESS, 0)
+            os.setpriority(os.PRIO_PGRP, process.pid, ours)
+        except (PermissionError, ProcessLookupError):
+            self.kill()
+
     def kill(self) -> str:
-        """Leaves no process behind and says how it had ended; the next request starts another."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-        self._ready_verifiers.clear()
-        if self._process is None:
-            return "not started"
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        code = self._process.wait()
-        self._process = None
-        return f"exit code {code}"
+        """Leaves no process behind and says how it had ended; the next request forks another."""
+        process, self._process = self._process, None
+        self._last_prompt = None
+        self.num_answers = 0
+        return "not started" if process is None else self._template.end(process)

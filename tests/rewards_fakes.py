@@ -16,7 +16,10 @@ from rewards.score import Score, failed, right
 from rewards.shaping import RewardSettings
 
 TASK = make_prompt("1+1?", reference="2", domain="sums")
-ACTING = RewardSettings(default_verifier="acting")
+
+
+def acting_settings(deadline_s: float) -> RewardSettings:
+    return RewardSettings(default_verifier="acting", deadlines_s={"acting": deadline_s})
 
 
 def hang() -> None:
@@ -32,6 +35,11 @@ def acting(prompt: Prompt, text: str) -> Score:
             hang()
         case "sleep":
             time.sleep(float(argument))
+        case "nice":
+            return failed(Outcome.WRONG, str(os.nice(0)))
+        case "sleep-and-nice":
+            time.sleep(float(argument))
+            return failed(Outcome.WRONG, str(os.nice(0)))
         case "die":
             os.kill(os.getpid(), signal.SIGKILL)
         case "wait-to-be-killed-once":
@@ -41,6 +49,8 @@ def acting(prompt: Prompt, text: str) -> Score:
         case "note-and-hang":
             Path(argument).write_text(str(os.getpid()))
             hang()
+        case "pid":
+            return failed(Outcome.WRONG, str(os.getpid()))
         case "environment":
             loaded = "torch" in sys.modules
             return failed(Outcome.WRONG, f"{os.environ['OMP_NUM_THREADS']} {loaded}")
@@ -64,8 +74,22 @@ def rollout(text: str, num_tokens: int = 5, finish_reason: str = "stop") -> Roll
     )
 
 
-def acting_pool(num_workers: int = 1, deadline_s: float = 20.0) -> ScorerPool:
-    return ScorerPool(num_workers, ACTING, deadline_s=deadline_s, verifiers={"acting": acting})
+def acting_pool(
+    num_workers: int = 1,
+    deadline_s: float = 20.0,
+    *,
+    spares: int = 8,
+    patience_s: float = 0.5,
+    answers_per_worker: int = 20_000,
+) -> ScorerPool:
+    return ScorerPool(
+        num_workers,
+        acting_settings(deadline_s),
+        spares=spares,
+        patience_s=patience_s,
+        answers_per_worker=answers_per_worker,
+        verifiers={"acting": acting},
+    )
 
 
 def score(pool: ScorerPool, *texts: str, prompt: Prompt = TASK) -> tuple[Reward, ...]:

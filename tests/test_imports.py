@@ -32,8 +32,8 @@ LAYERS = [
         # Every component's settings come together, then what they name is read.
         "posttrain.config",
         "posttrain.inputs posttrain.doctor posttrain.prune",
-        "posttrain.stages",
-        "posttrain.pipeline posttrain.cli_prune",
+        "posttrain.stages posttrain.reward_file",
+        "posttrain.pipeline posttrain.cli_prune posttrain.cli_reward",
         "posttrain.cli",
     )
 ]

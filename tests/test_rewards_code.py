@@ -348,8 +348,9 @@ def test_in_a_pool_of_workers(partial_credit: bool) -> None:
     """The settings reach the sandbox in the worker process, and every answer its own outcome."""
     open_or_skip("own")
     sandbox = SandboxSettings(cpu_s=1)
-    rewards = RewardSettings(code=CodeSettings(partial_credit=partial_credit, sandbox=sandbox))
-    with ScorerPool(1, rewards, deadline_s=60) as pool:
+    code = CodeSettings(partial_credit=partial_credit, sandbox=sandbox)
+    rewards = RewardSettings(code=code, deadlines_s={"code": 60})
+    with ScorerPool(1, rewards) as pool:
         rollouts = [rollout(fenced(program)) for program in ANSWERS]
         scored = asyncio.run(pool.score(prompt(SQUARE), rollouts, None))
     for reward, (program, (outcome, share)) in zip(scored, ANSWERS.items(), strict=True):

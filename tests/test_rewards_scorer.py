@@ -30,7 +30,7 @@ def test_a_buffer_larger_than_the_limit_is_refused() -> None:
 
 
 def test_without_settings_the_value_is_the_correctness() -> None:
-    reward = combine(right(), rollout("#2"), None, RewardSettings())
+    reward = combine(right(), {}, TASK, rollout("#2"), None, RewardSettings())
     assert (reward.value, reward.correctness, reward.components) == (1.0, 1.0, {"correctness": 1.0})
 
 
@@ -39,13 +39,13 @@ def test_every_term_enters_with_its_weight_and_correctness_stays_alone() -> None
         instruction_weight=0.25,
         overlong_penalty=OverlongPenalty(limit=100, buffer=20, weight=0.5),
     )
-    followed = combine(right(), rollout("#[2]", num_tokens=90), BRACKETS, settings)
+    followed = combine(right(), {}, TASK, rollout("#[2]", num_tokens=90), BRACKETS, settings)
     assert followed.components == {"correctness": 1.0, "instruction": 1.0, "length": -0.5}
     assert followed.value == pytest.approx(1 + 0.25 - 0.25)
     assert followed.correctness == 1.0
 
     partly = Score(correctness=0.5, outcome=Outcome.WRONG, explanation="half")
-    ignored = combine(partly, rollout("#2", num_tokens=100), BRACKETS, settings)
+    ignored = combine(partly, {}, TASK, rollout("#2", num_tokens=100), BRACKETS, settings)
     assert ignored.components == {"correctness": 0.5, "instruction": 0.0, "length": -1.0}
     assert ignored.value == pytest.approx(0.5 - 0.5)
     assert (ignored.correctness, ignored.explanation) == (0.5, "half")
@@ -53,20 +53,22 @@ def test_every_term_enters_with_its_weight_and_correctness_stays_alone() -> None
 
 def test_the_pattern_must_match_in_full() -> None:
     settings = RewardSettings(instruction_weight=1.0)
-    assert combine(right(), rollout("#[2] or so"), BRACKETS, settings).value == 1.0
-    assert combine(right(), rollout("#[2]"), BRACKETS, settings).value == 2.0
+    assert combine(right(), {}, TASK, rollout("#[2] or so"), BRACKETS, settings).value == 1.0
+    assert combine(right(), {}, TASK, rollout("#[2]"), BRACKETS, settings).value == 2.0
 
 
 def test_an_instruction_without_a_pattern_adds_nothing() -> None:
     unchecked = SystemInstruction(name="polite", text="Be polite.")
     settings = RewardSettings(instruction_weight=1.0)
-    assert combine(right(), rollout("#2"), unchecked, settings).components == {"correctness": 1.0}
+    assert combine(right(), {}, TASK, rollout("#2"), unchecked, settings).components == {
+        "correctness": 1.0
+    }
 
 
 @pytest.mark.parametrize("outcome", [Outcome.TRUNCATED, Outcome.LIMIT])
 def test_what_was_stopped_earns_nothing_for_its_form(outcome: Outcome) -> None:
     settings = RewardSettings(instruction_weight=1.0)
-    reward = combine(failed(outcome, ""), rollout("#[2]"), BRACKETS, settings)
+    reward = combine(failed(outcome, ""), {}, TASK, rollout("#[2]"), BRACKETS, settings)
     assert (reward.value, reward.components["instruction"]) == (0.0, 0.0)
 
 
