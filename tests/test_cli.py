@@ -276,7 +276,8 @@ def test_dry_run_prints_the_plan(desk: Desk, tiny_policy: Path) -> None:
     assert len(done.out.splitlines()) == 1
     lines = desk.run(*changed, "--dry-run").out.splitlines()
     rows = {line[:28].strip().replace(" ", "_"): line[28:] for line in lines}
-    assert rows == {k: str(v) for k, v in plan.items()} | {"stages": "screen, rl"}
+    shown = {"stages": "screen, rl", "prompts_sharing_text": "none"}
+    assert rows == {k: str(v) for k, v in plan.items()} | shown
     assert not desk.run_dir.exists()
 
 
