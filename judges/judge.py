@@ -30,7 +30,9 @@ class JudgeSettings(BaseModel):
     """How a critic is sampled: `round_size` answers at a time until the label is decided or
     `max_samples` are scored. Not `adaptive`: exactly `max_samples`, what pass@k needs.
 
-    `concurrency` counts requests at the engine.
+    `concurrency` counts requests at the engine. A `seed` makes the answers repeatable; vLLM's CPU
+    engine (0.32) dies of seeded requests whose prompts it takes in pieces, so there is none unless
+    asked for.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,6 +43,7 @@ class JudgeSettings(BaseModel):
     temperature: float = Field(default=1.0, gt=0)
     max_tokens: int = Field(default=512, gt=0)
     concurrency: int = Field(default=64, gt=0)
+    seed: int | None = Field(default=None, ge=0)
     labels: LabelSettings = LabelSettings()
 
 
@@ -67,7 +70,11 @@ class CriticJudge:
             generator,
             scorer,
             encode,
-            sampling=Sampling(max_tokens=settings.max_tokens, temperature=settings.temperature),
+            sampling=Sampling(
+                max_tokens=settings.max_tokens,
+                temperature=settings.temperature,
+                seed=settings.seed,
+            ),
             concurrency=settings.concurrency,
             system=system,
         )

@@ -55,7 +55,7 @@ def prune_command(
     subset: Annotated[Text, option("Subset of a data set.")] = None,
     limit: Annotated[Number, option("The first so many rows only.")] = None,
     sample: Annotated[Number, option("So many rows at random.")] = None,
-    seed: Annotated[int, option("Of the sample and of the answers.")] = 0,
+    seed: Annotated[int, option("Of --sample and of a dry run.")] = 0,
     output_format: Annotated[str, typer.Option("--format", help="parquet, jsonl")] = "parquet",
     top_up: Annotated[bool, option("Ask on where another selection is unsure.")] = False,
     strict: Annotated[bool, option("Stop at the first row that cannot be used.")] = False,

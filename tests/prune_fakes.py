@@ -72,8 +72,11 @@ class FakeEngine:
                 log.write(f"{task_id}\n")
         self.samples += request.num_rollouts
         rate = int(text.split(":")[1].split("?")[0]) / 100
+        seed = request.sampling.seed
+        if seed is None:
+            seed = random.getrandbits(31)
         return tuple(
-            self._rollout(request, i, "#1" if chance(request.sampling.seed + i) < rate else "#0")
+            self._rollout(request, i, "#1" if chance(seed + i) < rate else "#0")
             for i in range(request.num_rollouts)
         )
 
@@ -122,6 +125,9 @@ def killed_again_and_again(settings: PruneSettings, out: Path, policy: Path, log
 
     Attempts are forks, because imports cost more than they do.
     """
+    import pandas  # noqa: F401 (pyarrow wants it; each attempt would import it anew)
+    import pyarrow.parquet  # noqa: F401
+
     model = model_of(policy)
     for line in sys.stdin:
         until = _reached(line.strip(), out, log)
@@ -129,13 +135,16 @@ def killed_again_and_again(settings: PruneSettings, out: Path, policy: Path, log
         if child == 0:
             prune(settings, out, model, FakeCritics(FakeEngine(model.chat, delay_s=0.01, log=log)))
             os._exit(0)
-        while until is not None and not until():
+        ended = (0, 0)
+        while until is not None and not until() and not ended[0]:
             time.sleep(0.001)
-        if until is not None:
-            time.sleep(random.uniform(0, 0.03))
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+            ended = os.waitpid(child, os.WNOHANG)
+        if not ended[0]:
+            if until is not None:
+                time.sleep(random.uniform(0, 0.03))
+                os.kill(child, signal.SIGKILL)
+            ended = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(ended[1]), flush=True)
 
 
 def _reached(moment: str, out: Path, log: Path) -> Callable[[], bool] | None:

@@ -73,7 +73,7 @@ def test_killed_five_times_it_comes_to_the_same(tmp_path: Path, tiny_policy: Pat
         {
             "source": {"path": str(source)},
             "critic": {"model": "critic", "max_length": 64},
-            "judge": {"max_tokens": 16, "concurrency": 4},
+            "judge": {"seed": 0, "max_tokens": 16, "concurrency": 4},
             "selection": {"easy_above": 0.6},
         }
     )
@@ -115,7 +115,13 @@ def test_killed_while_it_writes_it_writes_again(tmp_path: Path, tiny_policy: Pat
         {
             "source": {"path": str(source)},
             "critic": {"model": "critic", "max_length": 64},
-            "judge": {"max_tokens": 16, "concurrency": 256, "adaptive": False, "max_samples": 1},
+            "judge": {
+                "seed": 0,
+                "max_tokens": 16,
+                "concurrency": 256,
+                "adaptive": False,
+                "max_samples": 1,
+            },
         }
     )
     out, log = tmp_path / "out", tmp_path / "log"

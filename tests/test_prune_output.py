@@ -40,7 +40,7 @@ def pruned(source: Path, policy: Path, **changes: Any) -> Path:
         {
             "source": {"path": str(source)},
             "critic": {"model": "critic", "max_length": 64},
-            "judge": {"max_tokens": 16},
+            "judge": {"seed": 0, "max_tokens": 16},
             **changes,
         }
     )
@@ -166,7 +166,7 @@ def test_a_set_of_which_nothing_is_kept_says_so(tmp_path: Path, tiny_policy: Pat
     content = {
         "source": {"path": str(write_jsonl(tmp_path / "s.jsonl", rows))},
         "critic": {"model": "critic", "max_length": 64},
-        "judge": {"max_tokens": 16, "max_samples": 8},
+        "judge": {"seed": 0, "max_tokens": 16, "max_samples": 8},
         "selection": {"easy_above": 0.5},
     }
     critics = FakeCritics(FakeEngine(model.chat))

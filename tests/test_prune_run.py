@@ -45,7 +45,7 @@ class Bench:
         content: dict[str, Any] = {
             "source": {"path": str(self.source)},
             "critic": {"model": "critic", "max_length": 64},
-            "judge": {"max_tokens": 16, "concurrency": 8},
+            "judge": {"seed": 0, "max_tokens": 16, "concurrency": 8},
         }
         for key, value in changes.items():
             section, _, name = key.partition("__")
@@ -190,7 +190,7 @@ def test_an_interrupted_pass_is_gone_on_with(bench: Bench) -> None:
 OTHERS = {
     "sampling.temperature": {"judge__temperature": 0.7},
     "sampling.max_tokens": {"judge__max_tokens": 17},
-    "sampling.seed": {"seed": 1},
+    "sampling.seed": {"judge__seed": 1},
     "system": {"critic__system": "Be brief."},
     "verifier.settings.instruction_weight": {"rewards__instruction_weight": 1.0},
     "method": {"method": "ifd", "selection": {"metric": "ifd", "drop_easiest": 0.5}},
@@ -276,7 +276,7 @@ def test_a_sample_is_random_and_stays_the_same(bench: Bench) -> None:
     assert first == sorted(first) != list(range(10))
     bench.prune(source__sample=10)
     assert [row["n"] for row in bench.annotated()] == first
-    bench.prune(source__sample=10, seed=1, fresh=True)
+    bench.prune(source__sample=10, seed=1)
     assert [row["n"] for row in bench.annotated()] != first
 
 

@@ -37,7 +37,7 @@ def identity(settings: PruneSettings, model: CriticModel) -> dict[str, Any]:
         judged_with["sampling"] = {
             "temperature": judge.temperature,
             "max_tokens": judge.max_tokens,
-            "seed": settings.seed,
+            "seed": judge.seed,
         }
         judged_with["verifier"] = {
             "settings": settings.rewards.model_dump(mode="json"),

@@ -52,7 +52,7 @@ def take_in(store: Store, settings: PruneSettings, make_reader: MakeReader) -> S
         "path": choice.path,
         "fingerprint": source.fingerprint,
         "revision": source.revision,
-        "rows": [choice.limit, choice.sample],
+        "rows": [choice.limit, choice.sample, settings.seed if choice.sample else None],
         "columns": columns.model_dump(),
         "overlap": others.fingerprints,
         "room": reader.room,

@@ -58,7 +58,7 @@ async def _sample(
         critic.scorer,
         encoding.prompt,
         sampling=Sampling(
-            max_tokens=asked.max_tokens, temperature=asked.temperature, seed=settings.seed
+            max_tokens=asked.max_tokens, temperature=asked.temperature, seed=asked.seed
         ),
         concurrency=asked.concurrency,
     )

@@ -1,0 +1,81 @@
+"""Which checkpoint judges: a directory, or an adapter that is merged into its base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from posttrain.errors import ModelError
+from posttrain.stages.prune import critic_model, locate_critic, merge_adapter
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    directory = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(tiny_policy)
+    lora = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(base, lora).save_pretrained(directory)
+    return directory
+
+
+def query_weight(directory: Path) -> torch.Tensor:
+    from safetensors.torch import load_file
+
+    return load_file(directory / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+
+
+def test_an_adapter_is_found_with_its_base_and_merged(
+    adapter: Path, tiny_policy: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    files = locate_critic(str(adapter))
+    assert (files.base, files.adapter) == (tiny_policy, adapter)
+    merge_adapter(files, tmp_path / "merged")
+    lora = load_file(adapter / "adapter_model.safetensors")
+    (down,) = (w for name, w in lora.items() if "lora_A" in name)
+    (up,) = (w for name, w in lora.items() if "lora_B" in name)
+    # alpha / r = 2
+    expected = query_weight(tiny_policy) + 2 * up @ down
+    torch.testing.assert_close(query_weight(tmp_path / "merged"), expected)
+    whole = locate_critic(str(tmp_path / "merged"))  # tokenizer and all
+    assert whole.adapter is None
+    assert critic_model(str(tmp_path / "merged")).chat.template_hash == (
+        critic_model(str(adapter)).chat.template_hash
+    )
+
+
+def test_the_fingerprint_is_of_both(adapter: Path, tiny_policy: Path, tmp_path: Path) -> None:
+    base, both = critic_model(str(tiny_policy)), critic_model(str(adapter))
+    assert both.fingerprint != base.fingerprint
+    assert critic_model(str(adapter)).fingerprint == both.fingerprint
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in adapter.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 8}))
+    assert critic_model(str(other)).fingerprint != both.fingerprint
+
+
+def test_an_adapter_that_names_no_base_or_does_not_fit(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"adapter_config\.json names no base model"):
+        locate_critic(str(tmp_path))
+    with pytest.raises(ModelError, match="is no readable checkpoint"):
+        (tmp_path / "empty").mkdir()
+        locate_critic(str(tmp_path / "empty"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    odd = {**config, "target_modules": ["no_such_projection"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(odd))
+    weights = adapter / "adapter_model.safetensors"
+    (tmp_path / "adapter_model.safetensors").write_bytes(weights.read_bytes())
+    with pytest.raises(ModelError, match="does not fit"):
+        merge_adapter(locate_critic(str(tmp_path)), tmp_path / "merged")
