@@ -159,7 +159,11 @@ def _prepare(path: Path, overrides: list[str] | None) -> tuple[Settings, Inputs]
 
 def _plan(settings: Settings, inputs: Inputs) -> dict[str, Any]:
     """What a run would do, without doing it."""
+    from posttrain.data.overlap import shared_texts
+
     rl = settings.rl
+    # DPO mines its pairs from the prompts of RL.
+    sets = {"sft": [row.prompt for row in inputs.sft_rows], "rl and dpo": inputs.train}
     return {
         "stages": settings.stages,
         "run": settings.run.dir,
@@ -170,6 +174,10 @@ def _plan(settings: Settings, inputs: Inputs) -> dict[str, Any]:
         "screening_answers_at_most": len(inputs.train) * settings.screen.judge.max_samples,
         "rl_trained_answers": rl.num_steps * rl.groups_per_step * rl.group_size,
         "engines": settings.resources.rollout.replicas,
+        "prompts_sharing_text": [
+            f"{pair}: {count}"
+            for pair, count in shared_texts(sets | {"held_out": inputs.held_out}).items()
+        ],
     }
 
 
@@ -179,7 +187,7 @@ def _emit(record: dict[str, Any], as_json: bool) -> None:
         return
     for name, value in record.items():
         if isinstance(value, list):
-            value = ", ".join(value)
+            value = ", ".join(value) or "none"
         print(f"{name.replace('_', ' '):28}{value}")
 
 

@@ -267,6 +267,7 @@ def test_dry_run_prints_the_plan(desk: Desk, tiny_policy: Path) -> None:
         "screening_answers_at_most": 2 * 16,
         "rl_trained_answers": 3 * 4 * 4,
         "engines": 1,
+        "prompts_sharing_text": [],
     }
     changed = ["stages=[screen, rl]", "rl.num_steps=3"]
     done = desk.run(*changed, "--dry-run", "--json")

@@ -1,6 +1,7 @@
 import pytest
 
-from posttrain.data.overlap import WORDS, TextIndex
+from posttrain.data.overlap import WORDS, TextIndex, shared_texts
+from posttrain.data.prompts import make_prompt
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
 
@@ -38,3 +39,16 @@ def test_n_can_be_chosen():
     index = TextIndex(["a b c d"], n=3)
     assert index.shared("x b c d y") == "b c d"
     assert index.shared("x b c y d") is None
+
+
+def test_the_sets_of_a_run_are_compared_pair_by_pair():
+    def prompts(*questions):
+        return [make_prompt(q, reference="1", domain="d") for q in questions]
+
+    sets = {
+        "sft": prompts("a?", "b?", f"{LONG} and more"),
+        "rl": prompts("b?", "c?", "a?"),
+        "held_out": prompts("d?", LONG),
+    }
+    assert shared_texts(sets) == {"sft and rl": 2, "sft and held_out": 1}
+    assert shared_texts({"sft": prompts("a?"), "rl": []}) == {}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+
+from posttrain.types import Prompt
 
 WORDS = 13
 """Words and signs that must be equal in a row (Brown et al. 2020, appendix C)."""
@@ -33,6 +36,23 @@ class TextIndex:
             return " ".join(words) if hash((None, *words)) in self._runs else None
         found = next((run for run in _runs(words, self._n) if hash(run) in self._runs), None)
         return None if found is None else " ".join(found)
+
+
+def shared_texts(sets: Mapping[str, Sequence[Prompt]], n: int = WORDS) -> dict[str, int]:
+    """How many prompts of a set share text with another, for every pair that does, as
+    `"sft and held_out"`. Counted in the first set of a pair."""
+    indices = {name: TextIndex(map(_question, prompts), n) for name, prompts in sets.items()}
+    counts = {
+        f"{first} and {second}": sum(
+            indices[second].shared(_question(prompt)) is not None for prompt in sets[first]
+        )
+        for first, second in itertools.combinations(sets, 2)
+    }
+    return {pair: count for pair, count in counts.items() if count}
+
+
+def _question(prompt: Prompt) -> str:
+    return "\n".join(m.content for m in prompt.messages if m.role == "user")
 
 
 def _words(text: str) -> list[str]:

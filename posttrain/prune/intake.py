@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from posttrain.prune.source import Row, Source, open_source
 from posttrain.prune.store import Store
 
 BATCH_ROWS = 1000
+SAY_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +84,11 @@ def _replace_rows(
 ) -> None:
     batch: list[tuple[int, Task]] = []
     store.clear_rows()
+    said = time.monotonic()
     for row in rows:
+        if time.monotonic() - said > SAY_EVERY_S:
+            said = time.monotonic()
+            say(f"prune: {row.number:,} rows read")
         try:
             task = _task(row, reader)
         except UnusableRow as problem:

@@ -1,9 +1,9 @@
 """Is a judged pass rate right? On tasks whose difficulty is known by how they are made.
 
-    python tests/benchmarks/judge_calibration.py [--prompts 40] [--model starter] [--json]
+    python tests/benchmarks/judge_calibration.py [--prompts 24] [--model starter] [--json]
 
-The critic judges `prompts` tasks of each level of five families, adaptively, up to 16 answers. Then
-it gives 64 fresh answers to each. Two things are asked: do the judged means fall with the level
+The critic judges `prompts` tasks of each level of the starter's nine families, adaptively, up to 16
+answers. Then it gives 64 fresh answers to each. Two things are asked: do the judged means fall with the level
 (Spearman's rank correlation of level means), and does the posterior's 95% beta-binomial interval
 hold the count of successes among the fresh answers? Starts a real engine.
 """
@@ -27,7 +27,6 @@ from posttrain.stages.prune import critic_model, critic_opener
 from posttrain.starter.families import FAMILIES, LEVELS
 from posttrain.types import Prompt, Verdict
 
-CHOSEN = ("addition", "multiplication", "modulo", "binary", "sort_digits")
 JUDGED, FRESH = 16, 64
 MAX_TOKENS, MAX_LENGTH = 96, 192
 
@@ -35,7 +34,7 @@ MAX_TOKENS, MAX_LENGTH = 96, 192
 def tasks(prompts: int, seed: int) -> dict[str, Prompt]:
     """Different prompts by id, `prompts` of each family and level as far as there are so many."""
     found: dict[str, Prompt] = {}
-    for family in (f for f in FAMILIES if f.name in CHOSEN):
+    for family in FAMILIES:
         for level in LEVELS:
             rng = Random(f"calibration {seed} {family.name} {level}")
             drawn: dict[str, Prompt] = {}
@@ -78,7 +77,7 @@ async def judge(
 
 def report(prompts: list[Prompt], judged: list[Verdict], fresh: list[Verdict]) -> dict[str, Any]:
     families: dict[str, Any] = {}
-    for name in CHOSEN:
+    for name in [family.name for family in FAMILIES]:
         means = [
             np.mean(
                 [
@@ -122,7 +121,7 @@ def spearman(first: np.ndarray, second: np.ndarray) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--prompts", type=int, default=40)
+    parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--model", default="starter")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
