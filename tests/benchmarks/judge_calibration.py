@@ -3,9 +3,9 @@
     python tests/benchmarks/judge_calibration.py [--prompts 24] [--model starter] [--json]
 
 The critic judges `prompts` tasks of each level of the starter's nine families, adaptively, up to 16
-answers. Then it gives 64 fresh answers to each. Two things are asked: do the judged means fall with the level
-(Spearman's rank correlation of level means), and does the posterior's 95% beta-binomial interval
-hold the count of successes among the fresh answers? Starts a real engine.
+answers. Then it gives 64 fresh answers to each. Two things are asked: do the judged means fall with
+the level (Spearman's rank correlation of level means), and does the posterior's 95% beta-binomial
+interval hold the count of successes among the fresh answers? Starts a real engine.
 """
 
 from __future__ import annotations
