@@ -3,8 +3,8 @@
     python tests/benchmarks/prune_scale.py [ROWS …]
 
 Each size runs in a process of its own. *select* loads the counts and decides; *write* writes the
-kept rows, all rows annotated, and the verdicts. Seconds are by the clock and, on a busy machine more
-telling, of the processor; memory is the process's peak, and what it was before the first step.
+kept rows, all rows annotated, and the verdicts. Seconds are by the clock and, which tells more on a
+busy machine, of the processor; memory is the process's peak, and what it was before the first step.
 """
 
 from __future__ import annotations
