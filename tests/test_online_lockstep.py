@@ -107,10 +107,10 @@ def test_a_run_that_is_killed_and_resumed_equals_the_undisturbed_one(kill_at: in
 
     async def on_step(record: Any) -> None:
         if record.step == kill_at:
-            saved.update(state=drawn.state_dict(), num_draws=world.controller.num_draws)
+            saved.update(state=drawn.state_dict(), num_draws=record.num_draws)
             # Nothing may be drawn while a checkpoint is written.
             await asyncio.sleep(5.0)
-            assert saved["num_draws"] == world.controller.num_draws
+            assert saved["num_draws"] == world.controller._num_draws
         if record.step == kill_at + 1:
             raise Killed
 

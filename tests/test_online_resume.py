@@ -44,7 +44,7 @@ class Run:
             curriculum.load_state_dict(self.curriculum_state)
 
             async def on_step(record: Any) -> None:
-                state, num_draws = curriculum.state_dict(), world.controller.num_draws
+                state, num_draws = curriculum.state_dict(), record.num_draws
                 await asyncio.sleep(0.4)
                 if record.step % 3 == 0:
                     self.step, self.num_draws = record.step, num_draws

@@ -15,7 +15,7 @@ is an `asyncio.Event` that the other side sets.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
@@ -33,6 +33,7 @@ from posttrain.online.metrics import (
     Totals,
     lag_of,
     step_metrics,
+    summarise_loop,
 )
 from posttrain.online.settings import LoopSettings
 from posttrain.online.starvation import StarvationWatch
@@ -73,8 +74,8 @@ class Controller:
         reissue: the draws that were open in the checkpoint of `first_step`; they are drawn again
             under their old ids before the curriculum is asked for more.
         on_step: awaited by the train loop after each step; checkpoints belong here. What it reads
-            of curriculum, ledger and `num_draws` before its own first await is exactly the state
-            of that step; generation goes on meanwhile, except with `max_lag` 0.
+            of curriculum and ledger before its own first await is exactly the state of that step;
+            generation goes on meanwhile, except with `max_lag` 0.
         on_group: told of every group with answers when its draw ends.
         beside: loops that run until the stage ends: evaluation, re-screening.
 
@@ -118,7 +119,7 @@ class Controller:
         self._seed = seed
         self._version = PolicyVersion(attempt, first_step)
         self._first_step = first_step
-        self.num_draws = first_draw
+        self._num_draws = first_draw
         self._admission = Admission(
             groups_per_step=settings.groups_per_step,
             max_lag=settings.max_lag,
@@ -160,7 +161,13 @@ class Controller:
             failure = _first_cause(group)
         if failure is not None:
             raise failure
-        return self._summary(_now() - started)
+        return summarise_loop(
+            self._accounting.counts,
+            self._totals,
+            version=self._version,
+            num_steps=self._version.step - self._first_step,
+            seconds=_now() - started,
+        )
 
     async def _dispatch(self) -> None:
         """Consumes free slots and prompts, produces draws in flight.
@@ -186,7 +193,7 @@ class Controller:
     def _next_draw(self) -> Draw:
         if self._reissue:
             return self._reissue.popleft()
-        number, self.num_draws = self.num_draws, self.num_draws + 1
+        number, self._num_draws = self._num_draws, self._num_draws + 1
         return Draw(
             draw_id=Draw.make_id(self._version.attempt, number),
             prompt=self._curriculum.draw(),
@@ -350,7 +357,9 @@ class Controller:
             learner=learner_metrics,
             publish=publish_metrics,
         )
-        return StepRecord(step=version.step, version=version, metrics=metrics)
+        return StepRecord(
+            step=version.step, version=version, num_draws=self._num_draws, metrics=metrics
+        )
 
     def _check_lag(self, groups: list[RolloutGroup]) -> None:
         for group in groups:
@@ -373,29 +382,6 @@ class Controller:
         for draw_id in self._accounting.open_ids:
             group = self._trainable.pop(draw_id, None)
             self._close(draw_id, DrawOutcome.UNUSED, group=group, reason=Reason.STAGE_ENDED)
-
-    def _summary(self, seconds: float) -> LoopSummary:
-        draws: Counter[DrawOutcome] = Counter()
-        reasons: Counter[str] = Counter()
-        trained: Counter[str] = Counter()
-        for (outcome, reason, domain), count in self._accounting.counts.items():
-            draws[outcome] += count
-            if outcome is DrawOutcome.TRAINED:
-                trained[domain] += count
-            else:
-                reasons[reason] += count
-        return LoopSummary(
-            version=self._version,
-            num_steps=self._version.step - self._first_step,
-            seconds=seconds,
-            draws=draws,
-            draws_by_reason=reasons,
-            trained_by_domain=trained,
-            trained_tokens=self._totals.trained_tokens,
-            generated_tokens=self._totals.generated_tokens,
-            max_lag=self._totals.max_lag,
-            learning_seconds=self._totals.learning_seconds,
-        )
 
 
 def _now() -> float:

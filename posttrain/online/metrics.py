@@ -12,10 +12,12 @@ from posttrain.types import DrawOutcome, Outcome, PolicyVersion, RolloutGroup
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
-    """One optimizer step: `metrics` lacks what could not be measured, it never holds a stand-in."""
+    """One optimizer step: `metrics` lacks what could not be measured, it never holds a stand-in.
+    `num_draws` counts those that the lineage had opened by then."""
 
     step: int
     version: PolicyVersion
+    num_draws: int
     metrics: Mapping[str, float]
 
 
@@ -67,6 +69,38 @@ class StepTimes:
     waiting: float
     learning: float
     publishing: float
+
+
+def summarise_loop(
+    ended: Counter[tuple[DrawOutcome, str, str]],
+    totals: Totals,
+    *,
+    version: PolicyVersion,
+    num_steps: int,
+    seconds: float,
+) -> LoopSummary:
+    """From the draws that ended in this attempt, by (outcome, reason, domain)."""
+    draws: Counter[DrawOutcome] = Counter()
+    reasons: Counter[str] = Counter()
+    trained: Counter[str] = Counter()
+    for (outcome, reason, domain), count in ended.items():
+        draws[outcome] += count
+        if outcome is DrawOutcome.TRAINED:
+            trained[domain] += count
+        else:
+            reasons[reason] += count
+    return LoopSummary(
+        version=version,
+        num_steps=num_steps,
+        seconds=seconds,
+        draws=draws,
+        draws_by_reason=reasons,
+        trained_by_domain=trained,
+        trained_tokens=totals.trained_tokens,
+        generated_tokens=totals.generated_tokens,
+        max_lag=totals.max_lag,
+        learning_seconds=totals.learning_seconds,
+    )
 
 
 def lag_of(group: RolloutGroup, current: PolicyVersion) -> int:

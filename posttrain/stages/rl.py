@@ -9,10 +9,10 @@ from curricula.sampler import DifficultySampler, UniformSampler, build_curriculu
 from posttrain.errors import RunDirError
 from posttrain.online.accounting import Draw
 from posttrain.online.controller import Controller
-from posttrain.online.metrics import LoopSummary, StepRecord
-from posttrain.progress import Progress, say
-from posttrain.rollout_log import RolloutLog
+from posttrain.online.metrics import LoopSummary
+from posttrain.progress import say
 from posttrain.stages.context import StageContext
+from posttrain.stages.rl_after_step import STAGE, AfterStep
 from posttrain.stages.rl_beside import Beside
 from posttrain.stages.rl_checkpoint import LoopState, RLCheckpoints, read_state
 from posttrain.types import GenerationRequest, Sampling
@@ -21,7 +21,6 @@ from posttrain.workers.probe import ProbeSequence
 from posttrain.workers.publisher import WeightPublisher
 
 NUM_PROBES = 16
-STAGE = "rl"
 
 
 async def rl(context: StageContext, model: Path) -> dict[str, Any]:
@@ -30,8 +29,7 @@ async def rl(context: StageContext, model: Path) -> dict[str, Any]:
     The curriculum starts from the ledger's verdicts.
     """
     settings = context.settings.rl
-    checkpoints = RLCheckpoints(context.run.stage_dir(STAGE), settings.keep_checkpoints)
-    checkpoint = checkpoints.latest()
+    checkpoint = RLCheckpoints(context.run.stage_dir(STAGE), settings.keep_checkpoints).latest()
     state = read_state(checkpoint) if checkpoint is not None else None
     generators = await context.pools.serving(str(model))
     probes = await _probes(context, generators)
@@ -59,41 +57,8 @@ async def rl(context: StageContext, model: Path) -> dict[str, Any]:
     reissue = _open_draws(context, attempt)
     if state is not None:
         say(f"rl: goes on from step {first_step}, {len(reissue)} draws are drawn again")
-    rollouts = RolloutLog(context.run.rollouts_dir, attempt)
     beside = await Beside.start(context, model, generators, curriculum, learner, probes)
-    progress = Progress(STAGE, settings.num_steps, done=first_step)
-
-    async def on_step(record: StepRecord) -> None:
-        if settings.max_lag == 0:
-            # Nothing is drawn meanwhile, so what it changes is the same in every run.
-            await beside.rescreen_now(record.version)
-        due = record.step % settings.checkpoint_every == 0 or record.step == settings.num_steps
-        loop_state = LoopState(
-            step=record.step,
-            num_draws=controller.num_draws,
-            curriculum=curriculum.state_dict() if due else {},
-        )
-        pool = {
-            f"pool/{domain}/{bucket}": count
-            for domain, buckets in curriculum.pool().items()
-            for bucket, count in buckets.items()
-        }
-        context.metrics.append(
-            {"stage": STAGE, "step": record.step, "attempt": attempt} | dict(record.metrics) | pool
-        )
-        progress.advance(_note(record))
-        if due:
-            rollouts.flush()
-            await checkpoints.save(
-                loop_state,
-                save_learner=lambda directory: learner.save_checkpoint(directory, record.version),
-                commit=lambda: context.ledger.commit_step(record.step),
-            )
-        if settings.export_every is not None and record.step % settings.export_every == 0:
-            export = context.run.stage_dir(STAGE) / f"export-{record.step}"
-            await learner.save_policy(export, str(model))
-        await beside.reached(record.version)
-
+    after_step = AfterStep(context, model, attempt, first_step, curriculum, learner, beside)
     controller = Controller(
         settings,
         curriculum=curriculum,
@@ -110,12 +75,12 @@ async def rl(context: StageContext, model: Path) -> dict[str, Any]:
         first_step=first_step,
         first_draw=state.num_draws if state is not None else 0,
         reissue=reissue,
-        on_step=on_step,
-        on_group=rollouts.append,
+        on_step=after_step,
+        on_group=after_step.rollouts.append,
         beside=beside.loops,
     )
     summary = await controller.run()
-    rollouts.flush()
+    after_step.rollouts.flush()
     beside.stop()
     target = context.policy_of(STAGE)
     await learner.save_policy(target, str(model))
@@ -178,14 +143,6 @@ async def _probes(context: StageContext, generators: GeneratorPool) -> list[Prob
         fitting = sequence[: context.settings.policy.max_length - 1]
         sequences.append(ProbeSequence(fitting, len(rollout.prompt_token_ids)))
     return sequences
-
-
-def _note(record: StepRecord) -> str:
-    metrics = record.metrics
-    names = {"pass@1": "pass@1", "zero_advantage_share": "no signal", "lag_max": "lag"}
-    return " · ".join(
-        f"{label} {metrics[key]:.2f}" for key, label in names.items() if key in metrics
-    )
 
 
 def _metrics(summary: LoopSummary) -> dict[str, Any]:

@@ -1,0 +1,103 @@
+"""What follows each step of RL: its record, and now and then a checkpoint or an export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from curricula.sampler import DifficultySampler, UniformSampler
+from posttrain.online.metrics import StepRecord
+from posttrain.progress import Progress
+from posttrain.rollout_log import RolloutLog
+from posttrain.stages.context import StageContext
+from posttrain.stages.rl_beside import Beside
+from posttrain.stages.rl_checkpoint import LoopState, RLCheckpoints
+from posttrain.types import PolicyVersion
+
+STAGE = "rl"
+
+
+class Saver(Protocol):
+    """What is asked of the learner here."""
+
+    async def save_checkpoint(self, directory: Path, version: PolicyVersion) -> None: ...
+
+    async def save_policy(self, directory: Path, tokenizer_path: str) -> None: ...
+
+
+class AfterStep:
+    """The controller's `on_step`. Reads the state of the step before its first await, as that
+    contract asks (see `posttrain.online.controller`)."""
+
+    def __init__(
+        self,
+        context: StageContext,
+        model: Path,
+        attempt: int,
+        first_step: int,
+        curriculum: DifficultySampler | UniformSampler,
+        learner: Saver,
+        beside: Beside,
+    ) -> None:
+        self._context = context
+        self._model = model
+        self._attempt = attempt
+        self._curriculum = curriculum
+        self._learner = learner
+        self._beside = beside
+        settings = context.settings.rl
+        self._settings = settings
+        self._checkpoints = RLCheckpoints(context.run.stage_dir(STAGE), settings.keep_checkpoints)
+        self._progress = Progress(STAGE, settings.num_steps, done=first_step)
+        self.rollouts = RolloutLog(context.run.rollouts_dir, attempt)
+
+    async def __call__(self, record: StepRecord) -> None:
+        if self._settings.max_lag == 0:
+            # Nothing is drawn meanwhile, so what it changes is the same in every run.
+            await self._beside.rescreen_now(record.version)
+        state = self._state(record)
+        self._write(record)
+        self._progress.advance(_note(record))
+        if state is not None:
+            await self._save(state, record.version)
+        every = self._settings.export_every
+        if every is not None and record.step % every == 0:
+            export = self._context.run.stage_dir(STAGE) / f"export-{record.step}"
+            await self._learner.save_policy(export, str(self._model))
+        await self._beside.reached(record.version)
+
+    def _state(self, record: StepRecord) -> LoopState | None:
+        """For a checkpoint, if one is due."""
+        last = record.step == self._settings.num_steps
+        if record.step % self._settings.checkpoint_every and not last:
+            return None
+        return LoopState(
+            step=record.step,
+            num_draws=record.num_draws,
+            curriculum=self._curriculum.state_dict(),
+        )
+
+    async def _save(self, state: LoopState, version: PolicyVersion) -> None:
+        self.rollouts.flush()
+        await self._checkpoints.save(
+            state,
+            save_learner=lambda directory: self._learner.save_checkpoint(directory, version),
+            commit=lambda: self._context.ledger.commit_step(state.step),
+        )
+
+    def _write(self, record: StepRecord) -> None:
+        pool = {
+            f"pool/{domain}/{bucket}": count
+            for domain, buckets in self._curriculum.pool().items()
+            for bucket, count in buckets.items()
+        }
+        named = {"stage": STAGE, "step": record.step, "attempt": self._attempt}
+        self._context.metrics.append(named | dict(record.metrics) | pool)
+
+
+def _note(record: StepRecord) -> str:
+    metrics = record.metrics
+    names = {"pass@1": "pass@1", "zero_advantage_share": "no signal", "lag_max": "lag"}
+    return " · ".join(
+        f"{label} {metrics[key]:.2f}" for key, label in names.items() if key in metrics
+    )
