@@ -2,19 +2,22 @@
 
 import asyncio
 import os
+import resource
 import shutil
 import signal
 import threading
 import time
+from functools import partial
 
 import pytest
 import ray
 from engine_models import save_moe_policy, save_policy
 from learner_hosts import batch_of, largest_difference, published, random_samples, train
 
-from posttrain.errors import EngineError, ModelError, RunDirError
+from posttrain.errors import EngineError, ModelError, RunDirError, StageError
 from posttrain.losses.settings import LossSettings
 from posttrain.types import PolicyVersion
+from posttrain.workers import checkpoints
 from posttrain.workers.learner_ranks import start_learner
 from posttrain.workers.settings import LearnerResources, LearnerSettings, LoraSettings
 
@@ -31,6 +34,8 @@ SETTINGS = LearnerSettings(
 )
 DIVIDE_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 VERSION = PolicyVersion(1, 3)
+
+save_tied = partial(save_policy, tied=True)
 
 
 @pytest.fixture(scope="module")
@@ -98,26 +103,27 @@ def test_a_rank_killed_in_mid_step_ends_all_at_once_with_its_name(resumed):
         asyncio.run(resumed.score_tokens([[1, 2]]))
 
 
-def variants():
-    moe = {"zero_stage": 2, "expert_parallel": 2}
-    slow = [
-        ("dense", {"zero_stage": 1}),
-        ("dense", {"zero_stage": 1, "dtype": "bfloat16"}),
-        (
-            "dense",
-            {"zero_stage": 3, "deepspeed": DIVIDE_ALL, "loss": LossSettings(kl_coefficient=0.5)},
-        ),
-        ("moe", moe),
-        ("moe", {**moe, "zero_stage": 3, "deepspeed": DIVIDE_ALL}),
-    ]
-    lora = {"lora": LoraSettings(r=4, dropout=0.2), "zero_stage": 3, "deepspeed": DIVIDE_ALL}
-    return [("dense", lora), *(pytest.param(*v, marks=pytest.mark.slow) for v in slow)]
+LORA = {"lora": LoraSettings(r=4, dropout=0.2)}
+ZERO_3 = {"zero_stage": 3, "deepspeed": DIVIDE_ALL}
+EXPERTS = {"expert_parallel": 2}
+REFERENCE = {"loss": LossSettings(kl_coefficient=0.5)}
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("kind", "changes"), variants(), ids=str)
-def test_every_way_to_train_is_resumed(two_ranks, tmp_path, kind, changes):
-    policy = tmp_path / "policy"
-    save_policy(policy, tied=True) if kind == "dense" else save_moe_policy(policy)
+@pytest.mark.parametrize(
+    ("save_model", "changes"),
+    [
+        pytest.param(save_tied, LORA | ZERO_3, id="adapter-3"),
+        slow(save_tied, LORA, id="adapter-2"),
+        slow(save_tied, {"zero_stage": 1}, id="zero-1"),
+        slow(save_tied, {"zero_stage": 1, "dtype": "bfloat16"}, id="bf16-1"),
+        slow(save_tied, ZERO_3 | REFERENCE, id="reference-3"),
+        slow(save_moe_policy, EXPERTS, id="experts-2"),
+        slow(save_moe_policy, EXPERTS | ZERO_3, id="experts-3"),
+    ],
+)
+def test_every_way_to_train_is_resumed(two_ranks, tmp_path, save_model, changes):
+    policy = save_model(tmp_path / "policy")
     settings = SETTINGS.model_copy(update=changes)
     learner = two_ranks.begin(policy, settings, num_steps=6)
     train(learner, range(3))
@@ -130,6 +136,29 @@ def test_every_way_to_train_is_resumed(two_ranks, tmp_path, kind, changes):
     )
     assert timeless(train(again, range(3, 6))) == timeless(expected)
     assert largest_difference(published(again, tmp_path / "found"), weights) == 0
+
+
+def test_a_disk_that_is_full_leaves_the_last_checkpoint(one_rank, policy, tmp_path):
+    learner = one_rank.begin(policy, SETTINGS)
+    train(learner, range(1))
+    directory = tmp_path / "checkpoint-1"
+    asyncio.run(learner.save_checkpoint(directory, PolicyVersion(1, 1)))
+    before = checkpoints.read_manifest(directory)
+
+    def limit_files(actor, size):
+        """A write beyond it fails, as on a full disk."""
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    rank = one_rank._ranks[0]
+    ray.get(rank.__ray_call__.remote(limit_files, 100_000))
+    with pytest.raises(StageError, match=r"checkpoint-1 could not be written .*Make room"):
+        asyncio.run(learner.save_checkpoint(directory, PolicyVersion(1, 2)))
+    ray.get(rank.__ray_call__.remote(limit_files, resource.RLIM_INFINITY))
+    assert checkpoints.read_manifest(directory) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    asyncio.run(learner.save_checkpoint(directory, PolicyVersion(1, 2)))
+    assert checkpoints.read_manifest(directory).version == "1.2"
 
 
 @pytest.fixture

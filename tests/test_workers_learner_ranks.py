@@ -3,6 +3,7 @@
 import asyncio
 import math
 import time
+from functools import partial
 
 import pytest
 import ray
@@ -98,21 +99,37 @@ def test_two_ranks_reproduce_the_curve_of_one(two_ranks, policy, curve, zero_sta
     assert largest_difference(published(learner, tmp_path / "after"), weights) < 1e-4
 
 
-LORA = LoraSettings(r=4, alpha=8)
-KL = LossSettings(kl_coefficient=0.5)
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_a_batch_without_a_number_is_skipped_in_bf16_too(two_ranks, policy, zero_stage, tmp_path):
+    learner = two_ranks.begin(policy, settings(zero_stage, dtype="bfloat16"))
+    train(learner, range(2))
+    before = published(learner, tmp_path / "before")
+    metrics = asyncio.run(learner.step(batch_of(poisoned_samples(), micro_tokens=64)))
+    assert metrics["skipped_steps"] == 1
+    assert largest_difference(published(learner, tmp_path / "after"), before) == 0
+    (metrics,) = train(learner, range(2, 3))
+    assert metrics["skipped_steps"] == 0
+    assert largest_difference(published(learner, tmp_path / "later"), before) > 0
+
+
+LORA = {"lora": LoraSettings(r=4, alpha=8)}
+KL = {"loss": LossSettings(kl_coefficient=0.5)}
+BF16 = {"dtype": "bfloat16"}
+CHECKPOINTING = {"gradient_checkpointing": True}
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
     ("zero_stage", "changes"),
     [
-        (3, {"lora": LORA, "loss": KL}),
-        pytest.param(2, {"lora": LORA, "loss": KL}, marks=pytest.mark.slow),
-        pytest.param(3, {"loss": KL}, marks=pytest.mark.slow),
-        (3, {"gradient_checkpointing": True, "dtype": "bfloat16"}),
-        pytest.param(1, {"dtype": "bfloat16"}, marks=pytest.mark.slow),
-        pytest.param(2, {"lora": LORA, "gradient_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param(3, LORA | KL, id="adapter-reference-3"),
+        slow(2, LORA | KL, id="adapter-reference-2"),
+        slow(3, KL, id="reference-3"),
+        pytest.param(3, BF16 | CHECKPOINTING, id="bf16-checkpointing-3"),
+        slow(1, BF16, id="bf16-1"),
+        slow(2, LORA | CHECKPOINTING, id="adapter-checkpointing-2"),
     ],
-    ids=str,
 )
 def test_every_way_to_train_gives_the_same_on_two_ranks(
     one_rank, two_ranks, policy, tmp_path, zero_stage, changes

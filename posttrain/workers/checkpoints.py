@@ -20,7 +20,7 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from posttrain.atomic import staged_directory
-from posttrain.errors import ModelError, RunDirError
+from posttrain.errors import ModelError, RunDirError, StageError
 from posttrain.types import PolicyVersion
 from posttrain.workers.settings import LearnerSettings, LoraSettings, merged
 
@@ -75,19 +75,29 @@ class Counters(BaseModel):
 def save(
     engine: Any, directory: Path, *, version: PolicyVersion, layout: Layout, counters: Counters
 ) -> None:
-    """Called by all ranks; an existing `directory` is replaced once the new one is on disk."""
-    with _staged_by_first_rank(directory) as partial:
-        engine.save_checkpoint(
-            str(partial),
-            tag=ENGINE_TAG,
-            save_latest=False,
-            exclude_frozen_parameters=layout.lora is not None,
-        )
-        torch.save(_rank_state(counters), partial / _rank_file(dist.get_rank()))
-        dist.barrier()
-        if dist.get_rank() == 0:
-            manifest = Manifest(version=str(version), layout=layout, files=_sizes(partial))
-            (partial / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+    """Called by all ranks; an existing `directory` is replaced once the new one is on disk.
+
+    StageError if it cannot be written: what was there stays.
+    """
+    try:
+        with _staged_by_first_rank(directory) as partial:
+            engine.save_checkpoint(
+                str(partial),
+                tag=ENGINE_TAG,
+                save_latest=False,
+                exclude_frozen_parameters=layout.lora is not None,
+            )
+            torch.save(_rank_state(counters), partial / _rank_file(dist.get_rank()))
+            dist.barrier()
+            if dist.get_rank() == 0:
+                manifest = Manifest(version=str(version), layout=layout, files=_sizes(partial))
+                (partial / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+    # torch's own writer raises RuntimeError where a disk is full.
+    except (OSError, RuntimeError) as error:
+        raise StageError(
+            f"{directory} could not be written ({error}); older checkpoints are as they were. Make "
+            "room on the disk, and the same command goes on from the last of them"
+        ) from error
 
 
 def read_manifest(directory: Path) -> Manifest:

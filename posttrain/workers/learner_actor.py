@@ -15,26 +15,16 @@ from posttrain.workers.settings import LearnerSettings
 class LearnerActor:
     """A `DeepSpeedLearner` behind Ray. All ranks are told `ready` at the same time."""
 
-    def __init__(
-        self,
-        model_path: str,
-        settings: LearnerSettings,
-        *,
-        rank: int = 0,
-        num_ranks: int = 1,
-        **keywords: Any,
-    ) -> None:
-        self._start = partial(
-            DeepSpeedLearner, model_path, settings, rank=rank, num_ranks=num_ranks, **keywords
-        )
+    def __init__(self, model_path: str, settings: LearnerSettings, **keywords: Any) -> None:
+        self._start = partial(DeepSpeedLearner, model_path, settings, **keywords)
         self._learner: DeepSpeedLearner | None = None
 
     def address(self) -> str:
         """Where the ranks may meet, if this is the first of them."""
         return free_address()
 
-    def ready(self, address: str | None = None) -> None:
-        self._learner = self._start(address=address or free_address())
+    def ready(self, address: str) -> None:
+        self._learner = self._start(address=address)
 
     def step(self, share: TrainingBatch) -> dict[str, float]:
         return self._running.step(share)
