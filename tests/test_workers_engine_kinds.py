@@ -2,8 +2,11 @@
 
 import asyncio
 import itertools
+import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -152,6 +155,24 @@ async def test_an_engine_on_two_devices_takes_weights_and_leaves_nothing_behind(
     source.move(0.1)
     assert (await publish(next(versions)))["mismatch_max"] < 1e-4
     pool.stop()
+
+
+def test_an_engine_on_another_node_gets_weights_and_its_node_may_go(tmp_path):
+    policy = save_policy(tmp_path / "policy", tied=True)
+    tests, result = Path(__file__).parent, tmp_path / "result.json"
+    done = subprocess.run(
+        [sys.executable, tests / "two_nodes.py", policy, tmp_path / "scratch", result],
+        capture_output=True,
+        text=True,
+        timeout=2 * DEADLINE_S,
+        env=os.environ | {"PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"},
+    )
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(result.read_text())
+    assert seen["elsewhere"]
+    assert len(seen["mismatches"]) == 3 and max(seen["mismatches"]) < 1e-4
+    assert seen["served"] == ["1.2"]  # by the newest weights, not the checkpoint's
+    assert seen["replaced"] == 1.0
 
 
 def without_a_tensor(policy):

@@ -22,27 +22,18 @@ CLOSE_DEADLINE_S = 30.0
 
 
 def connect() -> None:
-    """Joins the cluster that a Ray job runs in, or starts one on this machine."""
+    """Joins the cluster that a Ray job runs in, or starts one on this machine. On a cluster of
+    several nodes all of them must see models and run directory under the same paths."""
     if ray.is_initialized():
         return
     with _signal_handlers_kept():
         if "RAY_ADDRESS" in os.environ:
             ray.init(log_to_driver=False)
-            _refuse_several_nodes()
         else:
             # Ray's workers step back behind every other process (nice 15) unless told otherwise;
             # beside a busy browser a run on two cores would nearly stand still.
             os.environ.setdefault("RAY_worker_niceness", "0")
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-
-
-def _refuse_several_nodes() -> None:
-    nodes = sum(node["Alive"] for node in ray.nodes())
-    if nodes > 1:
-        raise PlacementError(
-            f"the cluster has {nodes} nodes, and weights are published through the shared memory "
-            "of one: run on a cluster of one node"
-        )
 
 
 @contextlib.contextmanager

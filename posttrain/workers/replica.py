@@ -121,7 +121,8 @@ class Replica:
             try:
                 await self.start()
             except PosttrainError as error:
-                self._failures.append(f"did not start again: {error}")
+                reason = str(error).partition("\n")[0]  # Ray's own go on for lines
+                self._failures.append(f"did not start again: {reason}")
 
     async def generate(self, request: GenerationRequest) -> tuple[Rollout, ...]:
         """Raises EngineLost if the engine died or hung; its answer is then lost for good."""

@@ -33,7 +33,6 @@ ENGINE = EngineSettings(max_model_len=192)
 
 def bare(prompts: list[tuple[int, ...]], connection: Any) -> None:
     """Answers each message with (tokens, seconds) of one round."""
-    os.environ.update(engine_environment(ENGINE))
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -86,7 +85,15 @@ async def pooled(
     return sum(len(r.completion_token_ids) for group in groups for r in group), seconds
 
 
-async def compare(pool: GeneratorPool, prompts: list[tuple[int, ...]], rounds: int) -> None:
+async def compare(prompts: list[tuple[int, ...]], rounds: int) -> None:
+    pool = await GeneratorPool.start(
+        str(STARTER_POLICY),
+        PolicyVersion(0, 0),
+        ENGINE,
+        replicas=1,
+        resources=ActorResources(),
+        deadline_s=300,
+    )
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=bare, args=(prompts, theirs), daemon=True)
@@ -108,6 +115,7 @@ async def compare(pool: GeneratorPool, prompts: list[tuple[int, ...]], rounds: i
             )
     ours.send("stop")
     process.join()
+    pool.stop()
     ratios = [a / b for a, b in zip(speeds["pool"], speeds["bare"], strict=True)]
     print(
         f"median of {rounds}: pool {statistics.median(speeds['pool']):.0f}, "
@@ -118,19 +126,11 @@ async def compare(pool: GeneratorPool, prompts: list[tuple[int, ...]], rounds: i
 
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 7
+    os.environ.update(engine_environment(ENGINE))  # bare vLLM's process inherits it
     chat = ChatFormat(str(STARTER_POLICY))
     prompts = [chat.encode(p, None) for p in starter_prompts("held_out", NUM_PROMPTS, seed=0)]
     connect()
-    pool = GeneratorPool.start(
-        str(STARTER_POLICY),
-        PolicyVersion(0, 0),
-        ENGINE,
-        replicas=1,
-        resources=ActorResources(),
-        deadline_s=300,
-    )
-    asyncio.run(compare(pool, prompts, rounds))
-    pool.stop()
+    asyncio.run(compare(prompts, rounds))
     disconnect()
 
 
