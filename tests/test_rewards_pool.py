@@ -68,7 +68,7 @@ async def test_hundreds_of_groups_come_back_in_order_and_as_the_pure_path_scores
     ]
     groups = [[rollout(f"#{number}"), rollout(f"#{number}x")] for number in range(300)]
     before = descendants()
-    with ScorerPool(2, settings) as pool:
+    with ScorerPool(2, settings, patience_s=60) as pool:  # no spare steps in on a busy machine
         scorer: Scorer = pool
         results = await asyncio.gather(
             *(
