@@ -277,7 +277,7 @@ def test_a_slow_answer_keeps_its_process_and_runs_at_the_lowest_priority_meanwhi
         before = score(pool, "nice")[0].explanation
         slow, fast = score(pool, "sleep-and-nice 0.5", "nice")
     own = str(os.nice(0))
-        assert (before, slow.explanation, fast.explanation) == (own, "19", own)
+    assert (before, slow.explanation, fast.explanation) == (own, "19", own)
 
 
 def test_a_worker_is_recycled_after_so_many_answers() -> None:
