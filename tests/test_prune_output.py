@@ -91,6 +91,19 @@ def test_json_lines_stay_byte_for_byte(tmp_path: Path, tiny_policy: Path) -> Non
     assert kept == [line for line in lines if line in kept]
 
 
+def test_mixed_rows_of_json_stay_where_json_is_asked_for(tmp_path: Path, tiny_policy: Path) -> None:
+    rows = [{"question": question(i, i % 2), "answer": "1", "n": i} for i in range(8)]
+    rows[2]["n"] = rows[5]["n"] = {"deep": []}
+    source = write_jsonl(tmp_path / "s.jsonl", rows)
+    out = pruned(source, tiny_policy)
+    in_parquet = pq.read_table(out / "data" / "annotated")["prune_row"].to_pylist()
+    assert in_parquet == [1, 2, 4, 5, 7, 8]
+    out = pruned(source, tiny_policy, format="jsonl")
+    lines = (out / "data" / "annotated" / "part-00000.jsonl").read_text().splitlines()
+    assert [json.loads(line)["n"] for line in lines] == [row["n"] for row in rows]
+    assert (out / "quarantine.jsonl").read_text() == ""
+
+
 def test_a_data_set_keeps_its_features(tmp_path: Path, tiny_policy: Path) -> None:
     from datasets import ClassLabel, Dataset, Features, List, Value
 
@@ -202,16 +215,17 @@ def test_large_sets_come_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(shards, "SHARD_ROWS", 10)
     monkeypatch.setattr(shards, "GROUP_ROWS", 4)
     schema = pa.schema([("x", pa.int64())])
-    for make in (shards.ParquetShards, shards.JsonShards):
-        directory = tmp_path / make.__name__
-        with make(directory, schema) as written:
-            for start in range(0, 30, 3):
-                written.write(pa.table({"x": range(start, start + 3)}, schema), None)
-        files = sorted(directory.iterdir())
+    with shards.ParquetShards(tmp_path / "parquet", schema) as tables:
+        for start in range(0, 30, 3):
+            tables.write(pa.table({"x": range(start, start + 3)}, schema))
+    with shards.LineShards(tmp_path / "jsonl") as lines:
+        for start in range(0, 30, 3):
+            lines.write([str(x) for x in range(start, start + 3)])
+    for form in ("parquet", "jsonl"):
+        files = sorted((tmp_path / form).iterdir())
         assert [f.stem for f in files] == ["part-00000", "part-00001", "part-00002"]
-        if make is shards.ParquetShards:
-            assert pq.read_table(directory)["x"].to_pylist() == list(range(30))
-            assert max(pq.read_metadata(f).num_rows for f in files) <= 12
-        else:
-            lines = "".join(f.read_text() for f in files).splitlines()
-            assert [json.loads(line)["x"] for line in lines] == list(range(30))
+    assert pq.read_table(tmp_path / "parquet")["x"].to_pylist() == list(range(30))
+    sizes = [pq.read_metadata(f).num_rows for f in sorted((tmp_path / "parquet").iterdir())]
+    assert sizes == [12, 12, 6]
+    written = "".join(f.read_text() for f in sorted((tmp_path / "jsonl").iterdir()))
+    assert written.split() == [str(x) for x in range(30)]

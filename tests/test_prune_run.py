@@ -308,6 +308,16 @@ def test_what_cannot_be_used_is_quarantined_and_nothing_is_lost(bench: Bench) ->
     assert total["read"] == 11 == total["judged"] + total["quarantined"]
 
 
+def test_a_turn_that_the_template_cannot_render_is_quarantined(bench: Bench) -> None:
+    turn = {"role": "user", "content": question(1, 0.5)}
+    odd = {"messages": [turn, {**turn, "role": "tool"}], "answer": "1"}
+    bench.write([{"messages": [turn], "answer": "1"}, odd])
+    report = bench.prune()
+    (reason,) = report["figures"]["quarantine"]
+    assert reason == "its chat template cannot render a prompt with no system message"
+    assert bench.quarantined()[0]["reason"].endswith("unknown role tool")
+
+
 def test_strict_stops_at_the_first_bad_row(bench: Bench) -> None:
     bench.write([*rows(3), {"question": "x"}, "{"])
     with pytest.raises(DataError, match=r"source\.jsonl, row 4: the answer is missing"):
@@ -351,7 +361,7 @@ def test_held_out_rows_go_unasked_and_shared_ones_are_counted(bench: Bench, tmp_
 def test_a_held_out_set_that_cannot_be_read_stops_it(bench: Bench, tmp_path: Path) -> None:
     tests = tmp_path / "tests.jsonl"
     tests.write_text('{"question": "a"}\n{"question": 7}\n')
-    with pytest.raises(DataError, match=r"tests\.jsonl, row 2: column 'question' is a number"):
+    with pytest.raises(DataError, match=r"tests\.jsonl, row 2: column 'question' must be a text"):
         bench.prune(overlap={"held_out": [str(tests)]})
 
 

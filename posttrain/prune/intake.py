@@ -46,7 +46,13 @@ def take_in(store: Store, settings: PruneSettings, make_reader: MakeReader) -> S
     choice = settings.source
     before = store.meta("intake") or {}
     pinned = before.get("revision") if before.get("path") == choice.path else None
-    source = open_source(choice.path, split=choice.split, subset=choice.subset, revision=pinned)
+    source = open_source(
+        choice.path,
+        split=choice.split,
+        subset=choice.subset,
+        revision=pinned,
+        one_table=settings.format == "parquet",
+    )
     columns = choice.columns.resolve(source.columns)
     others = OtherSets(settings.overlap)
     reader = make_reader(columns, source.stem)
@@ -59,6 +65,7 @@ def take_in(store: Store, settings: PruneSettings, make_reader: MakeReader) -> S
         "overlap": others.fingerprints,
         "room": reader.room,
         "strict": settings.strict,
+        "format": settings.format,
     }
     if before == signature:
         source.restore(_read_schema(store))
@@ -125,7 +132,7 @@ def _task(row: Row, reader: Reader) -> Task:
     try:
         length = reader.num_tokens(task)
     except ModelError as error:
-        raise UnusableRow(str(error)) from error
+        raise UnusableRow(str(error).removeprefix("policy.model: ")) from error
     if length > reader.room:
         raise UnusableRow(f"{length} tokens are too many; {reader.room} fit into critic.max_length")
     return task

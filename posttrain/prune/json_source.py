@@ -32,8 +32,9 @@ class JsonSource:
 
     revision: str | None = None
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], *, one_table: bool) -> None:
         self._files = files
+        self._one_table = one_table
         self._schema = JsonSchema()
         self.stem = files[0].stem if len(files) == 1 else files[0].parent.name
         self.fingerprint = hash_files(files)
@@ -52,7 +53,9 @@ class JsonSource:
         )
         for chunk in _chunks(parsed, lambda row: row.length or 0):
             records = [row.record for row in chunk if row.record is not None]
-            problems = iter(self._schema.admit(records))
+            problems = iter(
+                self._schema.admit(records) if self._one_table else [None] * len(records)
+            )
             for row in chunk:
                 problem = None if row.record is None else next(problems)
                 yield row if problem is None else replace(row, record=None, problem=problem)
@@ -64,25 +67,26 @@ class JsonSource:
         self._schema = JsonSchema()
         self._schema.schema = schema
 
-    def tables(
-        self, wanted: NDArray[np.bool_]
-    ) -> Iterator[tuple[NDArray[np.int64], pa.Table, Sequence[str] | None]]:
+    def tables(self, wanted: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.int64], pa.Table]]:
         import pyarrow as pa
 
+        for numbers, lines in self.lines(wanted):
+            try:
+                yield numbers, self._schema.table([json.loads(line) for line in lines])
+            except (pa.ArrowException, OverflowError) as error:
+                raise DataError(
+                    f"rows {numbers[0] + 1} to {numbers[-1] + 1} do not fit into one table: "
+                    f"{error}. Ask for JSON lines (--format jsonl)."
+                ) from error
+
+    def lines(self, wanted: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.int64], Sequence[str]]]:
         texts = (
             (number, line.content.decode().strip())
             for number, (_, line) in self._first(len(wanted))
             if wanted[number] and line.content is not None
         )
         for chunk in _chunks(texts, lambda item: len(item[1])):
-            try:
-                table = self._schema.table([json.loads(text) for _, text in chunk])
-            except (pa.ArrowException, OverflowError) as error:
-                raise DataError(
-                    f"rows {chunk[0][0] + 1} to {chunk[-1][0] + 1} do not fit into one table: "
-                    f"{error}. Ask for JSON lines (--format jsonl)."
-                ) from error
-            yield np.array([number for number, _ in chunk]), table, [text for _, text in chunk]
+            yield np.array([number for number, _ in chunk]), [text for _, text in chunk]
 
     def _first(self, count: int | None) -> Iterator[tuple[int, tuple[Path, Line]]]:
         return itertools.islice(enumerate(self._lines()), count)
@@ -114,6 +118,8 @@ def _parse(number: int, file: Path, line: Line) -> Row:
     try:
         text = line.content.decode()
         record = json.loads(text, object_pairs_hook=_once_each)
+        if "\\ud" in text.lower():  # half of a surrogate pair is no text that could be written
+            json.dumps(record, ensure_ascii=False).encode()
         if isinstance(record, dict):
             return row(record=record, content=text)
         problem = "a JSON object was expected"

@@ -28,10 +28,7 @@ class OtherSets:
         self._words = settings.words
         named = [(name, True) for name in settings.held_out]
         named += [(name, False) for name in settings.compare]
-        self._sources = [
-            (name, drops, open_source(name, split="train", subset=None, revision=None))
-            for name, drops in named
-        ]
+        self._sources = [(name, drops, open_source(name, one_table=False)) for name, drops in named]
 
     @property
     def fingerprints(self) -> list[list[str | bool | int]]:

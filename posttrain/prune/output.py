@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +15,7 @@ from judges.selection import RULES
 from posttrain.errors import DataError
 from posttrain.prune.decisions import LABELS, Decisions, Reasons
 from posttrain.prune.settings import PruneSettings
-from posttrain.prune.shards import make_shards
+from posttrain.prune.shards import LineShards, ParquetShards
 from posttrain.prune.source import Source
 from posttrain.prune.store import Store, TaskTable
 
@@ -138,35 +138,75 @@ def write_rows(
     """`kept` `[tasks]` rows into `directory`/kept, all that can be read into `directory`/annotated,
     both in the order of the source. Raises DataError for a source that changed, that has columns of
     our names, or that cannot be written in this format."""
-    schema = source.schema()
-    taken = [name for name in schema.names if name.startswith(PREFIX)]
+    taken = [name for name in source.columns if name.startswith(PREFIX)]
     if taken:
         raise DataError(f"the source already has the column {taken[0]!r}: rename or remove it")
-    annotations = annotator.columns(np.flatnonzero(rows.readable)[:1])
-    annotated_schema = _extended(schema, annotations)
-    written = 0
-    with (
-        make_shards(form, directory / "kept", schema) as kept_shards,
-        make_shards(form, directory / "annotated", annotated_schema) as annotated_shards,
-    ):
-        for numbers, table, lines in source.tables(rows.readable):
-            written += len(numbers)
-            task = rows.task[numbers]
-            is_kept = (task >= 0) & kept[np.maximum(task, 0)]
-            chosen = np.flatnonzero(is_kept)
-            kept_shards.write(
-                table.take(chosen), None if lines is None else [lines[i] for i in chosen]
-            )
-            beside = annotator.columns(numbers)
-            annotated_shards.write(_beside(table, beside, annotated_schema), None)
+
+    def is_kept(numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
+        task = rows.task[numbers]
+        chosen: NDArray[np.bool_] = (task >= 0) & kept[np.maximum(task, 0)]
+        return chosen
+
+    write = _write_lines if form == "jsonl" else _write_tables
+    written = write(directory, source, rows.readable, annotator, is_kept)
     if written != rows.readable.sum():
         raise DataError("the source has other rows than when it was taken in: it was changed")
 
 
+def _write_tables(
+    directory: Path,
+    source: Source,
+    readable: NDArray[np.bool_],
+    annotator: Annotator,
+    is_kept: Callable[[NDArray[np.int64]], NDArray[np.bool_]],
+) -> int:
+    import pyarrow as pa
+
+    schema = source.schema()
+    extended = _extended(schema, annotator.columns(np.flatnonzero(readable)[:1]))
+    written = 0
+    with (
+        ParquetShards(directory / "kept", schema) as kept,
+        ParquetShards(directory / "annotated", extended) as annotated,
+    ):
+        for numbers, table in source.tables(readable):
+            written += len(numbers)
+            kept.write(table.filter(pa.array(is_kept(numbers))))
+            beside = annotator.columns(numbers)
+            annotated.write(pa.table([*table.columns, *beside.values()], schema=extended))
+    return written
+
+
+def _write_lines(
+    directory: Path,
+    source: Source,
+    readable: NDArray[np.bool_],
+    annotator: Annotator,
+    is_kept: Callable[[NDArray[np.int64]], NDArray[np.bool_]],
+) -> int:
+    import pyarrow as pa
+
+    written = 0
+    with LineShards(directory / "kept") as kept, LineShards(directory / "annotated") as annotated:
+        for numbers, lines in source.lines(readable):
+            written += len(numbers)
+            kept.write([lines[i] for i in np.flatnonzero(is_kept(numbers))])
+            beside = pa.table(annotator.columns(numbers)).to_pylist()
+            annotated.write(
+                [
+                    json.dumps({**json.loads(line), **notes}, ensure_ascii=False)
+                    for line, notes in zip(lines, beside, strict=True)
+                ]
+            )
+    return written
+
+
 def _extended(schema: pa.Schema, columns: Mapping[str, pa.Array]) -> pa.Schema:
     """With our columns, also in the description that `datasets` leaves in a schema."""
+    import pyarrow as pa
+
     for name, values in columns.items():
-        schema = schema.append(_field(name, values))
+        schema = schema.append(pa.field(name, values.type))
     notes = dict(schema.metadata or {})
     if b"huggingface" in notes:
         described = json.loads(notes[b"huggingface"])
@@ -175,15 +215,3 @@ def _extended(schema: pa.Schema, columns: Mapping[str, pa.Array]) -> pa.Schema:
             features[name] = {"dtype": str(values.type), "_type": "Value"}
         notes[b"huggingface"] = json.dumps(described).encode()
     return schema.with_metadata(notes)
-
-
-def _field(name: str, values: pa.Array) -> pa.Field:
-    import pyarrow as pa
-
-    return pa.field(name, values.type)
-
-
-def _beside(table: pa.Table, columns: Mapping[str, pa.Array], schema: pa.Schema) -> pa.Table:
-    import pyarrow as pa
-
-    return pa.table([*table.columns, *columns.values()], schema=schema)

@@ -53,7 +53,10 @@ class JsonSchema:
         for name, value in record.items():
             kind = _kind(value)
             if kind is not None and kind != self._kinds[name]:
-                return f"column {name!r} is {kind}, in most rows {self._kinds[name]}"
+                usual = self._kinds[name]
+                return (
+                    f"column {name!r} is {kind}, in most rows {usual} (--format jsonl takes both)"
+                )
         return None
 
     def _extend(self, records: Sequence[Mapping[str, Any]]) -> str | None:

@@ -1,4 +1,4 @@
-"""Tables written to numbered files, Parquet or JSON lines."""
+"""Rows written to numbered files: tables as Parquet, lines as JSON lines."""
 
 from __future__ import annotations
 
@@ -7,40 +7,38 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Literal, Self
+from typing import IO, TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from posttrain.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+Rows = TypeVar("Rows")
+
 SHARD_ROWS = 100_000
 GROUP_ROWS = 10_000
-"""Rows that Parquet keeps together: smaller chunks are collected."""
+"""Rows that are written at once, and that Parquet keeps together: smaller chunks are collected."""
 
 
-class Shards(ABC):
+class Shards(ABC, Generic[Rows]):
     """`part-00000`, `part-00001`, … of about `SHARD_ROWS` rows; one without rows if there are none.
     The same rows give the same files."""
 
     suffix: str
 
-    def __init__(self, directory: Path, schema: pa.Schema) -> None:
+    def __init__(self, directory: Path) -> None:
         directory.mkdir()
         self._directory = directory
-        self._schema = schema
-        self._pending: list[pa.Table] = []
-        self._pending_lines: list[str] = []
+        self._pending: list[Rows] = []
         self._num_pending = 0
         self._room = 0
         self._num_shards = 0
         self._is_open = False
 
-    def write(self, table: pa.Table, lines: Sequence[str] | None) -> None:
-        """Rows, and their lines as they stand in the source where that has lines."""
-        self._pending.append(table)
-        self._pending_lines += lines or []
-        self._num_pending += table.num_rows
+    def write(self, rows: Rows) -> None:
+        self._pending.append(rows)
+        self._num_pending += len(rows)  # type: ignore[arg-type]
         if self._num_pending >= GROUP_ROWS:
             self._flush()
 
@@ -61,8 +59,6 @@ class Shards(ABC):
                 self._end()
 
     def _flush(self) -> None:
-        import pyarrow as pa
-
         if self._room <= 0:
             if self._is_open:
                 self._end()
@@ -71,26 +67,29 @@ class Shards(ABC):
             self._is_open = True
             self._num_shards += 1
             self._room = SHARD_ROWS
-        table = pa.concat_tables([self._schema.empty_table(), *self._pending])
-        self._put(table, self._pending_lines)
-        self._room -= table.num_rows
-        self._pending, self._pending_lines, self._num_pending = [], [], 0
+        self._put(self._pending)
+        self._room -= self._num_pending
+        self._pending, self._num_pending = [], 0
 
     @abstractmethod
     def _begin(self, path: Path) -> None: ...
 
     @abstractmethod
-    def _put(self, table: pa.Table, lines: list[str]) -> None: ...
+    def _put(self, chunks: list[Rows]) -> None: ...
 
     @abstractmethod
     def _end(self) -> None: ...
 
 
-class ParquetShards(Shards):
+class ParquetShards(Shards["pa.Table"]):
     """Raises DataError for columns that Parquet does not have."""
 
     suffix = ".parquet"
     _writer: Any
+
+    def __init__(self, directory: Path, schema: pa.Schema) -> None:
+        super().__init__(directory)
+        self._schema = schema
 
     def _begin(self, path: Path) -> None:
         import pyarrow as pa
@@ -101,16 +100,18 @@ class ParquetShards(Shards):
         except pa.ArrowNotImplementedError as error:
             raise DataError(f"{error} Ask for JSON lines (--format jsonl).") from error
 
-    def _put(self, table: pa.Table, lines: list[str]) -> None:  # noqa: ARG002
-        if table.num_rows:  # `datasets` cannot read a group without rows
-            self._writer.write_table(table)
+    def _put(self, chunks: list[pa.Table]) -> None:
+        import pyarrow as pa
+
+        if any(chunk.num_rows for chunk in chunks):  # `datasets` cannot read a group without rows
+            self._writer.write_table(pa.concat_tables(chunks))
 
     def _end(self) -> None:
         self._writer.close()
 
 
-class JsonShards(Shards):
-    """Raises DataError for values that JSON does not have."""
+class LineShards(Shards[Sequence[str]]):
+    """Lines without their ends."""
 
     suffix = ".jsonl"
     _file: IO[str]
@@ -118,17 +119,17 @@ class JsonShards(Shards):
     def _begin(self, path: Path) -> None:
         self._file = path.open("w", encoding="utf-8")
 
-    def _put(self, table: pa.Table, lines: list[str]) -> None:
-        if not lines:
-            try:
-                lines = [json.dumps(row, ensure_ascii=False) for row in table.to_pylist()]
-            except TypeError as error:
-                raise DataError(f"{error}. Ask for Parquet (--format parquet).") from error
-        self._file.writelines(f"{line}\n" for line in lines)
+    def _put(self, chunks: list[Sequence[str]]) -> None:
+        for chunk in chunks:
+            self._file.writelines(f"{line}\n" for line in chunk)
 
     def _end(self) -> None:
         self._file.close()
 
 
-def make_shards(form: Literal["parquet", "jsonl"], directory: Path, schema: pa.Schema) -> Shards:
-    return (ParquetShards if form == "parquet" else JsonShards)(directory, schema)
+def json_lines(table: pa.Table) -> list[str]:
+    """A table's rows as JSON. Raises DataError for values that JSON does not have."""
+    try:
+        return [json.dumps(row, ensure_ascii=False) for row in table.to_pylist()]
+    except TypeError as error:
+        raise DataError(f"{error}. Ask for Parquet (--format parquet).") from error

@@ -74,16 +74,26 @@ class Source(Protocol):
 
     def restore(self, schema: pa.Schema) -> None: ...
 
-    def tables(
-        self, wanted: NDArray[np.bool_]
-    ) -> Iterator[tuple[NDArray[np.int64], pa.Table, Sequence[str] | None]]:
-        """The wanted of the first `len(wanted)` rows with all columns: their numbers, the table,
-        and their lines where the source has lines."""
+    def tables(self, wanted: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.int64], pa.Table]]:
+        """The wanted of the first `len(wanted)` rows with all columns, and their numbers."""
+        ...
+
+    def lines(self, wanted: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.int64], Sequence[str]]]:
+        """The same as JSON lines: where the source has lines, these as they stand."""
         ...
 
 
-def open_source(name: str, *, split: str, subset: str | None, revision: str | None) -> Source:
+def open_source(
+    name: str,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    revision: str | None = None,
+    one_table: bool = True,
+) -> Source:
     """A JSON lines or Parquet file, a directory of either, or whatever `datasets` can load.
+
+    With `one_table`, a JSON row that does not fit into one table with the others cannot be read.
 
     Raises:
         DataError: nothing there, nothing in it, or no split of that name.
@@ -97,7 +107,7 @@ def open_source(name: str, *, split: str, subset: str | None, revision: str | No
         raise DataError(f"{name}: there is no such file or directory")
     if path.is_file():
         if path.suffix in JSON_SUFFIXES:
-            return JsonSource([path])
+            return JsonSource([path], one_table=one_table)
         if path.suffix == PARQUET_SUFFIX:
             return parquet_source([path])
         raise DataError(
@@ -107,7 +117,7 @@ def open_source(name: str, *, split: str, subset: str | None, revision: str | No
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if not p.name.startswith("."))
         if files and all(file.suffix in JSON_SUFFIXES for file in files):
-            return JsonSource(files)
+            return JsonSource(files, one_table=one_table)
         if files and all(file.suffix == PARQUET_SUFFIX for file in files):
             return parquet_source(files)
     return datasets_source(name, split=split, subset=subset, revision=revision)

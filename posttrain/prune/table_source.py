@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from posttrain.errors import DataError
+from posttrain.prune.shards import json_lines
 from posttrain.prune.source import CHUNK_ROWS, Row, hash_files, is_wanted
 
 if TYPE_CHECKING:
@@ -72,19 +73,21 @@ class TableSource:
     def restore(self, schema: pa.Schema) -> None:
         pass
 
-    def tables(
-        self, wanted: NDArray[np.bool_]
-    ) -> Iterator[tuple[NDArray[np.int64], pa.Table, Sequence[str] | None]]:
+    def tables(self, wanted: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.int64], pa.Table]]:
         number = 0
         for _, table in self._read(None):
             mask = wanted[number : number + table.num_rows]
             if mask.any():
                 # `wanted` may end within the table.
                 chosen = np.flatnonzero(mask)
-                yield number + chosen, table.take(chosen), None
+                yield number + chosen, table.take(chosen)
             number += table.num_rows
             if number >= len(wanted):
                 return
+
+    def lines(self, wanted: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.int64], Sequence[str]]]:
+        for numbers, table in self.tables(wanted):
+            yield numbers, json_lines(table)
 
 
 def _records(table: pa.Table) -> list[Mapping[str, Any] | str]:

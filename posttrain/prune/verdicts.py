@@ -13,7 +13,7 @@ from judges.estimators import JEFFREYS
 from judges.selection import RULES
 from posttrain.prune.decisions import LABELS, Decisions, Reasons
 from posttrain.prune.settings import PruneSettings
-from posttrain.prune.shards import make_shards
+from posttrain.prune.shards import LineShards, ParquetShards, json_lines
 from posttrain.prune.store import Store, TaskTable
 
 CHUNK = 10_000
@@ -34,7 +34,8 @@ def write_verdicts(
     )
     reasons = Reasons(tasks, decided, settings)
     schema = _schema()
-    with make_shards(settings.format, directory, schema) as shards:
+    as_lines = settings.format == "jsonl"
+    with LineShards(directory) if as_lines else ParquetShards(directory, schema) as shards:
         while chunk := list(itertools.islice(known, CHUNK)):
             indices, prompt_ids, outcomes = zip(*chunk, strict=True)
             at = np.array(indices)
@@ -66,7 +67,8 @@ def write_verdicts(
                 else pa.nulls(len(at), field.type)
                 for field in schema
             ]
-            shards.write(pa.table(arrays, schema=schema), None)
+            table = pa.table(arrays, schema=schema)
+            shards.write(json_lines(table) if as_lines else table)
 
 
 def _schema() -> Any:

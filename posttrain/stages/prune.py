@@ -55,16 +55,18 @@ def locate_critic(name: str) -> CriticFiles:
     try:
         base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError) as error:
-        raise ModelError(f"--model: {adapter} names no base model: {error!r}") from error
+        raise ModelError(f"{adapter} names no base model: {error!r}") from error
     return CriticFiles(base=locate_model(str(base)), adapter=Path(name))
 
 
 def critic_model(name: str) -> CriticModel:
     """What judging needs to know of the critic before it is served. Raises ModelError."""
-    files = locate_critic(name)
-    return CriticModel(
-        name=name, fingerprint=files.fingerprint, chat=ChatFormat(str(files.tokenizer))
-    )
+    try:
+        files = locate_critic(name)
+        chat = ChatFormat(str(files.tokenizer))
+    except ModelError as error:  # a run calls it otherwise
+        raise ModelError(f"--model: {str(error).removeprefix('policy.model: ')}") from error
+    return CriticModel(name=name, fingerprint=files.fingerprint, chat=chat)
 
 
 def critic_opener(settings: PruneSettings, out: Path) -> OpenCritic:
@@ -102,7 +104,9 @@ def merge_adapter(files: CriticFiles, target: Path) -> None:
     try:
         merged = PeftModel.from_pretrained(base, str(files.adapter)).merge_and_unload()
     except (ValueError, RuntimeError, OSError) as error:
-        raise ModelError(f"--model: {files.adapter} does not fit {files.base}: {error}") from error
+        raise ModelError(
+            f"the adapter {files.adapter} does not fit {files.base}: {error}"
+        ) from error
     merged.save_pretrained(target)
     ChatFormat(str(files.tokenizer)).tokenizer.save_pretrained(target)
 

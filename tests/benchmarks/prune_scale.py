@@ -95,7 +95,7 @@ def measure(directory: Path) -> dict[str, float]:
     selected = _clocks()
     peak_of_selecting = _peak_mib()
     rows = row_table(store, tasks)
-    source = open_source(settings.source.path, split="train", subset=None, revision=None)
+    source = open_source(settings.source.path)
     target = Path(tempfile.mkdtemp(dir=directory))
     annotator = Annotator(tasks, rows, decided, settings)
     write_rows(target, source, rows, annotator, decided.kept, form="parquet")
