@@ -62,7 +62,12 @@ def _engine_args(model: str, settings: EngineSettings) -> Any:
     }
     if not torch.cuda.is_available():
         backend = "uni" if settings.tensor_parallel == 1 else "mp"
-        arguments |= {"enforce_eager": True, "distributed_executor_backend": backend}
+        arguments |= {
+            "enforce_eager": True,
+            "distributed_executor_backend": backend,
+            # A prompt in pieces winds a seeded generator back, which a CPU generator cannot do.
+            "enable_chunked_prefill": False,
+        }
     return AsyncEngineArgs(**(arguments | settings.extra))
 
 
