@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from posttrain.ledger import Ledger
 from posttrain.metric_sinks import open_sinks
 from posttrain.metrics import MetricsLog
 from posttrain.progress import duration, say
+from posttrain.remote_run import RemoteCopy, run_place
 from posttrain.rerun import Kind, Plan
 from posttrain.roles import demands
 from posttrain.run_dir import RunDir, hash_path
@@ -52,23 +54,34 @@ def run(settings: Settings, inputs: Inputs, *, fresh: bool) -> RunResult:
         StageError: a stage failed; what was finished before it stays.
     """
     plan = Plan.of(settings, inputs)
-    with RunDir.create_or_open(
-        Path(settings.run.dir).absolute(),
-        config.resolved(settings),
-        fresh,
-        {**plan.data, **plan.models},
-    ) as run_dir:
+    place = run_place(settings.run)
+    copy = RemoteCopy(place.url, place.path) if place.url is not None else None
+    with contextlib.ExitStack() as driving:
+        if copy is not None:
+            driving.enter_context(copy.driven(fresh=fresh))
+        run_dir = driving.enter_context(
+            RunDir.create_or_open(
+                place.path, config.resolved(settings), fresh, {**plan.data, **plan.models}
+            )
+        )
         if plan.is_done(run_dir):
-            say(f"every stage of {run_dir.path} is done")
+            say(f"every stage of {settings.run.dir} is done")
         else:
             with _pools(run_dir.path, settings) as pools:
-                _run_stages(run_dir, settings, inputs, plan, pools)
+                _run_stages(run_dir, settings, inputs, plan, pools, copy)
         _hand_over(run_dir, settings, inputs)
+        if copy is not None:
+            copy.push(None)
         return _result(run_dir, settings)
 
 
 def _run_stages(
-    run_dir: RunDir, settings: Settings, inputs: Inputs, plan: Plan, pools: Pools
+    run_dir: RunDir,
+    settings: Settings,
+    inputs: Inputs,
+    plan: Plan,
+    pools: Pools,
+    copy: RemoteCopy | None,
 ) -> None:
     ledger = Ledger(run_dir.ledger_path)
     metrics = MetricsLog(run_dir.metrics_path, open_sinks(settings.log, run_dir.path))
@@ -82,6 +95,7 @@ def _run_stages(
         train=inputs.train,
         held_out=inputs.held_out,
         sft_rows=inputs.sft_rows,
+        copy=copy,
     )
     try:
         asyncio.run(_Runner(context, inputs, plan).run())
@@ -112,6 +126,7 @@ class _Runner:
             await self._stage(name)
             if name != "screen":
                 await self._evaluation(name)
+            await self._context.keep()
 
     async def _stage(self, name: str) -> None:
         run_dir, wanted = self._context.run, self._plan.tables[name]

@@ -90,6 +90,7 @@ class AfterStep:
             commit=lambda: self._context.ledger.commit_step(state.step),
         )
         self._saved_step = state.step
+        await self._context.keep()
 
     def _write(self, record: StepRecord) -> None:
         pool = {
