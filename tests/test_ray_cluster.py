@@ -1,5 +1,5 @@
-"""The same run on a Ray cluster: as a job that is stopped and submitted again, and on three nodes of
-which one is lost."""
+"""The same run on a Ray cluster: as a job that is stopped and submitted again, and on three nodes
+of which one is lost."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Run by test_ray_cluster.py: `posttrain run` on a cluster of three nodes, of which the one with the
-engine is taken away after a step. The last line says what was seen.
+"""Run by test_ray_cluster.py: `posttrain run` on three nodes, of which the one with the engine is
+taken away after a step. The last line says what was seen.
 
     python three_nodes.py RUN_DIR KEY=VALUE…
 """
