@@ -26,7 +26,6 @@ from curricula.sampler import CurriculumSettings
 from judges.judge import JudgeSettings
 from judges.selection import SelectionSettings
 from posttrain.data.instructions import InstructionSettings
-from posttrain.data.pairs import MiningSettings
 from posttrain.data.sources import SourceSettings
 from posttrain.errors import SettingsError
 from posttrain.evaluation import EvalSettings
@@ -37,9 +36,11 @@ from posttrain.workers.settings import (
     ActorResources,
     LearnerResources,
     LearnerSettings,
+    LoraSettings,
     PublishSettings,
     RolloutPoolSettings,
 )
+from posttrain.workers.trainer_settings import DPOSettings, SFTSettings
 from rewards.shaping import RewardSettings
 
 StageName = Literal["screen", "sft", "rl", "dpo"]
@@ -64,11 +65,13 @@ class PolicySettings(_Section):
 
     `dtype` is that of SFT and DPO; engines and the online learner have their own, since a bf16
     engine under an fp32 learner is common (`resources.rollout.engine.dtype`, `rl.learner.dtype`).
+    With `lora` every stage trains an adapter on the policy that enters it.
     """
 
     model: str
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_length: int = Field(default=2048, gt=0, description="tokens of prompt and answer")
+    lora: LoraSettings | None = None
 
 
 class TaskSettings(_Section):
@@ -83,20 +86,6 @@ class ScreenSettings(_Section):
 
     judge: JudgeSettings = JudgeSettings()
     selection: SelectionSettings = SelectionSettings(drop_easiest=0.5)
-
-
-class TrainerSettings(_Section):
-    """`trainer` reaches TRL's own configuration unchanged, `deepspeed` the engine's."""
-
-    trainer: dict[str, Any] = {}
-    deepspeed: dict[str, Any] = {}
-    threads: int = Field(default=1, gt=0, description="CPU threads, without a GPU")
-
-
-class SFTSettings(TrainerSettings):
-    """Light supervised fine-tuning on the rows of `data` that screening kept."""
-
-    data: SourceSettings | None = None
 
 
 class TrainingEvalSettings(EvalSettings):
@@ -126,12 +115,6 @@ class RLSettings(LoopSettings):
     learner: LearnerSettings = LearnerSettings()
     curriculum: CurriculumSettings = CurriculumSettings()
     publish: PublishSettings = PublishSettings()
-
-
-class DPOSettings(TrainerSettings):
-    """Light DPO on pairs mined from the policy that enters the stage."""
-
-    mining: MiningSettings = MiningSettings()
 
 
 class RewardPoolSettings(_Section):
@@ -203,6 +186,16 @@ class Settings(_Section):
         return self
 
     @model_validator(mode="after")
+    def _an_adapter_leaves_experts_alone(self) -> Self:
+        if self.policy.lora is not None and self.rl.learner.expert_parallel > 1:
+            raise ValueError(
+                f"rl.learner.expert_parallel = {self.rl.learner.expert_parallel} divides experts "
+                "that policy.lora does not train; leave it at 1, and take rl.learner.zero_stage = "
+                "3 if they are large"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rescreening_has_a_curriculum(self) -> Self:
         if self.rl.rescreen is not None and self.rl.curriculum.kind == "uniform":
             raise ValueError(
@@ -224,7 +217,7 @@ class Settings(_Section):
             limits["rl.max_tokens"] = self.rl.max_tokens
             if self.rl.evaluation is not None:
                 limits["rl.evaluation.max_tokens"] = self.rl.evaluation.max_tokens
-        if "dpo" in self.stages:
+        if "dpo" in self.stages and self.dpo.mining is not None:
             limits["dpo.mining.max_tokens"] = self.dpo.mining.max_tokens
         return limits
 

@@ -20,6 +20,7 @@ from posttrain.workers.settings import (
     ActorResources,
     LearnerResources,
     LearnerSettings,
+    LoraSettings,
     RolloutPoolSettings,
 )
 from posttrain.workers.transport import PublishedWeights, this_node
@@ -124,6 +125,7 @@ class Pools:
         max_tokens: int,
         num_steps: int,
         seed: int,
+        lora: LoraSettings | None = None,
         checkpoint: Path | None = None,
     ) -> RemoteLearner:
         """A learner that starts from the policy `model`, or goes on from `checkpoint`, which was
@@ -137,6 +139,7 @@ class Pools:
             max_tokens=max_tokens,
             num_steps=num_steps,
             seed=seed,
+            lora=lora,
             checkpoint=checkpoint,
             resources=self._learner,
             deadline_s=self._deadline_s,
