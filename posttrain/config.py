@@ -32,6 +32,7 @@ from posttrain.evaluation import EvalSettings
 from posttrain.metric_sinks import LogSettings
 from posttrain.online.rescreen import RescreenSettings
 from posttrain.online.settings import LoopSettings
+from posttrain.stage_order import STAGES, StageName, check_stages
 from posttrain.workers.settings import (
     ActorResources,
     LearnerResources,
@@ -43,9 +44,6 @@ from posttrain.workers.settings import (
 from posttrain.workers.trainer_settings import DPOSettings, SFTSettings
 from rewards.shaping import RewardSettings
 
-StageName = Literal["screen", "sft", "rl", "dpo"]
-STAGES: tuple[StageName, ...] = get_args(StageName)
-
 Composed = TypeVar("Composed", bound=BaseModel)
 
 
@@ -54,9 +52,12 @@ class _Section(BaseModel):
 
 
 class RunSettings(_Section):
-    """`dir` is where everything goes; `seed` is the only source of randomness that is named."""
+    """`dir` is where everything goes: a path, or a URL that fsspec knows (see
+    `posttrain.remote_run`), which is worked on in `work_dir` and copied there. `seed` is the only
+    source of randomness that is named."""
 
-    dir: str
+    dir: str = Field(min_length=1)
+    work_dir: str | None = None
     seed: int = 0
 
 
@@ -82,8 +83,10 @@ class TaskSettings(_Section):
 
 
 class ScreenSettings(_Section):
-    """Difficulty screening: how the critic is sampled, what is dropped from the SFT set."""
+    """Difficulty screening: how the critic is sampled, what is dropped from the SFT set. `model` is
+    the critic, by default the policy that enters the stage."""
 
+    model: str | None = None
     judge: JudgeSettings = JudgeSettings()
     selection: SelectionSettings = SelectionSettings(drop_easiest=0.5)
 
@@ -102,11 +105,13 @@ class TrainingEvalSettings(EvalSettings):
 class RLSettings(LoopSettings):
     """Asynchronous online RL: the loop's own settings, and those of its parts.
 
+    `model` is what the stage starts from, by default what the stage before it left.
     `keep_checkpoints` counts the newest ones; `export_every` so many steps the policy is also
     written to `rl/export-N` in Hugging Face's format, and stays. That, `evaluation` and `rescreen`
     are off unless given.
     """
 
+    model: str | None = None
     checkpoint_every: int = Field(default=20, gt=0)
     keep_checkpoints: int = Field(default=2, gt=0)
     export_every: int | None = Field(default=None, gt=0)
@@ -166,11 +171,7 @@ class Settings(_Section):
 
     @model_validator(mode="after")
     def _stages_make_sense(self) -> Self:
-        order = [STAGES.index(stage) for stage in self.stages]
-        if not order or order != sorted(set(order)):
-            raise ValueError(
-                f"stages: each at most once and in the order {', '.join(STAGES)}; got {self.stages}"
-            )
+        check_stages(self.stages, self.own_models)
         if "sft" in self.stages and self.sft.data is None:
             raise ValueError("sft.data: the stage sft has no input; name a source of rows")
         return self
@@ -203,6 +204,12 @@ class Settings(_Section):
                 "out, or take rl.curriculum.kind = difficulty"
             )
         return self
+
+    @property
+    def own_models(self) -> dict[str, str]:
+        """Stages of this run that start from a checkpoint of their own, and which."""
+        named = {stage: getattr(self, stage).model for stage in self.stages}
+        return {stage: model for stage, model in named.items() if model is not None}
 
     @property
     def max_answer_tokens(self) -> int:

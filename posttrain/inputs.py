@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from posttrain.data.prompts import check_disjoint
 from posttrain.data.sources import STARTER, load_prompts, load_sft_rows
 from posttrain.errors import DataError, ModelError
 from posttrain.metric_sinks import check_sinks
+from posttrain.run_dir import RunDir, fingerprint_directory
 from posttrain.types import Prompt, SFTRow
+from posttrain.workers.agreement import check_same_model
 from rewards.verifiers import check_references
 
 STARTER_POLICY = Path(__file__).parent / "starter" / "policy"
@@ -26,25 +28,38 @@ STARTER_POLICY = Path(__file__).parent / "starter" / "policy"
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Policy and data of a run; `fingerprint` names their content."""
+    """Policy and data of a run; `stage_models` holds what stages start from instead of the policy
+    that the stage before them left."""
 
     model: Path
+    stage_models: Mapping[str, Path]
     chat: ChatFormat
     train: list[Prompt]
     held_out: list[Prompt]
     sft_rows: list[SFTRow]
 
     @property
-    def fingerprint(self) -> str:
-        content = json.dumps(
-            [
-                [_content(p) for p in self.train],
-                [_content(p) for p in self.held_out],
-                [[r.row_id, _content(r.prompt), r.completion, r.system] for r in self.sft_rows],
-            ],
-            sort_keys=True,
-        )
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+    def data(self) -> dict[str, str]:
+        """Fingerprints of the content of `train`, `held_out` and `sft`."""
+        return {
+            "train": _digest([_content(p) for p in self.train]),
+            "held_out": _digest([_content(p) for p in self.held_out]),
+            "sft": _digest(
+                [[r.row_id, _content(r.prompt), r.completion, r.system] for r in self.sft_rows]
+            ),
+        }
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Fingerprints of `policy` and of the stages' own checkpoints."""
+        return {
+            "policy": fingerprint_directory(self.model),
+            **{stage: fingerprint_directory(path) for stage, path in self.stage_models.items()},
+        }
+
+
+def _digest(content: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _content(prompt: Prompt) -> list[Any]:
@@ -62,6 +77,9 @@ def load_inputs(settings: Settings) -> Inputs:
     """
     check_sinks(settings.log)
     model = locate_model(settings.policy.model)
+    stage_models = {
+        stage: _model_of_stage(stage, name, model) for stage, name in settings.own_models.items()
+    }
     chat = ChatFormat(str(model))
     train = load_prompts(settings.tasks.train, "train")
     held_out = load_prompts(settings.tasks.held_out, "held_out")
@@ -81,16 +99,40 @@ def load_inputs(settings: Settings) -> Inputs:
     room = settings.policy.max_length - settings.max_answer_tokens
     chat.check_lengths([*train, *held_out, *sft_prompts], mix.by_name.values(), room)
     chat.check_rows(sft_rows, mix, settings.policy.max_length)
-    return Inputs(model=model, chat=chat, train=train, held_out=held_out, sft_rows=sft_rows)
+    return Inputs(
+        model=model,
+        stage_models=stage_models,
+        chat=chat,
+        train=train,
+        held_out=held_out,
+        sft_rows=sft_rows,
+    )
+
+
+def _model_of_stage(stage: str, name: str, policy: Path) -> Path:
+    """ModelError if it is no checkpoint, or none of the policy's architecture and tokenizer."""
+    try:
+        path = locate_model(name)
+        check_same_model(path, policy)
+    except ModelError as error:
+        raise ModelError(f"{stage}.model: {str(error).removeprefix('policy.model: ')}") from error
+    return path
 
 
 def locate_model(name: str) -> Path:
-    """The directory of a checkpoint: `starter`, a path, or a hub name (downloaded once).
+    """The directory of a checkpoint: `starter`, a path (of a run: the policy that it left), or a
+    hub name (downloaded once).
 
     Raises:
         ModelError: there is no checkpoint that transformers can read.
     """
     path = STARTER_POLICY if name == STARTER else Path(name)
+    if RunDir(path).is_run():
+        path = RunDir(path).policy_dir
+        if not path.is_dir():
+            raise ModelError(
+                f"policy.model: the run {name} has left no policy yet; finish it first"
+            )
     if not path.is_dir():
         path = _download(name)
     from transformers import AutoConfig

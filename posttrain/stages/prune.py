@@ -16,6 +16,7 @@ from posttrain.prune.critic import Critic, CriticModel, OpenCritic
 from posttrain.prune.settings import PruneSettings
 from posttrain.run_dir import fingerprint_directory
 from posttrain.workers.adapters import base_of, check_adapter, is_adapter, merge_adapter
+from posttrain.workers.demand import Demand
 from posttrain.workers.pools import Pools
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,5 +101,9 @@ def _pools(settings: PruneSettings, out: Path) -> Pools:
         rewards=settings.rewards,
         reward_workers=resources.rewards.workers,
         reward_actor=resources.rewards.actor,
+        demands=[
+            Demand(role="critic", count=rollout.replicas, each=rollout.actor),
+            Demand(role="rewards", count=1, each=resources.rewards.actor),
+        ],
         deadline_s=resources.deadline_s,
     )

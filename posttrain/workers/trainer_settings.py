@@ -83,8 +83,10 @@ class CheckpointSettings(BaseModel):
 
 
 class SFTSettings(TrainerSettings):
-    """Light supervised fine-tuning on the rows of `data` that screening kept."""
+    """Light supervised fine-tuning on the rows of `data` that screening kept. `model` is what the
+    stage starts from, by default what the stage before it left."""
 
+    model: str | None = None
     data: SourceSettings | None = None
     checkpoints: CheckpointSettings = CheckpointSettings()
 
@@ -99,8 +101,10 @@ class GuardSettings(BaseModel):
 
 class DPOSettings(TrainerSettings):
     """Light DPO on pairs mined from the policy that enters the stage (`mining`, null for none) and
-    on pairs of one's own (`data`, JSON lines with `prompt`, `chosen` and `rejected`)."""
+    on pairs of one's own (`data`, JSON lines with `prompt`, `chosen` and `rejected`). `model` is
+    that policy, by default what the stage before it left."""
 
+    model: str | None = None
     data: SourceSettings | None = None
     mining: MiningSettings | None = MiningSettings()
     guard: GuardSettings = GuardSettings()
