@@ -66,13 +66,16 @@ class PolicySettings(_Section):
 
     `dtype` is that of SFT and DPO; engines and the online learner have their own, since a bf16
     engine under an fp32 learner is common (`resources.rollout.engine.dtype`, `rl.learner.dtype`).
-    With `lora` every stage trains an adapter on the policy that enters it.
+    With `lora` every stage trains an adapter on the policy that enters it, and the run leaves one
+    adapter, in PEFT's format, for the policy that it began with; with `merge_adapter` it leaves the
+    whole policy.
     """
 
     model: str
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_length: int = Field(default=2048, gt=0, description="tokens of prompt and answer")
     lora: LoraSettings | None = None
+    merge_adapter: bool = False
 
 
 class TaskSettings(_Section):

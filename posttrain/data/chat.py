@@ -89,20 +89,22 @@ class ChatFormat:
             found = whole.find(message["content"].strip(), position)
             if found < 0:
                 raise self._template_error(
-                    place, f"drops or changes a turn: {message['role']} says "
-                    f"{reprlib.repr(message['content'])}, which is not in what it renders"
+                    place,
+                    f"drops or changes a turn: {message['role']} says "
+                    f"{reprlib.repr(message['content'])}, which is not in what it renders",
                 )
             position = found + len(message["content"].strip())
         if not whole.startswith(asked):
             raise self._template_error(
-                place, "renders a prompt otherwise than in front of its answer: "
-                f"{reprlib.repr(asked[-40:])} is no beginning of {reprlib.repr(whole)}"
+                place,
+                "renders a prompt otherwise than in front of its answer: "
+                f"{reprlib.repr(asked[-40:])} is no beginning of {reprlib.repr(whole)}",
             )
         ending = whole[position:]
         if not any(token in ending for token in self._ends):
             raise self._template_error(
-                place, f"does not end an answer: behind it stands {ending!r} and none of "
-                f"{self._ends}"
+                place,
+                f"does not end an answer: behind it stands {ending!r} and none of {self._ends}",
             )
 
     def _render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
@@ -155,7 +157,11 @@ class ChatFormat:
     ) -> None:
         """Raises ModelError as `check_round_trip` does, for a prompt under each of them."""
         for system in [None, *instructions]:
-            place = "a prompt" if system is None else f"a prompt under system_instructions {system.name!r}"
+            place = (
+                "a prompt"
+                if system is None
+                else f"a prompt under system_instructions {system.name!r}"
+            )
             self.check_round_trip(conversation(prompt, system), "1", place)
 
     def check_rows(self, rows: Sequence[SFTRow], mix: InstructionMix, max_length: int) -> None:

@@ -1,13 +1,13 @@
 """Preference pairs of one's own: JSON lines with `prompt`, `chosen` and `rejected`.
 
-`prompt` is a text or a list of messages, `chosen` and `rejected` are texts or lists of one assistant
-message; `corner_case`, `system` (the name of a system instruction) and `margin` may stand beside them.
+`prompt` is a text or a list of messages, `chosen` and `rejected` are texts or lists of one message
+of the assistant; `corner_case`, `system` (the name of a system instruction) and `margin` may stand
+beside them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from posttrain.data.prompts import content_hash

@@ -32,7 +32,7 @@ class StageContext:
     sft_rows: Sequence[SFTRow]
     pairs: Sequence[PreferencePair]
     evaluations: dict[Path, list[PromptResult]] = field(default_factory=dict)
-    """Of the policies that were measured on all held-out tasks (see `posttrain.stages.held_out`)."""
+    """Of the policies that were measured on all held-out tasks (`posttrain.stages.held_out`)."""
 
     @property
     def seed(self) -> int:

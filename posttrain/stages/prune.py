@@ -19,6 +19,7 @@ from posttrain.workers.adapters import base_of, check_adapter, is_adapter, merge
 from posttrain.workers.demand import Demand
 from posttrain.workers.pools import Pools
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CriticFiles:
     """A checkpoint directory, and the PEFT adapter that is merged into it, if there is one."""

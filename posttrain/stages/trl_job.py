@@ -5,7 +5,7 @@ in the stage's directory, which all ranks see:
 
     data/                   the records, and what TRL makes of them (tokens, reference log-probs)
     checkpoints/step-N/     policy (Hugging Face's format) and, with an adapter, adapter (PEFT's)
-    trainer/                TRL's own output, its checkpoints if `trainer.save_strategy` asks for any
+    trainer/                TRL's own output; its checkpoints, if `trainer.save_strategy` says so
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from posttrain.atomic import write_atomically
 from posttrain.errors import PosttrainError, StageError
 from posttrain.stages.trl_rank import RankJob, train_rank
 from posttrain.workers.cluster import refuse_more_than_there_is
+from posttrain.workers.demand import Demand
 from posttrain.workers.settings import LearnerResources
 
 START_DEADLINE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
@@ -60,11 +61,11 @@ def run_job(
     """Trains on `records`. `deadline_s` is how long the ranks may take until they are placed.
 
     Raises:
-        PlacementError: the cluster has fewer devices than the ranks need.
+        SettingsError: the cluster has fewer devices than the ranks need.
         StageError: a rank failed, the ranks were not placed in time, or TRL did not train under
             DeepSpeed.
     """
-    refuse_more_than_there_is(f"rank of {job.kind}", resources, count=resources.ranks)
+    refuse_more_than_there_is([Demand(role="learner", count=resources.ranks, each=resources)])
     directory = Path(job.directory)
     _prepare(job, records)
     trainer = _Trainer(

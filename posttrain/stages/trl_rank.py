@@ -104,7 +104,7 @@ def let_accelerate_count_cpu_ranks() -> None:
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
-    def backend(self: Any, *_: Any, **__: Any) -> tuple[str, DistributedType]:
+    def backend(*_: Any, **__: Any) -> tuple[str, DistributedType]:
         return "gloo", DistributedType.NO  # DeepSpeed takes its place later
 
     PartialState._prepare_backend = backend
@@ -146,7 +146,7 @@ def _saver(count: int, save: Callable[[int], None]) -> Any:
     from transformers import TrainerCallback
 
     class Saver(TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
             if state.global_step in save_steps(count, state.max_steps):
                 save(state.global_step)
 

@@ -39,9 +39,7 @@ def train(
     rl = context.settings.rl
     answers = rl.num_steps * rl.groups_per_step * rl.group_size
     in_run = "rl" in context.settings.stages
-    warning = heavy(
-        stage, budget, rows=len(records), rl_answers=answers if in_run else None
-    )
+    warning = heavy(stage, budget, rows=len(records), rl_answers=answers if in_run else None)
     if warning is not None:
         say(warning)
     job = RankJob(
@@ -56,9 +54,7 @@ def train(
         threads=settings.threads,
         dtype=policy.dtype,
     )
-    trained = run_job(
-        job, records, resources=resources.learner, deadline_s=resources.deadline_s
-    )
+    trained = run_job(job, records, resources=resources.learner, deadline_s=resources.deadline_s)
     for record in trained.history:
         context.metrics.append({"stage": stage, **record})
     passes = {"passes": budget.passes, "heavy": warning is not None}

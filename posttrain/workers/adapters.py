@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -65,6 +66,21 @@ def check_targets(base: Path, settings: LoraSettings) -> None:
     from posttrain.workers.policy_model import add_adapter
 
     add_adapter(_empty_model(base), settings)
+
+
+def merged_once(adapter: Path, base: Path) -> Path:
+    """Base and adapter as one checkpoint, made at the first call and found again afterwards. It
+    lies where models that were downloaded lie, too. Raises ModelError as `check_adapter`."""
+    from huggingface_hub.constants import HF_HOME
+
+    check_adapter(adapter, base)
+    both = f"{fingerprint_directory(base)} {fingerprint_directory(adapter)}"
+    target = Path(HF_HOME) / "posttrain" / hashlib.sha256(both.encode()).hexdigest()[:16]
+    if not target.is_dir():
+        own = (adapter / "tokenizer_config.json").is_file()
+        with staged_directory(target) as staged:
+            merge_adapter(base, adapter, staged, adapter if own else base)
+    return target
 
 
 def merge_adapter(base: Path, adapter: Path, target: Path, tokenizer: Path) -> None:
@@ -138,11 +154,14 @@ def _adapted_modules(adapter: Path) -> dict[str, tuple[int, int]]:
 
 
 def _module_shapes(base: Path) -> Mapping[str, tuple[int, int]]:
-    """Module -> shape of its weight, of those with a matrix."""
+    """Linear layer -> shape of its weight."""
+    from torch import nn
+
+    modules = _empty_model(base).named_modules()
     return {
-        name.removesuffix(".weight"): (int(p.shape[0]), int(p.shape[1]))
-        for name, p in _empty_model(base).named_parameters()
-        if name.endswith(".weight") and p.ndim == 2
+        name: (module.out_features, module.in_features)
+        for name, module in modules
+        if isinstance(module, nn.Linear)
     }
 
 

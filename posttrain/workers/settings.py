@@ -90,11 +90,7 @@ class RolloutPoolSettings(BaseModel):
 class LoraSettings(BaseModel):
     """A low-rank adapter by PEFT. `target_modules` names linear layers (the ends of their names);
     `all-linear` takes all of them but the head. Routed experts, which transformers keep in one
-    tensor a layer, stay as they are.
-
-    A run with adapters leaves one, in PEFT's format, for the policy that it began with; with
-    `merge` it leaves the whole policy instead.
-    """
+    tensor a layer, stay as they are."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -102,7 +98,6 @@ class LoraSettings(BaseModel):
     alpha: float = Field(default=32.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    merge: bool = False
 
 
 class LearnerSettings(BaseModel):
