@@ -1,5 +1,6 @@
-"""TRL by itself: no Ray, no DeepSpeed, nothing of ours. `python plain_trl.py SPEC` reads a JSON file
-with `kind`, `model`, `records`, `trainer` and writes TRL's log to `history` beside it."""
+"""TRL by itself: no Ray, no DeepSpeed, nothing of ours. `python plain_trl.py SPEC` reads a JSON
+file with `kind`, `model`, `records`, `trainer`, `lora` and writes TRL's log to `history` beside it.
+"""
 
 from __future__ import annotations
 
