@@ -112,6 +112,7 @@ def make_context(tmp_path: Path, tiny_policy: Path) -> Any:
             seed=0,
             instruction_mix=lambda salt: InstructionMix([], salt),
             policy_of=lambda stage: run.stage_dir(stage) / "policy",
+            adapter_of=lambda stage: run.stage_dir(stage) / "adapter",
         )
         return context  # type: ignore[no-any-return]
 

@@ -23,7 +23,12 @@ from posttrain.starter.tasks import starter_sft_rows
 from posttrain.workers.settings import LearnerResources, LoraSettings
 
 pytest_plugins = ["engine_fixtures"]
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.slow,
+    # Ray Train makes settings of Ray Data, with all that is deprecated among them.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 
 STEPS, BATCH = 20, 8
 LORA = LoraSettings(r=4, alpha=8)

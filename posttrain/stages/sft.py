@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from posttrain.stages.held_out import measure_policy
 from posttrain.stages.trl_job import keep_checkpoint
 from posttrain.stages.trl_stage import train
 
-STAGE = "sft"
+STAGE: Final = "sft"
 
 
 async def sft(
