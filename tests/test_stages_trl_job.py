@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -234,3 +235,28 @@ def test_more_ranks_than_there_are_cores_are_refused_at_once(cluster, tiny_polic
     with pytest.raises(SettingsError, match=r"999 actors of learner"):
         run_job(job_of("sft", tiny_policy, tmp_path), [], resources=resources, deadline_s=5)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("case", ["sft", "dpo"])
+def test_an_interrupted_job_goes_on_from_trls_own_checkpoint(cluster, tiny_policy, tmp_path, case):
+    job = job_of(case, tiny_policy, tmp_path)
+    job = replace(job, trainer=dict(job.trainer) | {"save_strategy": "steps", "save_steps": 10})
+    expected = trained(job, case)
+    last = load_file(expected.policies[STEPS] / "model.safetensors")
+    # As if it had been killed after step 10.
+    shutil.rmtree(tmp_path / "trainer" / "checkpoint-20")
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "trainer" / "outcome.json").unlink()
+    made = sorted(path.stat().st_mtime_ns for path in (tmp_path / "data").iterdir())
+    found = trained(job, case)
+    assert losses(found.history) == losses(expected.history)
+    assert largest_difference(load_file(found.policies[STEPS] / "model.safetensors"), last) == 0
+    # Tokens and reference log-probabilities were there.
+    assert sorted(path.stat().st_mtime_ns for path in (tmp_path / "data").iterdir()) == made
+
+
+def test_another_job_in_the_same_directory_starts_anew(cluster, tiny_policy, tmp_path):
+    job = job_of("sft", tiny_policy, tmp_path, checkpoints=2)
+    assert list(trained(job, "sft").policies) == [10, 20]
+    shorter = replace(job, trainer=dict(job.trainer) | {"max_steps": 6})
+    assert list(trained(shorter, "sft").policies) == [3, 6]
