@@ -100,7 +100,16 @@ def job_of(case, policy, directory, *, ranks=1, stage=2, **changes):
 
 
 def trained(job, case, ranks=1):
-    return run_job(job, CASES[case][1](), resources=RANKS[ranks], deadline_s=120)
+    told = []
+    outcome = run_job(
+        job,
+        CASES[case][1](),
+        resources=RANKS[ranks],
+        deadline_s=120,
+        on_record=told.append,
+    )
+    assert losses(told) == losses(outcome.history)[-len(losses(told)) :]
+    return outcome
 
 
 def losses(history):
@@ -233,7 +242,13 @@ def test_what_trl_refuses_is_said_in_its_words(cluster, tiny_policy, tmp_path):
 def test_more_ranks_than_there_are_cores_are_refused_at_once(cluster, tiny_policy, tmp_path):
     resources = LearnerResources(cpus=1, ranks=999)
     with pytest.raises(SettingsError, match=r"999 actors of learner"):
-        run_job(job_of("sft", tiny_policy, tmp_path), [], resources=resources, deadline_s=5)
+        run_job(
+            job_of("sft", tiny_policy, tmp_path),
+            [],
+            resources=resources,
+            deadline_s=5,
+            on_record=print,
+        )
     assert not list(tmp_path.iterdir())
 
 

@@ -14,11 +14,15 @@ from typing import Any
 import ray.train
 
 from posttrain.errors import StageError
+from posttrain.stages.trl_log import write_record
 from posttrain.stages.trl_settings import Kind, trainer_classes
 from posttrain.workers import policy_export
 from posttrain.workers.experts import fetch_experts_as_one
 from posttrain.workers.policy_model import adapter_config, recompute_buffers
 from posttrain.workers.settings import LoraSettings, merged
+
+LOG, OUTCOME = "log.jsonl", "outcome.json"
+"""Under `trainer/`, written by rank 0."""
 
 DEEPSPEED_DEFAULTS: Mapping[str, Any] = {
     "zero_optimization": {"stage": 2},
@@ -48,7 +52,7 @@ class RankJob:
 
 
 def train_rank(config: Mapping[str, Any]) -> None:
-    """Trains, saves the policies and, on rank 0, `trainer/outcome.json`."""
+    """Trains, saves the policies and, on rank 0, what came of it."""
     import torch
     from datasets import load_from_disk
     from transformers import AutoTokenizer, set_seed
@@ -87,7 +91,7 @@ def train_rank(config: Mapping[str, Any]) -> None:
             # TRL writes what it wants of a model into its configuration.
             config_before.save_pretrained(policy)
 
-    trainer.add_callback(_saver(job.checkpoints, save))
+    trainer.add_callback(_callback(job.checkpoints, save, output / LOG))
     # Of an interrupted attempt, if `trainer.save_strategy` made it leave one.
     left = get_last_checkpoint(str(output)) if output.is_dir() else None
     outcome = trainer.train(resume_from_checkpoint=left)
@@ -95,7 +99,7 @@ def train_rank(config: Mapping[str, Any]) -> None:
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
         found = {"metrics": outcome.metrics, "history": trainer.state.log_history}
-        (output / "outcome.json").write_text(json.dumps(found))
+        (output / OUTCOME).write_text(json.dumps(found))
 
 
 def let_accelerate_count_cpu_ranks() -> None:
@@ -142,15 +146,20 @@ def _load_model(job: RankJob) -> Any:
     return model
 
 
-def _saver(count: int, save: Callable[[int], None]) -> Any:
+def _callback(count: int, save: Callable[[int], None], log: Path) -> Any:
     from transformers import TrainerCallback
 
-    class Saver(TrainerCallback):  # type: ignore[misc]
+    class SaveAndTell(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
             if state.global_step in save_steps(count, state.max_steps):
                 save(state.global_step)
 
-    return Saver()
+        def on_log(self, _: Any, state: Any, __: Any, logs: Mapping[str, Any], **___: Any) -> None:
+            if state.is_world_process_zero:
+                steps = {"step": state.global_step, "max_steps": state.max_steps}
+                write_record(log, steps | dict(logs))
+
+    return SaveAndTell()
 
 
 def _refuse_anything_but_deepspeed(trainer: Any) -> None:
