@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -43,10 +45,22 @@ def print_report(
     console.print(
         f"\nThe policy: {policy}\n"
         f"  transformers: AutoModelForCausalLM.from_pretrained({policy!r})\n"
-        f"  vLLM:         vllm serve {policy}",
+        f"  vLLM:         {_serve(policy)}",
         soft_wrap=True,
         highlight=False,
         markup=False,
+    )
+
+
+def _serve(policy: str) -> str:
+    adapter = Path(policy) / "adapter_config.json"
+    if not adapter.is_file():
+        return f"vllm serve {policy}"
+    config = json.loads(adapter.read_text(encoding="utf-8"))
+    room = max(8, 1 << (config["r"] - 1).bit_length())  # vLLM takes powers of two only
+    return (
+        f"vllm serve {config['base_model_name_or_path']} --enable-lora "
+        f"--max-lora-rank {room} --lora-modules policy={policy}"
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -201,3 +203,13 @@ def test_what_sft_kept_and_what_dpo_mended_is_said(evaluations: dict[str, Any]) 
     light = render(evaluations, metrics={"sft": {"rows": 3}, "dpo": dpo | {"kept": True}})
     assert "SFT: step" not in light
     assert "undone" not in light
+
+
+def test_an_adapter_is_served_on_its_base(evaluations: dict[str, Any], tmp_path: Path) -> None:
+    config = {"base_model_name_or_path": "someone/base", "r": 48}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    text = render(evaluations, policy=str(tmp_path))
+    assert (
+        f"vllm serve someone/base --enable-lora --max-lora-rank 64 --lora-modules policy={tmp_path}"
+        in text
+    )
