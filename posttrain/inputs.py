@@ -150,9 +150,7 @@ def locate_model(name: str, setting: str = "policy.model") -> Path:
     if RunDir(path).is_run():
         path = RunDir(path).policy_dir
         if not path.is_dir():
-            raise ModelError(
-                f"{setting}: the run {name} has left no policy yet; finish it first"
-            )
+            raise ModelError(f"{setting}: the run {name} has left no policy yet; finish it first")
     if not path.is_dir():
         path = _download(name, setting)
     if is_adapter(path):
