@@ -26,7 +26,6 @@ from curricula.sampler import CurriculumSettings
 from judges.judge import JudgeSettings
 from judges.selection import SelectionSettings
 from posttrain.data.instructions import InstructionSettings
-from posttrain.data.pairs import MiningSettings
 from posttrain.data.sources import SourceSettings
 from posttrain.errors import SettingsError
 from posttrain.evaluation import EvalSettings
@@ -36,11 +35,14 @@ from posttrain.online.settings import LoopSettings
 from posttrain.stage_order import STAGES, StageName, check_stages
 from posttrain.workers.settings import (
     ActorResources,
+    EngineSettings,
     LearnerResources,
     LearnerSettings,
+    LoraSettings,
     PublishSettings,
     RolloutPoolSettings,
 )
+from posttrain.workers.trainer_settings import DPOSettings, SFTSettings
 from rewards.shaping import RewardSettings
 
 Composed = TypeVar("Composed", bound=BaseModel)
@@ -65,11 +67,16 @@ class PolicySettings(_Section):
 
     `dtype` is that of SFT and DPO; engines and the online learner have their own, since a bf16
     engine under an fp32 learner is common (`resources.rollout.engine.dtype`, `rl.learner.dtype`).
+    With `lora` every stage trains an adapter on the policy that enters it, and the run leaves one
+    adapter, in PEFT's format, for the policy that it began with; with `merge_adapter` it leaves the
+    whole policy.
     """
 
     model: str
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_length: int = Field(default=2048, gt=0, description="tokens of prompt and answer")
+    lora: LoraSettings | None = None
+    merge_adapter: bool = False
 
 
 class TaskSettings(_Section):
@@ -86,22 +93,6 @@ class ScreenSettings(_Section):
     model: str | None = None
     judge: JudgeSettings = JudgeSettings()
     selection: SelectionSettings = SelectionSettings(drop_easiest=0.5)
-
-
-class TrainerSettings(_Section):
-    """`trainer` reaches TRL's own configuration unchanged, `deepspeed` the engine's."""
-
-    trainer: dict[str, Any] = {}
-    deepspeed: dict[str, Any] = {}
-    threads: int = Field(default=1, gt=0, description="CPU threads, without a GPU")
-
-
-class SFTSettings(TrainerSettings):
-    """Light supervised fine-tuning on the rows of `data` that screening kept. `model` is what the
-    stage starts from, by default what the stage before it left."""
-
-    model: str | None = None
-    data: SourceSettings | None = None
 
 
 class TrainingEvalSettings(EvalSettings):
@@ -135,19 +126,13 @@ class RLSettings(LoopSettings):
     publish: PublishSettings = PublishSettings()
 
 
-class DPOSettings(TrainerSettings):
-    """Light DPO on pairs mined from the policy that enters the stage. `model` is that policy, by
-    default what the stage before it left."""
-
-    model: str | None = None
-    mining: MiningSettings = MiningSettings()
-
-
 class RewardPoolSettings(_Section):
-    """Scorer processes on one node."""
+    """Scorer processes on one node; `judge` is the engines of the model that `rewards.judge` names,
+    where it names one."""
 
     workers: int = Field(default=1, gt=0)
     actor: ActorResources = ActorResources(cpus=0.0)
+    judge: RolloutPoolSettings = RolloutPoolSettings(engine=EngineSettings(max_model_len=4096))
 
 
 class ResourceSettings(_Section):
@@ -208,6 +193,26 @@ class Settings(_Section):
         return self
 
     @model_validator(mode="after")
+    def _an_adapter_leaves_experts_alone(self) -> Self:
+        if self.policy.lora is not None and self.rl.learner.expert_parallel > 1:
+            raise ValueError(
+                f"rl.learner.expert_parallel = {self.rl.learner.expert_parallel} divides experts "
+                "that policy.lora does not train; leave it at 1, and take rl.learner.zero_stage = "
+                "3 if they are large"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _replies_of_the_judge_fit(self) -> Self:
+        judge, room = self.rewards.judge, self.resources.rewards.judge.engine.max_model_len
+        if judge is not None and judge.model is not None and judge.max_tokens >= room:
+            raise ValueError(
+                f"rewards.judge.max_tokens = {judge.max_tokens} leaves no room for a question in "
+                f"resources.rewards.judge.engine.max_model_len = {room}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rescreening_has_a_curriculum(self) -> Self:
         if self.rl.rescreen is not None and self.rl.curriculum.kind == "uniform":
             raise ValueError(
@@ -235,7 +240,7 @@ class Settings(_Section):
             limits["rl.max_tokens"] = self.rl.max_tokens
             if self.rl.evaluation is not None:
                 limits["rl.evaluation.max_tokens"] = self.rl.evaluation.max_tokens
-        if "dpo" in self.stages:
+        if "dpo" in self.stages and self.dpo.mining is not None:
             limits["dpo.mining.max_tokens"] = self.dpo.mining.max_tokens
         return limits
 

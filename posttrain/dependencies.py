@@ -22,8 +22,9 @@ START = "start"
 
 ELSEWHERE = (
     *("stages", "run.dir", "run.work_dir", "log.", "eval.", "tasks.", "policy.model", "resources."),
+    "policy.merge_adapter",
     *(f"{stage}.model" for stage in STAGES),
-    *("sft.data.", "sft.threads", "dpo.threads"),
+    *("sft.data.", "dpo.data.", "sft.threads", "dpo.threads"),
     *("screen.judge.concurrency", "dpo.mining.concurrency"),
     *("rl.checkpoint_every", "rl.keep_checkpoints", "rl.export_every", "rl.evaluation"),
     *("rl.draw_deadline_s", "rl.starvation_draws", "rl.publish."),
@@ -33,7 +34,7 @@ ELSEWHERE = (
 
 ENGINE_DTYPE = "resources.rollout.engine.dtype"
 SCORING = ("screen", "rl", "dpo")
-DATA = {"screen": ("train", "sft"), "sft": ("sft",), "rl": ("train",), "dpo": ("train",)}
+DATA = {"screen": ("train", "sft"), "sft": ("sft",), "rl": ("train",), "dpo": ("train", "pairs")}
 
 
 def stage_tables(
@@ -43,7 +44,7 @@ def stage_tables(
     order, `start` first.
 
     Args:
-        data: fingerprints of `train`, `held_out` and `sft`.
+        data: fingerprints of `train`, `held_out`, `sft` and `pairs`.
         models: fingerprints of `policy` and of the stages' own checkpoints, where they have one.
     """
     flat = flatten(settings)
@@ -135,7 +136,12 @@ def _settings_of(stage: str, flat: Table) -> Table:
     return table
 
 
-_SOURCES = {"data.train": "tasks.train", "data.held_out": "tasks.held_out", "data.sft": "sft.data"}
+_SOURCES = {
+    "data.train": "tasks.train",
+    "data.held_out": "tasks.held_out",
+    "data.sft": "sft.data",
+    "data.pairs": "dpo.data",
+}
 
 
 def _shown(table: Mapping[str, Any], key: str) -> str:

@@ -1,4 +1,4 @@
-"""How large a model is, from its configuration and the headers of its weights, without loading it."""
+"""How large a model is, from its configuration and the headers of its weights alone."""
 
 from __future__ import annotations
 

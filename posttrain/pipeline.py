@@ -21,7 +21,7 @@ from posttrain.data.instructions import InstructionMix
 from posttrain.dependencies import START
 from posttrain.errors import Interrupted, PosttrainError, StageError
 from posttrain.evaluation import PromptResult, evaluate, summarise
-from posttrain.inputs import Inputs
+from posttrain.inputs import STARTER_POLICY, Inputs
 from posttrain.ledger import Ledger
 from posttrain.metric_sinks import open_sinks
 from posttrain.metrics import MetricsLog
@@ -31,6 +31,8 @@ from posttrain.rerun import Kind, Plan
 from posttrain.roles import demands
 from posttrain.run_dir import RunDir, hash_path
 from posttrain.stages.context import StageContext
+from posttrain.stages.held_out import measure_policy
+from posttrain.workers.adapters import is_adapter, stack_adapters
 from posttrain.workers.pools import Pools
 
 
@@ -95,6 +97,7 @@ def _run_stages(
         train=inputs.train,
         held_out=inputs.held_out,
         sft_rows=inputs.sft_rows,
+        pairs=inputs.pairs,
         copy=copy,
     )
     try:
@@ -177,14 +180,14 @@ class _Runner:
         if name == "sft":
             from posttrain.stages.sft import sft
 
-            return sft(context, self._model, self._kept_rows), [policy]
+            return await sft(context, self._model, self._kept_rows), context.left_by(name)
         if name == "rl":
             from posttrain.stages.rl import rl
 
-            return await rl(context, self._model, self._critic), [policy]
+            return await rl(context, self._model, self._critic), context.left_by(name)
         from posttrain.stages.dpo import dpo
 
-        return await dpo(context, self._model), [policy]
+        return await dpo(context, self._model), context.left_by(name)
 
     def _take_over(self, name: str) -> None:
         """What a finished stage hands to the next."""
@@ -196,19 +199,12 @@ class _Runner:
 
     async def _evaluation(self, name: str) -> None:
         context, wanted = self._context, self._plan.evaluations[name]
+        target = context.run.path / "evals" / f"{name}.json"
         if context.run.evaluation_done(name, wanted):
+            context.evaluations[self._model] = read_evaluation(target)
             return
         began = time.perf_counter()
-        results = await evaluate(
-            context.held_out,
-            generator=await context.pools.serving(str(self._model)),
-            scorer=context.pools.scorer,
-            encode=context.chat.encode,
-            instructions=list(context.instruction_mix(0).by_name.values()),
-            settings=context.settings.eval,
-            label=name,
-        )
-        target = context.run.path / "evals" / f"{name}.json"
+        results = await measure_policy(context, self._model, name)
         target.parent.mkdir(exist_ok=True)
         write_atomically(target, json.dumps([asdict(result) for result in results]))
         context.run.record_evaluation(
@@ -267,6 +263,7 @@ def _pools(owner: Path, settings: Settings) -> Pools:
         learner=resources.learner,
         rewards=settings.rewards,
         reward_workers=resources.rewards.workers,
+        reward_judge=resources.rewards.judge,
         reward_actor=resources.rewards.actor,
         demands=demands(settings),
         deadline_s=resources.deadline_s,
@@ -274,13 +271,37 @@ def _pools(owner: Path, settings: Settings) -> Pools:
 
 
 def _hand_over(run_dir: RunDir, settings: Settings, inputs: Inputs) -> None:
-    """The policy of the last stage that trained becomes the run's."""
+    """The policy of the last stage that trained becomes the run's, or the adapters of all."""
     trained = [name for name in settings.stages if name != "screen"]
+    base, adapters = _adapters(run_dir, settings, inputs)
+    # What began with an adapter has a base that lies in a cache: it would not be found elsewhere.
+    if (
+        adapters
+        and not settings.policy.merge_adapter
+        and not is_adapter(Path(settings.policy.model))
+    ):
+        from_hub = base == inputs.model and not Path(settings.policy.model).exists()
+        named = settings.policy.model if from_hub and base != STARTER_POLICY else str(base)
+        stack_adapters(adapters, base, named, run_dir.policy_dir)
+        return
     last = run_dir.stage_dir(trained[-1]) / "policy" if trained else inputs.model
     if run_dir.policy_dir.exists() and hash_path(run_dir.policy_dir) == hash_path(last):
         return
     with staged_directory(run_dir.policy_dir) as staged:
         shutil.copytree(last, staged, dirs_exist_ok=True)
+
+
+def _adapters(run_dir: RunDir, settings: Settings, inputs: Inputs) -> tuple[Path, list[Path]]:
+    """The policy that the last unbroken row of stages began with, and the adapters that they left
+    on it, in order."""
+    base, adapters = inputs.model, list[Path]()
+    for name in settings.stages:
+        if name in inputs.stage_models:
+            base, adapters = inputs.stage_models[name], []
+        adapter = run_dir.stage_dir(name) / "adapter"
+        if adapter.is_dir():
+            adapters.append(adapter)
+    return base, adapters
 
 
 def _result(run_dir: RunDir, settings: Settings) -> RunResult:

@@ -48,7 +48,7 @@ def measure(records: Sequence[Mapping[str, Any]]) -> Measured:
     steady = steps[int(len(steps) * WARM_UP) :]
     if len(steady) < 3:
         raise DataError(
-            f"--from: {len(steps)} steps of RL with idle shares are too few to go by; run at least 4"
+            f"--from: {len(steps)} steps of RL with idle shares are too few to go by; run 4 or more"
         )
 
     def mean(of: str) -> float:

@@ -1,4 +1,4 @@
-"""Where tasks and supervised rows come from: the starter's generators, files, or the hub.
+"""Where tasks and supervised rows come from: the starter, reasoning-gym, files, or the hub.
 
 A task has `question`, `answer`, and optionally `domain` and `verifier`; a supervised row has
 `question`, `completion` and optionally `answer`, `domain`, `verifier`, `system`. Columns that are
@@ -10,25 +10,31 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from posttrain.data.prompts import make_prompt
+from posttrain.data.gym import gym_prompts
+from posttrain.data.prompts import Split, make_prompt
 from posttrain.data.tables import is_table, read_table
 from posttrain.errors import DataError
 from posttrain.types import Prompt, SFTRow
 
 STARTER = "starter"
+REASONING_GYM = "reasoning_gym"
 
 
-Column = Literal["question", "answer", "completion", "domain", "verifier", "system"]
+Column = Literal[
+    *("question", "answer", "completion", "domain", "verifier", "system"),
+    *("prompt", "chosen", "rejected"),
+]
 
 
 class SourceSettings(BaseModel):
-    """`source` is `starter`, a file (JSON lines, Parquet, CSV), a directory of a data set, or a
-    name on the hub, of which `subset` and `split` say more. `size` cuts it, or sizes the starter's
-    draw; `seed` is the starter's.
+    """`source` is `starter`, `reasoning_gym`, a file (JSON lines, Parquet, CSV), a directory of a
+    data set, or a name on the hub, of which `subset` and `split` say more. `size` cuts it, or says
+    how many tasks are made; `seed` is that of what is made. `family` and its `settings` are
+    reasoning-gym's.
 
     `columns` gives the source's names for ours. With `answer_after` the answer is what stands
     behind the last occurrence of that text, as in GSM8K's `… #### 72`.
@@ -43,11 +49,19 @@ class SourceSettings(BaseModel):
     seed: int = 0
     columns: dict[Column, str] = {}
     answer_after: str | None = Field(default=None, min_length=1)
+    family: str | None = Field(default=None, min_length=1)
+    settings: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _family_belongs_to_reasoning_gym(self) -> Self:
+        if self.source == REASONING_GYM and self.family is None:
+            raise ValueError("source: reasoning_gym needs a family, for example chain_sum")
+        if self.source != REASONING_GYM and (self.family is not None or self.settings):
+            raise ValueError(f"family and settings are reasoning_gym's, not those of {self.source}")
+        return self
 
 
-def load_prompts(
-    sources: Sequence[SourceSettings], split: Literal["train", "held_out"]
-) -> list[Prompt]:
+def load_prompts(sources: Sequence[SourceSettings], split: Split) -> list[Prompt]:
     """The prompts of all sources, each once.
 
     Raises:
@@ -74,6 +88,8 @@ def load_sft_rows(settings: SourceSettings) -> list[SFTRow]:
         from posttrain.starter.tasks import starter_sft_rows
 
         return starter_sft_rows(_size(settings), settings.seed)
+    if settings.source == REASONING_GYM:
+        raise DataError("sft.data: reasoning_gym has questions and answers, but no completions")
     rows = []
     for number, record in read_records(settings):
         place = _place(settings, number)
@@ -90,11 +106,15 @@ def load_sft_rows(settings: SourceSettings) -> list[SFTRow]:
     return rows
 
 
-def _prompts(settings: SourceSettings, split: Literal["train", "held_out"]) -> list[Prompt]:
+def _prompts(settings: SourceSettings, split: Split) -> list[Prompt]:
     if settings.source == STARTER:
         from posttrain.starter.tasks import starter_prompts
 
         return starter_prompts(split, _size(settings), settings.seed)
+    if settings.family is not None:
+        return gym_prompts(
+            settings.family, settings.settings, split, _size(settings), settings.seed
+        )
     prompts = []
     for number, record in read_records(settings):
         place = _place(settings, number)
@@ -106,7 +126,9 @@ def _prompts(settings: SourceSettings, split: Literal["train", "held_out"]) -> l
 
 def _size(settings: SourceSettings) -> int:
     if settings.size is None:
-        raise DataError("the source 'starter' makes as many tasks as wanted: give it a size")
+        raise DataError(
+            f"the source {settings.source!r} makes as many tasks as wanted: give it a size"
+        )
     return settings.size
 
 
@@ -152,8 +174,8 @@ def _read_lines(source: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     path = Path(source)
     if not path.is_file():
         raise DataError(
-            f"{source} is no file. A source is 'starter', a file (JSON lines, Parquet, CSV), the "
-            "directory of a data set, or a name on the hub."
+            f"{source} is no file. A source is 'starter', 'reasoning_gym', a file (JSON lines, "
+            "Parquet, CSV), the directory of a data set, or a name on the hub."
         )
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):

@@ -42,6 +42,7 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
         max_tokens=settings.max_tokens,
         num_steps=settings.num_steps,
         seed=context.seed,
+        lora=context.settings.policy.lora,
         checkpoint=checkpoint / "learner" if checkpoint is not None else None,
     )
     publisher = WeightPublisher(
@@ -87,6 +88,8 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
     beside.stop()
     target = context.policy_of(STAGE)
     await learner.save_policy(target, str(model))
+    if context.settings.policy.lora is not None:
+        await learner.save_adapter(context.adapter_of(STAGE))
     context.pools.serves_checkpoint(str(target))
     learner.stop()
     return _metrics(summary)

@@ -22,7 +22,7 @@ from posttrain.workers.cluster import (
 from posttrain.workers.demand import Demand
 from posttrain.workers.learner_actor import LearnerActor
 from posttrain.workers.placement import Reservation
-from posttrain.workers.settings import LearnerResources, LearnerSettings
+from posttrain.workers.settings import LearnerResources, LearnerSettings, LoraSettings
 from posttrain.workers.transport import this_node
 
 GRACE_S = 10.0
@@ -38,6 +38,7 @@ def start_learner(
     max_tokens: int,
     num_steps: int,
     seed: int,
+    lora: LoraSettings | None,
     checkpoint: Path | None,
     resources: LearnerResources,
     deadline_s: float,
@@ -64,6 +65,7 @@ def start_learner(
             max_tokens=max_tokens,
             num_steps=num_steps,
             seed=seed,
+            lora=lora,
             checkpoint=None if checkpoint is None else str(checkpoint),
             rank=rank,
             num_ranks=resources.ranks,

@@ -22,6 +22,7 @@ from posttrain.workers.settings import (
     ActorResources,
     LearnerResources,
     LearnerSettings,
+    LoraSettings,
     RolloutPoolSettings,
 )
 from posttrain.workers.transport import PublishedWeights, this_node
@@ -46,6 +47,7 @@ class Pools:
         learner: LearnerResources,
         rewards: RewardSettings,
         reward_workers: int,
+        reward_judge: RolloutPoolSettings,
         reward_actor: ActorResources,
         demands: Sequence[Demand],
         deadline_s: float,
@@ -56,6 +58,7 @@ class Pools:
         self._learner = learner
         self._rewards = rewards
         self._reward_workers = reward_workers
+        self._reward_judge = reward_judge
         self._reward_actor = reward_actor
         self._deadline_s = deadline_s
         self._generators: GeneratorPool | None = None
@@ -98,6 +101,7 @@ class Pools:
             self._scorer = RewardWorkers.start(
                 self._rewards,
                 num_workers=self._reward_workers,
+                judge=self._reward_judge,
                 resources=self._reward_actor,
                 deadline_s=self._deadline_s,
             )
@@ -134,6 +138,7 @@ class Pools:
         max_tokens: int,
         num_steps: int,
         seed: int,
+        lora: LoraSettings | None = None,
         checkpoint: Path | None = None,
     ) -> RemoteLearner:
         """A learner that starts from the policy `model`, or goes on from `checkpoint`, which was
@@ -147,6 +152,7 @@ class Pools:
             max_tokens=max_tokens,
             num_steps=num_steps,
             seed=seed,
+            lora=lora,
             checkpoint=checkpoint,
             resources=self._learner,
             deadline_s=self._deadline_s,
