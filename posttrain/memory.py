@@ -14,7 +14,12 @@ from posttrain.config import Settings
 from posttrain.model_shape import ModelShape
 from posttrain.roles import has_own_critic
 from posttrain.workers.demand import Demand
-from posttrain.workers.settings import EngineSettings, LearnerSettings, RolloutPoolSettings
+from posttrain.workers.settings import (
+    EngineSettings,
+    LearnerSettings,
+    LoraSettings,
+    RolloutPoolSettings,
+)
 
 GIB = 2**30
 ACTIVATION_BYTES = 17
@@ -47,20 +52,24 @@ class RoleMemory:
 
 
 def role_memory(settings: Settings, shape: ModelShape, gpu_gib: float | None) -> list[RoleMemory]:
-    """Every role that holds weights, in the order in which the stages use them."""
-    resources, stages = settings.resources, settings.stages
+    """Every role that holds the policy's weights, in the order in which the stages use them."""
+    resources = settings.resources
     max_length = settings.policy.max_length
     roles = [_engines("rollout", resources.rollout, shape, max_length, gpu_gib)]
     if has_own_critic(settings):
         roles.append(_engines("judge", resources.judge, shape, max_length, gpu_gib))
     learner = resources.learner
-    demand = Demand(role="learner", count=learner.ranks, each=learner)
-    share = _share(gpu_gib, learner.gpus)
-    for stage in stages:
+    for stage in settings.stages:
         if stage == "screen":
             continue
         parts = (
-            learner_parts(shape, settings.rl.learner, learner.ranks, settings.rl.micro_tokens)
+            learner_parts(
+                shape,
+                settings.rl.learner,
+                settings.policy.lora,
+                ranks=learner.ranks,
+                tokens=settings.rl.micro_tokens,
+            )
             if stage == "rl"
             else _trainer_parts(stage, settings, shape)
         )
@@ -68,10 +77,10 @@ def role_memory(settings: Settings, shape: ModelShape, gpu_gib: float | None) ->
             parts |= {"framework": FRAMEWORK_GIB}
         roles.append(
             RoleMemory(
-                demand=Demand(role=stage, count=demand.count, each=learner),
+                demand=Demand(role=stage, count=learner.ranks, each=learner),
                 devices=1,
                 parts=parts,
-                available=share,
+                available=_share(gpu_gib, learner.gpus),
                 note=f"a rank of {learner.ranks}",
             )
         )
@@ -79,18 +88,22 @@ def role_memory(settings: Settings, shape: ModelShape, gpu_gib: float | None) ->
 
 
 def learner_parts(
-    shape: ModelShape, settings: LearnerSettings, ranks: int, tokens: int
+    shape: ModelShape,
+    settings: LearnerSettings,
+    lora: LoraSettings | None,
+    *,
+    ranks: int,
+    tokens: int,
 ) -> dict[str, float]:
     """Of one rank of the online learner; `tokens` are those of a micro-batch."""
     width = BYTES[settings.dtype]
     stage = settings.deepspeed.get("zero_optimization", {}).get("stage", settings.zero_stage)
     held = shape.parameters - shape.expert_parameters * (1 - 1 / settings.expert_parallel)
-    copies = 1 if settings.lora is not None or not settings.loss.kl_coefficient else 2
-    trained = shape.parameters
-    if settings.lora is not None:
-        trained = settings.lora.r * shape.adapter_width
+    # An adapter that is switched off is the reference.
+    copies = 1 if lora is not None or not settings.loss.kl_coefficient else 2
+    states = _states(shape, width, stage, ranks, held=held, copies=copies, lora=lora)
     return {
-        **_states(held, trained, width, stage, ranks, copies, shape.parameters),
+        **states,
         "activations": _activations(shape, tokens, width, settings.gradient_checkpointing),
         "logits": _logits(shape, min(tokens, settings.logprob_chunk_tokens)),
     }
@@ -103,22 +116,37 @@ def _trainer_parts(stage: str, settings: Settings, shape: ModelShape) -> dict[st
     zero = own.deepspeed.get("zero_optimization", {}).get("stage", 2)
     sequences = own.trainer.get("per_device_train_batch_size", 8) * (2 if stage == "dpo" else 1)
     tokens = sequences * own.trainer.get("max_length", settings.policy.max_length)
-    ranks = settings.resources.learner.ranks
-    total = shape.parameters
+    states = _states(
+        shape,
+        width,
+        zero,
+        settings.resources.learner.ranks,
+        held=shape.parameters,
+        copies=2 if stage == "dpo" and settings.policy.lora is None else 1,
+        lora=settings.policy.lora,
+    )
     checkpointing = own.trainer.get("gradient_checkpointing", True)
     return {
-        **_states(total, total, width, zero, ranks, 2 if stage == "dpo" else 1, total),
+        **states,
         "activations": _activations(shape, tokens, width, checkpointing),
         "logits": _logits(shape, tokens),
     }
 
 
 def _states(
-    held: float, trained: float, width: int, stage: int, ranks: int, copies: int, total: float
+    shape: ModelShape,
+    width: int,
+    stage: int,
+    ranks: int,
+    *,
+    held: float,
+    copies: int,
+    lora: LoraSettings | None,
 ) -> dict[str, float]:
-    """Weights (`copies` of them: a frozen reference is one), gradients added up in fp32, and AdamW:
-    two moments and a master copy in fp32."""
-    weights = (total / ranks if stage >= 3 else held) * width * copies
+    """Weights (`copies` of them: a frozen reference is one; a rank below ZeRO-3 has `held` of the
+    parameters), gradients added up in fp32, and AdamW: two moments and a master copy in fp32."""
+    trained = shape.parameters if lora is None else lora.r * shape.adapter_width
+    weights = (shape.parameters / ranks if stage >= 3 else held) * width * copies
     return {
         "weights": weights / GIB,
         "gradients": trained * 4 / (ranks if stage >= 2 else 1) / GIB,

@@ -23,6 +23,7 @@ from posttrain.atomic import PARTIAL, PREVIOUS, write_atomically
 from posttrain.config import RunSettings
 from posttrain.errors import RunDirError, SettingsError, StageError
 from posttrain.progress import say
+from posttrain.run_dir import RunDir
 
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it for what `ray job submit` starts."""
@@ -63,6 +64,19 @@ def run_place(settings: RunSettings) -> RunPlace:
             "thrown away; give an absolute path on a disk that every node sees, or a URL"
         )
     return RunPlace(path=Path(named).absolute(), url=settings.dir if is_url else None)
+
+
+def check_place(settings: RunSettings) -> None:
+    """Whether a run can be started or gone on with there; leaves no trace.
+
+    Raises:
+        SettingsError: as `run_place`, or a URL of no known file system.
+        RunDirError: something else is there, or nothing can be written.
+    """
+    place = run_place(settings)
+    RunDir(place.path).check_usable()
+    if place.url is not None:
+        RemoteCopy(place.url, place.path).check_writable()
 
 
 class RemoteCopy:

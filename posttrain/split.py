@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -69,16 +69,18 @@ def best_split(
     *,
     engines: int,
     learners: int,
-    engine_unit: int = 1,
-    max_lag: int = 1,
-    least_learners: int = 1,
+    engine_unit: int,
+    learner_unit: int,
+    max_lag: int,
+    fits: Callable[[int], bool],
 ) -> Split:
     """The split of `engines + learners` devices under which a step is shortest, if both kinds of
     work go faster in proportion to their devices and overlap unless `max_lag` is 0.
 
     Args:
         engine_unit: devices that one engine takes.
-        least_learners: fewer do not hold the learner.
+        learner_unit: devices that one rank takes.
+        fits: whether so many devices hold the learner.
     """
 
     def step(engines_now: int, learners_now: int) -> float:
@@ -88,10 +90,11 @@ def best_split(
         return together + measured.publishing
 
     total = engines + learners
-    splits = [
-        Split(engines=e, learners=total - e, step=step(e, total - e))
+    others = [
+        (e, total - e)
         for e in range(engine_unit, total, engine_unit)
-        if total - e >= least_learners
+        if (total - e) % learner_unit == 0 and (total - e == learners or fits(total - e))
     ]
+    splits = [Split(engines=e, learners=n, step=step(e, n)) for e, n in others]
     # Of equals the one that changes least.
     return min(splits, key=lambda s: (round(s.step, 9), abs(s.engines - engines)))

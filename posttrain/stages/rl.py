@@ -60,7 +60,9 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
     if state is not None:
         say(f"rl: goes on from step {first_step}, {len(reissue)} draws are drawn again")
     beside = await Beside.start(context, model, generators, curriculum, learner, probes)
-    after_step = AfterStep(context, model, attempt, first_step, curriculum, learner, beside)
+    after_step = AfterStep(
+        context, model, attempt, first_step, curriculum, learner, generators, beside
+    )
     stop = StopWithCheckpoint(learner, after_step, after_step.save_last)
     controller = Controller(
         settings,
