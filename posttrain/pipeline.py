@@ -125,9 +125,11 @@ class _Runner:
 
     async def run(self) -> None:
         for name in self._plan.tables:
-            self._model = self._inputs.stage_models.get(name, self._model)
-            await self._stage(name)
-            if name != "screen":
+            if name == "screen":  # its critic is nobody else's policy
+                await self._stage(name)
+            else:
+                self._model = self._inputs.stage_models.get(name, self._model)
+                await self._stage(name)
                 await self._evaluation(name)
             await self._context.keep()
 
@@ -150,8 +152,8 @@ class _Runner:
         """Whatever was begun under other settings is moved aside."""
         run_dir = self._context.run
         outlook = self._plan.state(run_dir, name)
-        if outlook.kind is Kind.GOES_ON:
-            say(f"{name}: goes on after {outlook.why}")
+        if outlook.kind is Kind.GOES_ON and outlook.why:
+            say(f"{name}: goes on with {outlook.why}")
         elif outlook.kind is Kind.AGAIN:
             say(f"{name}: runs again, for this has changed: {outlook.why}")
             left = run_dir.set_aside(name)
@@ -168,7 +170,8 @@ class _Runner:
         if name == "screen":
             from posttrain.stages.screen import screen
 
-            screened = await screen(context, self._model)
+            critic = self._inputs.stage_models.get(name, self._model)
+            screened = await screen(context, critic)
             kept = _kept_file(context.run)
             write_atomically(
                 kept, json.dumps({"critic": screened.critic, "rows": sorted(screened.kept_rows)})
