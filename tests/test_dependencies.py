@@ -18,7 +18,7 @@ from posttrain.dependencies import (
 )
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
-DATA = {"train": "t1", "held_out": "h1", "sft": "s1"}
+DATA = {"train": "t1", "held_out": "h1", "sft": "s1", "pairs": "d1"}
 MODELS = {"policy": "p1"}
 
 
@@ -91,6 +91,7 @@ def test_a_setting_concerns_what_follows_from_it(override: str, expected: set[st
         ({"train": "t2"}, ALL),
         ({"held_out": "h2"}, EVALUATIONS),
         ({"sft": "s2"}, ALL),
+        ({"pairs": "d2"}, DPO),
     ],
 )
 def test_data_concern_what_reads_them(data: dict[str, str], expected: set[str]) -> None:
