@@ -91,6 +91,16 @@ class Head:
         command, *rest = arguments
         return self._ray("job", command, f"--address={self._dashboard}", *rest, check=check)
 
+    def submit(self, name: str, *arguments: str, check: bool = True) -> str:
+        """What was said. The agent that takes jobs is up some seconds after `ray start`."""
+        while True:
+            done = self.job("submit", f"--submission-id={name}", *arguments, check=False)
+            told = done.stdout + done.stderr
+            if "No available agent to submit job" not in told:
+                assert (done.returncode == 0) is check, told
+                return told
+            time.sleep(2)
+
     def status(self, name: str) -> str:
         return self.job("status", name).stdout
 
@@ -125,12 +135,11 @@ def test_a_job_is_submitted_watched_stopped_submitted_again_and_done(
     run = RunDir(tmp_path / "run")
     entry = ("--working-dir", ".", "--", "posttrain", "run", "configs/quickstart.yaml", *SMALL)
 
-    refused = head.job("submit", "--submission-id=relative", *entry, check=False)
-    assert refused.returncode != 0
-    assert "run.dir: runs/quickstart is relative" in refused.stdout
+    refused = head.submit("relative", *entry, check=False)
+    assert "run.dir: runs/quickstart is relative" in refused
 
     submit = (*entry, f"run.dir={run.path}")
-    head.job("submit", "--submission-id=first", "--no-wait", *submit)
+    head.submit("first", "--no-wait", *submit)
     wait_for(lambda: 2 in steps_of(run), lambda: head.job("logs", "first").stdout)
     assert "RUNNING" in head.status("first")
     assert "rl" in head.job("logs", "first").stdout
@@ -144,7 +153,7 @@ def test_a_job_is_submitted_watched_stopped_submitted_again_and_done(
     assert run.stages()["rl"].state == "running"
     assert audit(run.ledger_path).ok
 
-    head.job("submit", "--submission-id=second", *submit)
+    head.submit("second", *submit)
     assert "SUCCEEDED" in head.status("second")
     assert f"goes on from step {stopped_at}" in head.job("logs", "second").stdout
     assert sorted(steps_of(run)) == list(range(1, NUM_STEPS + 1))  # none of them twice
