@@ -190,6 +190,15 @@ def test_the_losses_are_those_of_plain_trl(ours, plain, case, ranks, stage):
     assert found[0] - found[-1] > 0.05  # something was learned
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_bf16_comes_near_and_stays_bf16(cluster, tiny_policy, plain, tmp_path, stage):
+    job = job_of("sft", tiny_policy, tmp_path, ranks=2, stage=stage, dtype="bfloat16")
+    outcome = trained(job, "sft", ranks=2)
+    assert losses(outcome.history) == pytest.approx(plain("sft"), abs=0.1)
+    saved = load_file(outcome.policies[STEPS] / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("case", ["sft", "dpo"])
 def test_two_ranks_make_the_policy_that_one_makes(ours, tiny_policy, case):
     start, one, two, divided = (

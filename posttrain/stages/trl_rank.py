@@ -62,7 +62,7 @@ def train_rank(config: Mapping[str, Any]) -> None:
     # accelerate chooses DeepSpeed only for a process that looks launched by it.
     os.environ.setdefault("LOCAL_RANK", str(ray.train.get_context().get_local_rank()))
     if not torch.cuda.is_available():
-        let_accelerate_count_cpu_ranks()
+        train_on_cpu()
         torch.set_num_threads(job.threads)
     set_seed(job.seed)
     config_class, trainer_class = trainer_classes(job.kind)
@@ -102,16 +102,21 @@ def train_rank(config: Mapping[str, Any]) -> None:
         (output / OUTCOME).write_text(json.dumps(found))
 
 
-def let_accelerate_count_cpu_ranks() -> None:
-    """Without a GPU accelerate finds no backend, takes the number of ranks for one, and each rank
-    would train alone. Ray Train has connected them by gloo."""
+def train_on_cpu() -> None:
+    """Puts right what transformers and accelerate take for granted: that there is a GPU.
+
+    Without one accelerate finds no backend, takes the number of ranks for one, and each would train
+    alone (Ray Train has connected them by gloo); transformers would refuse bf16.
+    """
     from accelerate import PartialState
     from accelerate.utils import DistributedType
+    from transformers import training_args
 
     def backend(*_: Any, **__: Any) -> tuple[str, DistributedType]:
         return "gloo", DistributedType.NO  # DeepSpeed takes its place later
 
     PartialState._prepare_backend = backend
+    training_args.is_torch_bf16_gpu_available = lambda: True
 
 
 def save_steps(count: int, max_steps: int) -> frozenset[int]:
