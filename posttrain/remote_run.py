@@ -23,7 +23,7 @@ from posttrain.atomic import PARTIAL, PREVIOUS, write_atomically
 from posttrain.config import RunSettings
 from posttrain.errors import RunDirError, SettingsError, StageError
 from posttrain.progress import say
-from posttrain.run_dir import RunDir
+from posttrain.run_dir import KIND, RunDir
 
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it for what `ray job submit` starts."""
@@ -32,6 +32,7 @@ POINTERS = ("rl/latest.json", "manifest.json")
 COPIES = "copies.json"
 """How often the run was copied, which says which of two states is the later one; on the local disk
 also what was copied (size and time of each file)."""
+CONFIG = "config.yaml"
 LOCK = "driver.json"
 STAYS = ("lock", "ledger.sqlite", "superseded", COPIES)
 
@@ -76,7 +77,7 @@ def check_place(settings: RunSettings) -> None:
     place = run_place(settings)
     RunDir(place.path).check_usable()
     if place.url is not None:
-        RemoteCopy(place.url, place.path).check_writable()
+        RemoteCopy(place.url, place.path).check_usable()
 
 
 class RemoteCopy:
@@ -98,8 +99,16 @@ class RemoteCopy:
         self._path = path
         self._copied: dict[str, list[int]] = {}
 
-    def check_writable(self) -> None:
-        """RunDirError if nothing can be written there; leaves no trace."""
+    def check_usable(self) -> None:
+        """RunDirError if something else is there, or nothing can be written; leaves no trace."""
+        with self._named(RunDirError, "cannot be read"):
+            names = {str(f).rstrip("/").rpartition("/")[2] for f in self._listed()} - {LOCK}
+            settings = f"{self._root}/{CONFIG}"
+            head = self._fs.cat_file(settings)[:200] if CONFIG in names else b""
+        if names and not head.startswith(f"format: {KIND} ".encode()):
+            raise RunDirError(
+                f"run.dir: {self._url} is there and holds no run of posttrain; choose another"
+            )
         probe = f"{self._root}/.probe-{socket.gethostname()}-{os.getpid()}"
         with self._named(RunDirError, "cannot be written"):
             self._put_text(probe, "")
@@ -112,7 +121,7 @@ class RemoteCopy:
         RunDirError if another driver has it. One that was killed leaves its mark: on its own
         machine that is seen, elsewhere a person must say that it is gone.
         """
-        self.check_writable()
+        self.check_usable()
         self._take()
         try:
             if fresh:
@@ -132,7 +141,7 @@ class RemoteCopy:
         with self._named(StageError, "could not be brought up to date"):
             files = self._files()
             pointers = [name for name in POINTERS if name in files]
-            for name in [n for n in files if n not in pointers]:
+            for name in sorted(files.keys() - pointers, key=lambda n: (n != CONFIG, n)):
                 self._put(name, files[name])
             if ledger is not None:
                 self._fs.put_file(str(ledger), f"{self._root}/ledger.sqlite")
@@ -144,6 +153,13 @@ class RemoteCopy:
             count = self._count_here() + 1
             self._put_text(f"{self._root}/{COPIES}", json.dumps({"count": count}))
         self._write_copies(count)
+
+    def _listed(self) -> list[str]:
+        self._fs.invalidate_cache()
+        try:
+            return list(self._fs.ls(self._root, detail=False))
+        except FileNotFoundError:
+            return []
 
     def _take(self) -> None:
         mark = f"{self._root}/{LOCK}"
@@ -215,8 +231,10 @@ class RemoteCopy:
         self._fs.pipe_file(target, text.encode())
 
     def _delete(self) -> None:
+        self._copied = {}
         with self._named(RunDirError, "cannot be emptied"):
-            for file in self._fs.find(self._root):
+            # The settings go last: by them a run whose deletion breaks off is still known as ours.
+            for file in sorted(self._fs.find(self._root), key=lambda f: str(f).endswith(CONFIG)):
                 if not str(file).endswith(f"/{LOCK}"):
                     self._fs.rm_file(file)
 

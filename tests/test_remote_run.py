@@ -35,12 +35,16 @@ def there(url: str) -> dict[str, str]:
     return {
         name: fs.cat_file(file).decode(errors="replace")
         for name, file in found.items()
-        if name not in (COPIES, LOCK)
+        if name not in (COPIES, LOCK, "config.yaml")
     }
 
 
+SETTINGS = "format: posttrain run 2\n"
+
+
 def fill(path: Path, **files: str) -> Path:
-    for name, text in files.items():
+    """A run with these files, `__` for a slash."""
+    for name, text in {**files, "config.yaml": SETTINGS}.items():
         target = path / name.replace("__", "/")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text)
@@ -119,7 +123,7 @@ def test_pointers_come_last_and_a_torn_copy_keeps_the_old_ones(
         monkeypatch.setattr(copy._fs, "put_file", breaks_off)
         with pytest.raises(StageError, match=r"could not be brought up to date .*the line is dead"):
             copy.push(None)
-        assert put == ["checkpoint-2"]
+        assert put == ["config.yaml", "checkpoint-2"]
         assert there(url)["manifest.json"] == "old"
         assert there(url)["rl/latest.json"] == "1"
         (run / "zzz").unlink()
@@ -161,7 +165,7 @@ def test_the_same_machine_goes_on_without_copying_anything_again(
     copy = RemoteCopy(url, run)
     with copy.driven(fresh=False):
         copy.push(None)
-    fill(run, rl__uncopied="y")  # as a driver that was killed leaves it
+    (run / "rl" / "uncopied").write_text("y")  # as a driver that was killed leaves it
     again = RemoteCopy(url, run)
     put: list[str] = []
     put_file = again._fs.put_file
@@ -192,6 +196,22 @@ def test_one_driver_at_a_time(url: str, tmp_path: Path) -> None:
     assert not fs.exists(mark)
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_what_is_not_ours_is_left_alone(url: str, tmp_path: Path, fresh: bool) -> None:
+    fs, root = fsspec.core.url_to_fs(url)
+    for name, text in (("thesis.tex", "mine"), ("config.yaml", "mine: all")):
+        fs.makedirs(str(root), exist_ok=True)
+        fs.pipe_file(f"{str(root).rstrip('/')}/{name}", text.encode())
+        before = there(url)
+        copy = RemoteCopy(url, fill(tmp_path / "run", a="b"))
+        with (
+            pytest.raises(RunDirError, match="holds no run of posttrain"),
+            copy.driven(fresh=fresh),
+        ):
+            pass
+        assert there(url) == before
+
+
 def test_fresh_empties_the_copy(url: str, tmp_path: Path) -> None:
     copy = RemoteCopy(url, fill(tmp_path / "run", a="b"))
     with copy.driven(fresh=False):
@@ -202,7 +222,7 @@ def test_fresh_empties_the_copy(url: str, tmp_path: Path) -> None:
 
 def test_what_cannot_be_written_or_is_unknown_is_bad_input(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunDirError, match="cannot be written"):
-        RemoteCopy(f"file://{tmp_path}/file/run", tmp_path / "run").check_writable()
+    with pytest.raises(RunDirError, match="cannot be read .*Not a directory"):
+        RemoteCopy(f"file://{tmp_path}/file/run", tmp_path / "run").check_usable()
     with pytest.raises(SettingsError, match=r"run\.dir: zorp://a"):
         RemoteCopy("zorp://a", tmp_path)
