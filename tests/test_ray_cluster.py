@@ -77,8 +77,6 @@ class Head:
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            # Ray gives a job 3 s between SIGTERM and SIGKILL unless told otherwise.
-            "RAY_JOB_STOP_WAIT_TIME_S": "120",
             "RAY_worker_niceness": "0",
         }
         self._environment.pop("RAY_ADDRESS", None)
@@ -133,7 +131,12 @@ def test_a_job_is_submitted_watched_stopped_submitted_again_and_done(
     head: Head, tmp_path: Path
 ) -> None:
     run = RunDir(tmp_path / "run")
-    entry = ("--working-dir", ".", "--", "posttrain", "run", "configs/quickstart.yaml", *SMALL)
+    # Ray gives a job 3 s between SIGTERM and SIGKILL unless told otherwise.
+    patience = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120"}})
+    entry = (
+        *("--working-dir", ".", "--runtime-env-json", patience),
+        *("--", "posttrain", "run", "configs/quickstart.yaml", *SMALL),
+    )
 
     refused = head.submit("relative", *entry, check=False)
     assert "run.dir: runs/quickstart is relative" in refused
@@ -181,3 +184,17 @@ def test_a_node_with_an_engine_is_lost_and_the_run_ends_well(tmp_path: Path) -> 
     check_finished(run, attempts=1)
     records = {r["step"]: r for r in read_metrics(run.metrics_path) if "publish/pause_s" in r}
     assert max(records[step]["publish/replaced_engines"] for step in records) == 1
+
+
+def test_a_cluster_that_is_too_small_is_refused_before_anything_is_taken(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "posttrain.cli", "run", "configs/quickstart.yaml"]
+    asked = (f"run.dir={tmp_path / 'run'}", "resources.rollout.replicas=1000")
+    done = subprocess.run(
+        [*command, *asked], cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S
+    )
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert "of the 1000 actors of rollout" in last
+    assert "Asked for: rollout 1000 × (1 CPUs, 0 GPUs)" in last
+    assert "There is: " in last
+    assert not RunDir(tmp_path / "run").ledger_path.exists()
