@@ -41,9 +41,14 @@ def measure(records: Sequence[Mapping[str, Any]]) -> Measured:
     Raises:
         DataError: it has no RL steps, or too few.
     """
-    by_step = {
-        r["step"]: r for r in records if r.get("stage") == "rl" and "engines_idle_share" in r
-    }
+    by_step: dict[int, Mapping[str, Any]] = {}
+    for record in records:
+        if record.get("stage") != "rl":
+            continue
+        if record.get("event") == "again":  # what was before counts no more
+            by_step.clear()
+        elif "engines_idle_share" in record:
+            by_step[record["step"]] = record
     steps = [by_step[step] for step in sorted(by_step)]
     steady = steps[int(len(steps) * WARM_UP) :]
     if len(steady) < 3:

@@ -222,7 +222,7 @@ def test_fresh_empties_the_copy(url: str, tmp_path: Path) -> None:
 
 def test_what_cannot_be_written_or_is_unknown_is_bad_input(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunDirError, match="cannot be read .*Not a directory"):
+    with pytest.raises(RunDirError, match=r"cannot be read .*Not a directory"):
         RemoteCopy(f"file://{tmp_path}/file/run", tmp_path / "run").check_usable()
     with pytest.raises(SettingsError, match=r"run\.dir: zorp://a"):
         RemoteCopy("zorp://a", tmp_path)
