@@ -73,7 +73,7 @@ def ask(number: signal.Signals = signal.SIGTERM) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_step_under_way_is_finished_and_saved(number: signal.Signals) -> None:
     bench = Bench()
-    with bench.stop.listening():
+    with pytest.raises(Interrupted), bench.stop.listening():
         ending = asyncio.create_task(bench.ends())
         await bench.until("step begins")
         ask(number)
@@ -90,7 +90,7 @@ async def test_a_step_under_way_is_finished_and_saved(number: signal.Signals) ->
 async def test_between_steps_nothing_is_waited_for() -> None:
     bench = Bench()
     bench.learner_done.set()
-    with bench.stop.listening():
+    with pytest.raises(Interrupted), bench.stop.listening():
         ending = asyncio.create_task(bench.ends())
         await bench.until("step 1 on record")
         ask()
@@ -100,7 +100,7 @@ async def test_between_steps_nothing_is_waited_for() -> None:
 
 async def test_before_the_first_step_there_is_nothing_to_save() -> None:
     bench = Bench()
-    with bench.stop.listening():
+    with pytest.raises(Interrupted), bench.stop.listening():
         ending = asyncio.create_task(bench.ends())
         await asyncio.sleep(0)
         ask()
@@ -108,12 +108,23 @@ async def test_before_the_first_step_there_is_nothing_to_save() -> None:
     assert "step begins" not in bench.events
 
 
+async def test_a_stage_that_is_just_ending_goes_no_further() -> None:
+    bench = Bench()
+    with (
+        pytest.raises(Interrupted, match="rl stopped by SIGINT after its last step"),
+        bench.stop.listening(),
+    ):
+        ask(signal.SIGINT)
+    with Bench().stop.listening():
+        pass  # without a signal nothing is raised
+
+
 async def test_the_second_signal_has_its_usual_effect() -> None:
     seen: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
     try:
         bench = Bench()
-        with bench.stop.listening():
+        with pytest.raises(Interrupted), bench.stop.listening():
             ending = asyncio.create_task(bench.ends())
             await bench.until("step begins")
             ask()

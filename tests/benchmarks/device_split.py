@@ -2,9 +2,10 @@
 
     python tests/benchmarks/device_split.py RUNS [--devices 4] [--engines 1] [--steps 16]
 
-A device is half a core here: each engine and each rank of the learner gets a cgroup of its own with
-that quota (version 1, as root), so that what one leaves idle is of no use to the others, as on GPUs.
-The first run gives `--engines` of the devices to generation; the second does what the plan proposes.
+A device is half a core here: each engine and each rank of the learner gets a cgroup of its own
+with that quota (version 1, as root), so that what one leaves idle is of no use to the others, as on
+GPUs. The first run gives `--engines` of the devices to generation; the second does what the plan
+proposes.
 """
 
 from __future__ import annotations
