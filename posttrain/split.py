@@ -51,7 +51,7 @@ def measure(records: Sequence[Mapping[str, Any]]) -> Measured:
             by_step[record["step"]] = record
     steps = [by_step[step] for step in sorted(by_step)]
     steady = steps[int(len(steps) * WARM_UP) :]
-    if len(steady) < 3:
+    if len(steps) < 4:
         raise DataError(
             f"--from: {len(steps)} steps of RL with idle shares are too few to go by; run 4 or more"
         )
