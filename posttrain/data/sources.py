@@ -24,10 +24,12 @@ STARTER = "starter"
 REASONING_GYM = "reasoning_gym"
 
 
+# fmt: off
 Column = Literal[
-    *("question", "answer", "completion", "domain", "verifier", "system"),
-    *("prompt", "chosen", "rejected"),
+    "question", "answer", "completion", "domain", "verifier", "system",
+    "prompt", "chosen", "rejected",
 ]
+# fmt: on
 
 
 class SourceSettings(BaseModel):
