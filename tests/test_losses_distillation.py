@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -224,7 +225,7 @@ def test_order_and_split_change_neither_loss_nor_gradient(cuts, order, chunk_tok
     edges = [0, *cuts, 12]
     parts = [
         share(apart, torch.tensor(order[a:b], dtype=torch.int64), chunk_tokens)
-        for a, b in zip(edges, edges[1:], strict=False)
+        for a, b in itertools.pairwise(edges)
         if a < b
     ]
     total = torch.stack(parts).sum()

@@ -1,12 +1,12 @@
-"""Trains the starter policy: `python -m posttrain.starter.train --out DIR`; its teacher: `--teacher`.
+"""Trains the starter policy: `python -m posttrain.starter.train --out DIR`.
 
 Two phases, one optimizer schedule. First steps dominate, so that the algorithms are learned; then
 the mixture of `tasks` (steps in a quarter of the plain answers) sets how often the policy *uses*
 them. The number of optimizer steps and every seed are fixed, so that a rerun reproduces the figures
 up to the order of floating-point sums.
 
-The teacher is the starter trained on, with steps in three quarters of the plain answers throughout:
-it knows the algorithms better and uses them more often.
+With `--teacher` its teacher: the starter trained on, with steps in three quarters of the plain answers throughout.
+It knows the algorithms better and uses them more often.
 """
 
 from __future__ import annotations
