@@ -25,9 +25,10 @@ LAYERS = [
         "judges rewards curricula posttrain.losses posttrain.data"
         " posttrain.advantages posttrain.packing posttrain.progress"
         " posttrain.atomic posttrain.metrics posttrain.ledger_schema",
+        "posttrain.teaching",
         "posttrain.online posttrain.evaluation posttrain.report posttrain.starter"
         " posttrain.ledger posttrain.audit posttrain.run_dir"
-        " posttrain.rollout_log posttrain.metric_sinks posttrain.teaching",
+        " posttrain.rollout_log posttrain.metric_sinks",
         "posttrain.workers",
         # Every component's settings come together, then what they name is read.
         "posttrain.config",

@@ -91,6 +91,7 @@ def test_step_record() -> None:
         outstanding=3,
         learner={"loss": 0.5},
         publish={"pause_s": 0.25},
+        teacher={"weight": 0.125},
     )
     assert metrics == {
         **answer_metrics(interval.groups),
@@ -117,6 +118,7 @@ def test_step_record() -> None:
         "trained/words": 1,
         "learner/loss": 0.5,
         "publish/pause_s": 0.25,
+        "teacher/weight": 0.125,
     }
 
 
@@ -130,6 +132,7 @@ def test_a_step_whose_groups_all_came_earlier_has_no_pass_rate() -> None:
         outstanding=0,
         learner={},
         publish={},
+        teacher={},
     )
     assert "pass@1" not in metrics
     assert "zero_advantage_share" not in metrics

@@ -5,8 +5,8 @@ the mixture of `tasks` (steps in a quarter of the plain answers) sets how often 
 them. The number of optimizer steps and every seed are fixed, so that a rerun reproduces the figures
 up to the order of floating-point sums.
 
-With `--teacher` its teacher: the starter trained on, with steps in three quarters of the plain answers throughout.
-It knows the algorithms better and uses them more often.
+With `--teacher` its teacher: the starter trained on, with steps in three quarters of the plain
+answers. It knows the algorithms better and uses them more often.
 """
 
 from __future__ import annotations
