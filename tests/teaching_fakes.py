@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -39,12 +40,14 @@ def record_of(asked: TokenSequence) -> Record:
 
 
 class CountingTeacher:
-    """Opens as `posttrain.teaching.acquire` wants it; dies before its `dies_at`th answer."""
+    """Opens as `posttrain.teaching.acquire` wants it; takes `seconds` an answer and dies before its
+    `dies_at`th."""
 
-    def __init__(self, dies_at: int | None = None) -> None:
+    def __init__(self, dies_at: int | None = None, seconds: float = 0.0) -> None:
         self.num_opened = 0
         self.asked: list[bytes] = []
         self._dies_at = dies_at
+        self._seconds = seconds
         self._num_answers = 0
 
     @contextmanager
@@ -56,5 +59,6 @@ class CountingTeacher:
         if self._num_answers == self._dies_at:
             raise ConnectionError("the teacher died")
         self._num_answers += 1
+        time.sleep(self._seconds)
         self.asked += [s.key for s in sequences]
         return [record_of(s) for s in sequences]

@@ -40,7 +40,8 @@ def whole(q, labels, temperature=1.0):
 def top(q, labels, k):
     kept, ids = q.topk(k, dim=-1)
     full = whole(q, labels)
-    return full._replace(ids=ids, weights=kept, tail=1 - kept.sum(-1))
+    tail = 1 - kept.sum(-1) if k < q.shape[-1] else full.tail
+    return full._replace(ids=ids, weights=kept, tail=tail)
 
 
 def sampled(q, labels, draws, generator):
