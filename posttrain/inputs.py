@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,15 @@ from curricula.mixture import check_quotas
 from posttrain.config import Settings
 from posttrain.data.chat import ChatFormat
 from posttrain.data.instructions import InstructionMix
+from posttrain.data.pair_sets import load_pairs, pair_record
 from posttrain.data.prompts import check_disjoint
 from posttrain.data.sources import STARTER, load_prompts, load_sft_rows
 from posttrain.errors import DataError, ModelError
 from posttrain.metric_sinks import check_sinks
-from posttrain.types import Prompt, SFTRow
+from posttrain.run_dir import RunDir, fingerprint_directory
+from posttrain.types import PreferencePair, Prompt, SFTRow
+from posttrain.workers.adapters import base_of, check_targets, is_adapter, merged_once
+from posttrain.workers.agreement import check_same_model
 from rewards.verifiers import check_references
 
 STARTER_POLICY = Path(__file__).parent / "starter" / "policy"
@@ -26,25 +30,40 @@ STARTER_POLICY = Path(__file__).parent / "starter" / "policy"
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Policy and data of a run; `fingerprint` names their content."""
+    """Policy and data of a run; `stage_models` holds what stages start from instead of the policy
+    that the stage before them left."""
 
     model: Path
+    stage_models: Mapping[str, Path]
     chat: ChatFormat
     train: list[Prompt]
     held_out: list[Prompt]
     sft_rows: list[SFTRow]
+    pairs: list[PreferencePair]
 
     @property
-    def fingerprint(self) -> str:
-        content = json.dumps(
-            [
-                [_content(p) for p in self.train],
-                [_content(p) for p in self.held_out],
-                [[r.row_id, _content(r.prompt), r.completion, r.system] for r in self.sft_rows],
-            ],
-            sort_keys=True,
-        )
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+    def data(self) -> dict[str, str]:
+        """Fingerprints of the content of `train`, `held_out`, `sft` and `pairs`."""
+        return {
+            "train": _digest([_content(p) for p in self.train]),
+            "held_out": _digest([_content(p) for p in self.held_out]),
+            "sft": _digest(
+                [[r.row_id, _content(r.prompt), r.completion, r.system] for r in self.sft_rows]
+            ),
+            "pairs": _digest([pair_record(pair) for pair in self.pairs]),
+        }
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Fingerprints of `policy` and of the stages' own checkpoints."""
+        return {
+            "policy": fingerprint_directory(self.model),
+            **{stage: fingerprint_directory(path) for stage, path in self.stage_models.items()},
+        }
+
+
+def _digest(content: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _content(prompt: Prompt) -> list[Any]:
@@ -55,44 +74,85 @@ def load_inputs(settings: Settings) -> Inputs:
     """Reads policy and data and checks all that can be checked without a device.
 
     Raises:
-        SettingsError: a package that `log` asks for is missing.
-        ModelError: no readable checkpoint.
+        SettingsError: a package that `log` asks for is missing; an adapter cannot be put where
+            `policy.lora` says.
+        ModelError: no readable checkpoint, or a chat template that renders other than what was
+            said.
         DataError: a source is missing, empty or malformed; a held-out prompt is also trained on;
             a prompt is too long; a reference does not suit its verifier.
     """
     check_sinks(settings.log)
     model = locate_model(settings.policy.model)
+    if settings.policy.lora is not None:
+        check_targets(model, settings.policy.lora)
+    stage_models = {
+        stage: _model_of_stage(stage, name, model) for stage, name in settings.own_models.items()
+    }
     chat = ChatFormat(str(model))
     train = load_prompts(settings.tasks.train, "train")
     held_out = load_prompts(settings.tasks.held_out, "held_out")
     wants_rows = settings.sft.data is not None and "sft" in settings.stages
     sft_rows = load_sft_rows(settings.sft.data) if wants_rows and settings.sft.data else []
     sft_prompts = [row.prompt for row in sft_rows]
-    check_disjoint([*train, *sft_prompts], held_out)
+    wants_pairs = settings.dpo.data is not None and "dpo" in settings.stages
+    pairs = load_pairs(settings.dpo.data) if wants_pairs and settings.dpo.data else []
+    check_disjoint([*train, *sft_prompts, *(pair.prompt for pair in pairs)], held_out)
     _check_references("tasks.train", train, settings)
     _check_references("tasks.held_out", held_out, settings)
     if "screen" in settings.stages:  # nothing else scores answers to them
         _check_references("sft.data", sft_prompts, settings)
     mix = InstructionMix(settings.system_instructions, seed=0)
     for row in sft_rows:
-        _check_instruction(row, mix)
+        _check_instruction(f"sft.data, {row.row_id}", row.system, mix)
+    for number, pair in enumerate(pairs, start=1):
+        _check_instruction(f"dpo.data, pair {number}", pair.system, mix)
     if "rl" in settings.stages and settings.rl.curriculum.quotas is not None:
         check_quotas(settings.rl.curriculum.quotas, Counter(p.domain for p in train))
     room = settings.policy.max_length - settings.max_answer_tokens
     chat.check_lengths([*train, *held_out, *sft_prompts], mix.by_name.values(), room)
+    chat.check_instructions(train[0], mix.by_name.values())
     chat.check_rows(sft_rows, mix, settings.policy.max_length)
-    return Inputs(model=model, chat=chat, train=train, held_out=held_out, sft_rows=sft_rows)
+    chat.check_pairs(pairs, mix, settings.policy.max_length)
+    return Inputs(
+        model=model,
+        stage_models=stage_models,
+        chat=chat,
+        train=train,
+        held_out=held_out,
+        sft_rows=sft_rows,
+        pairs=pairs,
+    )
+
+
+def _model_of_stage(stage: str, name: str, policy: Path) -> Path:
+    """ModelError if it is no checkpoint, or none of the policy's architecture and tokenizer."""
+    try:
+        path = locate_model(name)
+        check_same_model(path, policy)
+    except ModelError as error:
+        raise ModelError(f"{stage}.model: {str(error).removeprefix('policy.model: ')}") from error
+    return path
 
 
 def locate_model(name: str) -> Path:
-    """The directory of a checkpoint: `starter`, a path, or a hub name (downloaded once).
+    """The directory of a checkpoint: `starter`, a path (of a run: the policy that it left), a hub
+    name (downloaded once), or an adapter in PEFT's format (merged into its base once).
 
     Raises:
-        ModelError: there is no checkpoint that transformers can read.
+        ModelError: there is no checkpoint that transformers can read, or an adapter for another
+            base.
     """
     path = STARTER_POLICY if name == STARTER else Path(name)
+    if RunDir(path).is_run():
+        path = RunDir(path).policy_dir
+        if not path.is_dir():
+            raise ModelError(
+                f"policy.model: the run {name} has left no policy yet; finish it first"
+            )
     if not path.is_dir():
         path = _download(name)
+    if is_adapter(path):
+        return merged_once(path, locate_model(base_of(path)))
     from transformers import AutoConfig
 
     try:
@@ -125,11 +185,11 @@ def _check_references(key: str, prompts: Sequence[Prompt], settings: Settings) -
         raise DataError(f"{key}: {error}") from error
 
 
-def _check_instruction(row: SFTRow, mix: InstructionMix) -> None:
+def _check_instruction(place: str, name: str | None, mix: InstructionMix) -> None:
     try:
-        mix.resolve(row.system)
+        mix.resolve(name)
     except DataError as error:
-        raise DataError(f"sft.data, {row.row_id}: {error}") from error
+        raise DataError(f"{place}: {error}") from error
 
 
 def _download(name: str) -> Path:

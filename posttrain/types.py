@@ -308,14 +308,15 @@ class TrainingBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreferencePair:
-    """Chosen against rejected completion of one prompt; `corner_case` says what it mends."""
+    """Chosen against rejected completion of one prompt; `corner_case` says what it mends, `margin`
+    by how much the chosen one was rewarded more (None: they were not scored)."""
 
     prompt: Prompt
     system: str | None
     chosen: str
     rejected: str
     corner_case: str
-    margin: float
+    margin: float | None
 
 
 class Generator(Protocol):

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import yaml
 
@@ -150,6 +151,16 @@ def test_the_trap_of_these_tests_works(desk: Desk) -> None:
         (["policy.max_length=20"], ["'1+1=?' has 20 tokens", "leaves 4 beside the answer"]),
         (["rewards.default_verifier=guess"], ["tasks.train: 2 prompts", "'guess'", "exact"]),
         (["system_instructions=[]"], ["sft.data, sft.jsonl:1", "'brief'"]),
+        (
+            ["policy.lora={}", "rl.learner.expert_parallel=2"],
+            ["rl.learner.expert_parallel = 2 divides experts that policy.lora does not train"],
+        ),
+        (["rl.learner.lora={}"], ["rl.learner.lora: unknown setting", "policy.lora?"]),
+        (["policy.lora.target_modules=[gates]"], ["policy.lora.target_modules = ('gates',)"]),
+        (["dpo.mining=null"], ["without mining and without data there are no pairs"]),
+        (["sft.trainer.lerning_rate=1"], ["sft.trainer.lerning_rate", "learning_rate?"]),
+        (["sft.trainer.learning_rate=fast"], ["sft.trainer.learning_rate", "number", "'fast'"]),
+        (["dpo.trainer.max_steps=1", "dpo.budget.steps=2"], ["both say how much"]),
         (["--no-such-option"], ["No such option", "--no-such-option"]),
     ],
 )
@@ -183,6 +194,68 @@ def test_bad_data_starts_nothing(
 ) -> None:
     desk.write(file, *rows)
     refused(desk.run(), *said)
+    assert not desk.run_dir.exists()
+
+
+PAIR = {"prompt": "1+1=?", "chosen": "#2", "rejected": "#3"}
+
+
+@pytest.mark.usefixtures("nothing_starts")
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([PAIR, {"prompt": "1", "chosen": "#1"}], ["line 2: column 'rejected' is missing"]),
+        ([PAIR | {"rejected": "#2"}], ["line 1: chosen and rejected are identical"]),
+        ([PAIR, PAIR], ["line 2: the same two answers", "line 1"]),
+        ([PAIR | {"prompt": "0+2=?"}], ["tasks.held_out: 1 of its prompts", "'0+2=?'"]),
+        ([PAIR | {"system": "loud"}], ["dpo.data, pair 1", "'loud'", "brief"]),
+        ([PAIR | {"chosen": "#" * 60}], ["dpo.data, chosen of pair 1 has 68 tokens"]),
+        ([], ["dpo.data:", "pairs.jsonl has no pairs"]),
+    ],
+)
+def test_bad_pairs_start_nothing(desk: Desk, rows: list[dict[str, Any]], said: list[str]) -> None:
+    file = desk.write("pairs.jsonl", *rows)
+    refused(desk.run(f"dpo.data.source={file}"), *said)
+    assert not desk.run_dir.exists()
+
+
+@pytest.mark.usefixtures("nothing_starts")
+def test_pairs_of_ones_own_are_enough(desk: Desk) -> None:
+    file = desk.write("pairs.jsonl", PAIR)
+    assert desk.run(f"dpo.data.source={file}", "dpo.mining=null", "--dry-run").code == 0
+
+
+@pytest.mark.usefixtures("nothing_starts")
+def test_a_template_that_drops_turns_starts_nothing(
+    desk: Desk, tiny_policy: Path, tmp_path: Path
+) -> None:
+    policy = tmp_path / "forgetful"
+    shutil.copytree(tiny_policy, policy)
+    template = policy / "chat_template.jinja"
+    template.write_text(template.read_text().replace("in messages", "in messages[-2:]"))
+    refused(desk.run(f"policy.model={policy}"), "its chat template drops or changes a turn")
+    assert not desk.run_dir.exists()
+
+
+@pytest.mark.usefixtures("nothing_starts")
+def test_an_adapter_for_another_base_starts_nothing(
+    desk: Desk, tiny_policy: Path, tmp_path: Path
+) -> None:
+    from safetensors.numpy import save_file
+
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"base_model_name_or_path": str(tiny_policy), "peft_type": "LORA", "r": 2}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    place = "base_model.model.model.layers.0.self_attn.q_proj"
+    save_file(
+        {
+            f"{place}.lora_A.weight": np.zeros((2, 99), np.float32),
+            f"{place}.lora_B.weight": np.zeros((16, 2), np.float32),
+        },
+        adapter / "adapter_model.safetensors",
+    )
+    refused(desk.run(f"policy.model={adapter}"), "q_proj has 16 × 99", "it is for another base")
     assert not desk.run_dir.exists()
 
 

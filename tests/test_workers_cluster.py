@@ -96,6 +96,7 @@ def test_an_unreadable_model_is_bad_input_and_names_its_path(cluster, tmp_path):
             max_tokens=40,
             num_steps=1,
             seed=0,
+            lora=None,
             checkpoint=None,
             resources=LearnerResources(cpus=0.25),
             deadline_s=60,

@@ -62,7 +62,7 @@ def load_sft_rows(settings: SourceSettings) -> list[SFTRow]:
 
         return starter_sft_rows(_size(settings), settings.seed)
     rows = []
-    for number, record in _records(settings):
+    for number, record in read_records(settings):
         place = f"{settings.source}, line {number}"
         rows.append(
             SFTRow(
@@ -83,7 +83,7 @@ def _prompts(settings: SourceSettings, split: Literal["train", "held_out"]) -> l
 
         return starter_prompts(split, _size(settings), settings.seed)
     prompts = []
-    for number, record in _records(settings):
+    for number, record in read_records(settings):
         place = f"{settings.source}, line {number}"
         if record.get("answer") is None:
             raise DataError(f"{place}: column 'answer' is missing. Columns there: {sorted(record)}")
@@ -97,7 +97,8 @@ def _size(settings: SourceSettings) -> int:
     return settings.size
 
 
-def _records(settings: SourceSettings) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def read_records(settings: SourceSettings) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """(line number from 1, JSON object) of a file. Raises DataError, naming file and line."""
     path = Path(settings.source)
     if not path.is_file():
         raise DataError(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from posttrain.config import Settings
 from posttrain.data.chat import ChatFormat
 from posttrain.data.instructions import InstructionMix
+from posttrain.evaluation import PromptResult
 from posttrain.ledger import Ledger
 from posttrain.metrics import MetricsLog
 from posttrain.run_dir import RunDir
-from posttrain.types import Prompt, SFTRow
+from posttrain.types import PreferencePair, Prompt, SFTRow
 from posttrain.workers.pools import Pools
 
 
@@ -29,6 +30,9 @@ class StageContext:
     train: Sequence[Prompt]
     held_out: Sequence[Prompt]
     sft_rows: Sequence[SFTRow]
+    pairs: Sequence[PreferencePair]
+    evaluations: dict[Path, list[PromptResult]] = field(default_factory=dict)
+    """Of the policies that were measured on all held-out tasks (`posttrain.stages.held_out`)."""
 
     @property
     def seed(self) -> int:
@@ -41,3 +45,7 @@ class StageContext:
     def policy_of(self, stage: str) -> Path:
         """Where a stage leaves its policy."""
         return self.run.stage_dir(stage) / "policy"
+
+    def adapter_of(self, stage: str) -> Path:
+        """Where a stage that trains an adapter leaves it, besides the merged policy."""
+        return self.run.stage_dir(stage) / "adapter"

@@ -15,6 +15,7 @@ from posttrain.stages.context import StageContext
 from posttrain.stages.rl_after_step import STAGE, AfterStep
 from posttrain.stages.rl_beside import Beside
 from posttrain.stages.rl_checkpoint import LoopState, RLCheckpoints, read_state
+from posttrain.stages.rl_stop import StopWithCheckpoint
 from posttrain.types import GenerationRequest, Sampling
 from posttrain.workers.generator import GeneratorPool
 from posttrain.workers.probe import ProbeSequence
@@ -23,10 +24,10 @@ from posttrain.workers.publisher import WeightPublisher
 NUM_PROBES = 16
 
 
-async def rl(context: StageContext, model: Path) -> dict[str, Any]:
+async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str, Any]:
     """Trains from the checkpoint `model`, or goes on from the stage's own last checkpoint.
 
-    The curriculum starts from the ledger's verdicts.
+    The curriculum starts from the ledger's verdicts by `critic`; None: nothing was screened.
     """
     settings = context.settings.rl
     checkpoint = RLCheckpoints(context.run.stage_dir(STAGE), settings.keep_checkpoints).latest()
@@ -41,6 +42,7 @@ async def rl(context: StageContext, model: Path) -> dict[str, Any]:
         max_tokens=settings.max_tokens,
         num_steps=settings.num_steps,
         seed=context.seed,
+        lora=context.settings.policy.lora,
         checkpoint=checkpoint / "learner" if checkpoint is not None else None,
     )
     publisher = WeightPublisher(
@@ -51,7 +53,7 @@ async def rl(context: StageContext, model: Path) -> dict[str, Any]:
         probes=probes,
         settings=settings.publish,
     )
-    curriculum = _curriculum(context, state)
+    curriculum = _curriculum(context, state, critic)
     first_step = state.step if state is not None else 0
     attempt = context.ledger.open_attempt(STAGE, from_step=first_step)
     reissue = _open_draws(context, attempt)
@@ -59,12 +61,13 @@ async def rl(context: StageContext, model: Path) -> dict[str, Any]:
         say(f"rl: goes on from step {first_step}, {len(reissue)} draws are drawn again")
     beside = await Beside.start(context, model, generators, curriculum, learner, probes)
     after_step = AfterStep(context, model, attempt, first_step, curriculum, learner, beside)
+    stop = StopWithCheckpoint(learner, after_step, after_step.save_last)
     controller = Controller(
         settings,
         curriculum=curriculum,
         generator=generators,
         scorer=context.pools.scorer,
-        learner=learner,
+        learner=stop,
         publisher=publisher,
         ledger=context.ledger,
         encode=context.chat.encode,
@@ -75,27 +78,30 @@ async def rl(context: StageContext, model: Path) -> dict[str, Any]:
         first_step=first_step,
         first_draw=state.num_draws if state is not None else 0,
         reissue=reissue,
-        on_step=after_step,
+        on_step=stop.after_step,
         on_group=after_step.rollouts.append,
-        beside=beside.loops,
+        beside=[*beside.loops, stop.run],
     )
-    summary = await controller.run()
+    with stop.listening():
+        summary = await controller.run()
     after_step.rollouts.flush()
     beside.stop()
     target = context.policy_of(STAGE)
     await learner.save_policy(target, str(model))
+    if context.settings.policy.lora is not None:
+        await learner.save_adapter(context.adapter_of(STAGE))
     context.pools.serves_checkpoint(str(target))
     learner.stop()
     return _metrics(summary)
 
 
 def _curriculum(
-    context: StageContext, state: LoopState | None
+    context: StageContext, state: LoopState | None, critic: str | None
 ) -> DifficultySampler | UniformSampler:
     settings = context.settings.rl
     curriculum = build_curriculum(
         context.train,
-        context.ledger.verdicts(),
+        context.ledger.verdicts(critic) if critic is not None else [],
         settings.curriculum,
         settings.group_size,
         context.seed,

@@ -49,16 +49,25 @@ class AfterStep:
         self._settings = settings
         self._checkpoints = RLCheckpoints(context.run.stage_dir(STAGE), settings.keep_checkpoints)
         self._progress = Progress(STAGE, settings.num_steps, done=first_step)
+        self._last: tuple[LoopState, PolicyVersion] | None = None
+        self._saved_step = first_step
         self.rollouts = RolloutLog(context.run.rollouts_dir, attempt)
 
     async def __call__(self, record: StepRecord) -> None:
         if self._settings.max_lag == 0:
             # Nothing is drawn meanwhile, so what it changes is the same in every run.
             await self._beside.rescreen_now(record.version)
-        state = self._state(record)
+        # Kept at every step: by the time that a signal comes, the curriculum has moved on.
+        state = LoopState(
+            step=record.step,
+            num_draws=record.num_draws,
+            curriculum=self._curriculum.state_dict(),
+        )
+        self._last = state, record.version
         self._write(record)
         self._progress.advance(_note(record))
-        if state is not None:
+        last = record.step == self._settings.num_steps
+        if record.step % self._settings.checkpoint_every == 0 or last:
             await self._save(state, record.version)
         every = self._settings.export_every
         if every is not None and record.step % every == 0:
@@ -66,16 +75,12 @@ class AfterStep:
             await self._learner.save_policy(export, str(self._model))
         await self._beside.reached(record.version)
 
-    def _state(self, record: StepRecord) -> LoopState | None:
-        """For a checkpoint, if one is due."""
-        last = record.step == self._settings.num_steps
-        if record.step % self._settings.checkpoint_every and not last:
-            return None
-        return LoopState(
-            step=record.step,
-            num_draws=record.num_draws,
-            curriculum=self._curriculum.state_dict(),
-        )
+    async def save_last(self) -> int | None:
+        """A checkpoint of the last step on record, while the learner's weights are still those;
+        returns its step, None before the first of all."""
+        if self._last is not None and self._last[0].step > self._saved_step:
+            await self._save(*self._last)
+        return self._saved_step or None
 
     async def _save(self, state: LoopState, version: PolicyVersion) -> None:
         self.rollouts.flush()
@@ -84,6 +89,7 @@ class AfterStep:
             save_learner=lambda directory: self._learner.save_checkpoint(directory, version),
             commit=lambda: self._context.ledger.commit_step(state.step),
         )
+        self._saved_step = state.step
 
     def _write(self, record: StepRecord) -> None:
         pool = {
