@@ -15,6 +15,7 @@ import typer
 
 from posttrain.cli_prune import prune_command
 from posttrain.cli_reward import reward_command
+from posttrain.cli_teach import teach_command
 from posttrain.errors import DataError, Interrupted, PosttrainError, StageError
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def audit_command(
 
 app.command("prune")(prune_command)
 app.command("reward")(reward_command)
+app.command("teach")(teach_command)
 
 
 @app.command("doctor")

@@ -32,7 +32,9 @@ from posttrain.evaluation import EvalSettings
 from posttrain.metric_sinks import LogSettings
 from posttrain.online.rescreen import RescreenSettings
 from posttrain.online.settings import LoopSettings
+from posttrain.online.teacher_settings import OnlineDistillationSettings
 from posttrain.stage_order import STAGES, StageName, check_stages
+from posttrain.teaching.settings import TeacherSettings
 from posttrain.workers.settings import (
     ActorResources,
     LearnerResources,
@@ -40,6 +42,7 @@ from posttrain.workers.settings import (
     LoraSettings,
     PublishSettings,
     RolloutPoolSettings,
+    TeacherPoolSettings,
 )
 from posttrain.workers.trainer_settings import DPOSettings, SFTSettings
 from rewards.shaping import RewardSettings
@@ -110,8 +113,8 @@ class RLSettings(LoopSettings):
 
     `model` is what the stage starts from, by default what the stage before it left.
     `keep_checkpoints` counts the newest ones; `export_every` so many steps the policy is also
-    written to `rl/export-N` in Hugging Face's format, and stays. That, `evaluation` and `rescreen`
-    are off unless given.
+    written to `rl/export-N` in Hugging Face's format, and stays. That, `evaluation`, `rescreen` and
+    a teacher's word (`distillation`) are off unless given.
     """
 
     model: str | None = None
@@ -120,6 +123,7 @@ class RLSettings(LoopSettings):
     export_every: int | None = Field(default=None, gt=0)
     evaluation: TrainingEvalSettings | None = None
     rescreen: RescreenSettings | None = None
+    distillation: OnlineDistillationSettings | None = None
     learner: LearnerSettings = LearnerSettings()
     curriculum: CurriculumSettings = CurriculumSettings()
     publish: PublishSettings = PublishSettings()
@@ -133,12 +137,14 @@ class RewardPoolSettings(_Section):
 
 
 class ResourceSettings(_Section):
-    """The pools. `judge` is the engine of a dedicated critic during RL, where one is asked for;
+    """The pools. `judge` is the engine of a dedicated critic during RL, where one is asked for,
+    `teacher` holds a teacher while it is asked;
     `deadline_s` is how long a pool may take until it is placed and ready."""
 
     rollout: RolloutPoolSettings = RolloutPoolSettings()
     judge: RolloutPoolSettings = RolloutPoolSettings()
     learner: LearnerResources = LearnerResources()
+    teacher: TeacherPoolSettings = TeacherPoolSettings()
     rewards: RewardPoolSettings = RewardPoolSettings()
     deadline_s: float = Field(default=300.0, gt=0)
 
@@ -155,6 +161,7 @@ class Settings(_Section):
     sft: SFTSettings = SFTSettings()
     rl: RLSettings = RLSettings()
     dpo: DPOSettings = DPOSettings()
+    teacher: TeacherSettings = TeacherSettings()
     rewards: RewardSettings = RewardSettings()
     resources: ResourceSettings = ResourceSettings()
     eval: EvalSettings = EvalSettings()
@@ -207,6 +214,34 @@ class Settings(_Section):
                 "out, or take rl.curriculum.kind = difficulty"
             )
         return self
+
+    @model_validator(mode="after")
+    def _a_teacher_and_who_learns_from_it(self) -> Self:
+        named = self.teacher.model is not None
+        if self.taught_stages and not named:
+            raise ValueError(f"{self.taught_stages[0]}.distillation: name a teacher, teacher.model")
+        if named and self.sft.distillation is None and self.rl.distillation is None:
+            raise ValueError(
+                "teacher.model: nobody learns from it; give sft.distillation or rl.distillation"
+            )
+        soft = self.sft.distillation
+        kind = self.teacher.targets.kind
+        if soft is not None and soft.divergence == "reverse_kl" and kind != "top_k":
+            raise ValueError(
+                "sft.distillation.divergence = reverse_kl compares probabilities, and sampled "
+                "targets have none; take teacher.targets.kind = top_k"
+            )
+        return self
+
+    @property
+    def taught_stages(self) -> list[str]:
+        """Stages of this run in which a teacher is asked."""
+        soft = self.sft.distillation
+        learns = {
+            "sft": soft is not None and soft.weight != "ce_only",
+            "rl": self.rl.distillation is not None,
+        }
+        return [stage for stage in self.stages if learns.get(stage, False)]
 
     @property
     def own_models(self) -> dict[str, str]:

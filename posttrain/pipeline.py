@@ -85,6 +85,7 @@ def _run_stages(
         held_out=inputs.held_out,
         sft_rows=inputs.sft_rows,
         pairs=inputs.pairs,
+        teacher=inputs.teacher,
     )
     try:
         asyncio.run(_Runner(context, inputs, plan).run())

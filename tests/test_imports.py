@@ -34,7 +34,7 @@ LAYERS = [
         "posttrain.config",
         "posttrain.inputs posttrain.doctor posttrain.prune",
         "posttrain.stages posttrain.reward_file",
-        "posttrain.pipeline posttrain.cli_prune posttrain.cli_reward",
+        "posttrain.pipeline posttrain.cli_prune posttrain.cli_reward posttrain.cli_teach",
         "posttrain.cli",
     )
 ]

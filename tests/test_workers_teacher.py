@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from posttrain.errors import EngineError, ModelError
+from posttrain.starter import POLICY_DIR
 from posttrain.teaching.records import TokenSequence, padded_targets
 from posttrain.teaching.settings import TargetSettings
 from posttrain.workers.settings import TeacherPoolSettings
@@ -157,15 +158,22 @@ def test_copies_share_the_work_and_one_that_is_killed_is_replaced(cluster, tiny_
 
 
 @pytest.mark.slow
-def test_two_ranks_of_a_copy_answer_as_one(cluster, tiny_policy, teacher):
+def test_a_copy_that_cannot_be_divided_is_refused(cluster, tiny_policy):
+    """Its one head of keys and values is no two."""
+    with pytest.raises(ModelError, match="num_key_value_heads = 1"):
+        TeacherPool(str(tiny_policy), TeacherPoolSettings(**TINY, tensor_parallel=2), 120)
+
+
+@pytest.mark.slow
+def test_two_ranks_of_a_copy_answer_as_one(cluster):
     asked = [s for s in sequences(7) if s.num_labels]
-    pool = TeacherPool(
-        str(tiny_policy), TeacherPoolSettings(**TINY, tensor_parallel=2, replicas=2), 120
-    )
+    policy = str(POLICY_DIR)
+    alone = CausalTeacher(policy, TeacherPoolSettings(), rank=0, address="127.0.0.1:1")
+    pool = TeacherPool(policy, TeacherPoolSettings(**TINY, tensor_parallel=2, replicas=2), 120)
     try:
-        wanted = teacher.label_logprobs(asked, 1.0)
+        wanted = alone.label_logprobs(asked, 1.0)
         for answer, other in zip(pool.label_logprobs(asked, 1.0), wanted, strict=True):
-            np.testing.assert_allclose(answer, other, atol=1e-5)
+            np.testing.assert_allclose(answer, other, atol=1e-4)
     finally:
         pool.stop()
 

@@ -31,6 +31,7 @@ class StageContext:
     held_out: Sequence[Prompt]
     sft_rows: Sequence[SFTRow]
     pairs: Sequence[PreferencePair]
+    teacher: Path | None
     evaluations: dict[Path, list[PromptResult]] = field(default_factory=dict)
     """Of the policies that were measured on all held-out tasks (`posttrain.stages.held_out`)."""
 

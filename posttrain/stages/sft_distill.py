@@ -26,23 +26,16 @@ from posttrain.losses.distillation import (
 )
 from posttrain.losses.distillation_settings import DistillationSettings
 from posttrain.losses.teacher_weight import dynamic_weight
-from posttrain.stages.teaching import Teaching, acquire_critic, acquire_targets
+from posttrain.stages.teaching import DistillationJob, Teachers
 from posttrain.teaching.acquire import wait_for
-from posttrain.teaching.records import TokenSequence, padded_targets
+from posttrain.teaching.records import Record, TokenSequence, padded_targets
+from posttrain.teaching.store import TargetStore
 
 CHUNK_TOKENS = 4096
 """Of a micro-batch, whose log-probabilities exist at once beside the model's own logits."""
 HELD_OUT_SHARE = 0.1
 """Of a small data set, at most so much is held out."""
 QUANTILES = (0.1, 0.5, 0.9)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillationJob:
-    """What a rank needs to distil: how targets are weighed, and where they come from."""
-
-    settings: DistillationSettings
-    teaching: Teaching
 
 
 @dataclass(frozen=True)
@@ -76,24 +69,25 @@ class DistillingTrainer(SFTTrainer):  # type: ignore[misc]
         self._lead, self._reliability = (
             dynamic_weight(settings) if settings.weight == "dynamic" else (None, None)
         )
-        self._targets = self._critic = None
-        if settings.weight != "ce_only":
-            self._acquire([row.sequence for row in [*self._rows, *self._held_out]])
+        self._targets: TargetStore | None = None
+        self._critic: TargetStore | None = None
+        if distillation.teachers is not None:
+            rows = [*self._rows, *self._held_out]
+            self._acquire(distillation.teachers, [row.sequence for row in rows])
 
-    def _acquire(self, sequences: Sequence[TokenSequence]) -> None:
+    def _acquire(self, teachers: Teachers, sequences: Sequence[TokenSequence]) -> None:
         """Only the first rank asks; the others see in the store when it has what they need."""
-        teaching = self._job.teaching
         first = self.accelerator.is_main_process
-        self._targets = teaching.open_targets()
+        self._targets = teachers.teaching.open_targets()
         if first:
-            report = acquire_targets(teaching, sequences, self._targets)
+            report = teachers.acquire_targets(sequences, self._targets)
             self.teaching_report["targets"] = asdict(report)
         wait_for(sequences, self._targets)
         if self._reliability is None:
             return
-        self._critic = teaching.open_critic()
+        self._critic = teachers.teaching.open_critic()
         if first:
-            report = acquire_critic(teaching, sequences, self._critic)
+            report = teachers.acquire_critic(sequences, self._critic)
             self.teaching_report["critic"] = asdict(report)
         wait_for(sequences, self._critic)
 
@@ -137,7 +131,7 @@ class DistillingTrainer(SFTTrainer):  # type: ignore[misc]
     ) -> Any:
         """See `posttrain.losses.distillation`. The denominator is that of all micro-batches and
         ranks, as TRL counts it."""
-        if not self.model.training or self._targets is None:
+        if not self.model.training or self._job.teachers is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._measure_lead(model)
         sequences = [s for s in split_rows(inputs) if s.num_labels]
@@ -149,7 +143,7 @@ class DistillingTrainer(SFTTrainer):  # type: ignore[misc]
             **({"output_router_logits": True} if self.aux_loss_enabled else {}),
         )
         targets = self._targets_of(sequences, labels.device)
-        temperature = self._job.teaching.targets.temperature
+        temperature = self._job.teachers.teaching.targets.temperature
         losses = distillation_losses(
             outputs.logits[:, :-1][trained],
             labels[trained],
@@ -247,8 +241,9 @@ class DistillingTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _targets_of(self, sequences: Sequence[TokenSequence], device: Any) -> TeacherTargets:
         assert self._targets is not None
+        assert self._job.teachers is not None
         records = [self._targets.read(s.key) for s in sequences]
-        return teacher_targets(records, self._job.teaching.targets.samples, device)
+        return teacher_targets(records, self._job.teachers.teaching.targets.samples, device)
 
     def _note(self, name: str, values: Tensor) -> None:
         if len(values):
@@ -259,7 +254,7 @@ class DistillingTrainer(SFTTrainer):  # type: ignore[misc]
             self._note(f"{name}/{domain}", values[numbers == number])
 
 
-def teacher_targets(records: Sequence[Any], samples: int | None, device: Any) -> TeacherTargets:
+def teacher_targets(records: Sequence[Record], samples: int | None, device: Any) -> TeacherTargets:
     """Stored records as the loss wants them, `N` loss tokens in their order."""
     if not records:
         nothing = torch.zeros(0, device=device)

@@ -1,97 +1,69 @@
-"""Who teaches, as the ranks of SFT and `posttrain teach` need it: stores, and models to ask."""
+"""What ranks of SFT and `posttrain teach` have in common: models that are asked, if at all."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-from posttrain.teaching.acquire import (
-    AcquireReport,
-    Ask,
-    acquire,
-    critic_dir,
-    critic_identity,
-    targets_dir,
-    targets_identity,
-)
+from posttrain.losses.distillation_settings import DistillationSettings
+from posttrain.teaching.acquire import AcquireReport, Ask, acquire
+from posttrain.teaching.identity import Teaching
 from posttrain.teaching.records import Record, TokenSequence
-from posttrain.teaching.settings import TargetSettings
-from posttrain.teaching.store import Identity, TargetStore, check_identity
+from posttrain.teaching.store import TargetStore
 from posttrain.workers.settings import TeacherPoolSettings
 from posttrain.workers.teacher_pool import TeacherPool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Teaching:
-    """A teacher and the frozen critic beside it, with what their word is stored under. Plain values
-    that travel to other processes; `deadline_s` is for a pool's start."""
+class Teachers:
+    """Who can be asked, and where the actors run that answer. Plain values that travel to other
+    processes; `deadline_s` is for a pool's start."""
 
-    teacher: str
-    teacher_fingerprint: str
-    critic: str
-    critic_fingerprint: str
-    tokenizer: str
-    template: str
-    targets: TargetSettings
-    store: Path
+    teaching: Teaching
     pool: TeacherPoolSettings
     deadline_s: float
 
-    @property
-    def targets_identity(self) -> Identity:
-        return targets_identity(
-            self.teacher_fingerprint, self.tokenizer, self.template, self.targets
-        )
+    def acquire_targets(
+        self, sequences: Sequence[TokenSequence], store: TargetStore
+    ) -> AcquireReport:
+        """The teacher's targets of all sequences; it is started only for those that are missing."""
 
-    def check_store(self) -> None:
-        """Raises StoreError if the store was made with something else."""
-        check_identity(targets_dir(self.store), self.targets_identity)
+        @contextmanager
+        def open_teacher() -> Iterator[Ask]:
+            with self._asked(self.teaching.teacher) as pool:
+                yield lambda asked: pool.targets(asked, self.teaching.targets)
 
-    def open_targets(self) -> TargetStore:
-        return TargetStore(targets_dir(self.store), self.targets_identity)
+        return acquire(sequences, store, open_teacher, "teacher")
 
-    def open_critic(self) -> TargetStore:
-        return TargetStore(
-            critic_dir(self.store, self.critic_fingerprint),
-            critic_identity(self.critic_fingerprint, self.tokenizer, self.template),
-        )
+    def acquire_critic(
+        self, sequences: Sequence[TokenSequence], store: TargetStore
+    ) -> AcquireReport:
+        """log p₀ of all sequences' labels, likewise."""
 
+        @contextmanager
+        def open_critic() -> Iterator[Ask]:
+            with self._asked(self.teaching.critic) as pool:
+                yield lambda asked: [
+                    Record(per_label={"label_logprobs": logprobs})
+                    for logprobs in pool.label_logprobs(asked, 1.0)
+                ]
 
-def acquire_targets(
-    teaching: Teaching, sequences: Sequence[TokenSequence], store: TargetStore
-) -> AcquireReport:
-    """The teacher's targets of all sequences; it is started only for those that are missing."""
-
-    @contextmanager
-    def open_teacher() -> Iterator[Ask]:
-        with _pool(teaching, teaching.teacher) as pool:
-            yield lambda asked: pool.targets(asked, teaching.targets)
-
-    return acquire(sequences, store, open_teacher, "teacher")
-
-
-def acquire_critic(
-    teaching: Teaching, sequences: Sequence[TokenSequence], store: TargetStore
-) -> AcquireReport:
-    """log p₀ of all sequences' labels, likewise."""
+        return acquire(sequences, store, open_critic, "critic")
 
     @contextmanager
-    def open_critic() -> Iterator[Ask]:
-        with _pool(teaching, teaching.critic) as pool:
-            yield lambda asked: [
-                Record(per_label={"label_logprobs": logprobs})
-                for logprobs in pool.label_logprobs(asked, 1.0)
-            ]
-
-    return acquire(sequences, store, open_critic, "critic")
+    def _asked(self, model: str) -> Iterator[TeacherPool]:
+        pool = TeacherPool(model, self.pool, self.deadline_s)
+        try:
+            yield pool
+        finally:
+            pool.stop()
 
 
-@contextmanager
-def _pool(teaching: Teaching, model: str) -> Iterator[TeacherPool]:
-    pool = TeacherPool(model, teaching.pool, teaching.deadline_s)
-    try:
-        yield pool
-    finally:
-        pool.stop()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillationJob:
+    """What a rank needs to distil: how targets are weighed, and where they come from (None: from
+    nowhere, cross-entropy alone)."""
+
+    settings: DistillationSettings
+    teachers: Teachers | None

@@ -4,5 +4,3 @@ from pathlib import Path
 
 POLICY_DIR = Path(__file__).parent / "policy"
 """Weights, tokenizer and chat template, as `from_pretrained` reads them."""
-TEACHER_DIR = Path(__file__).parent / "teacher"
-"""The same, trained on and more thoughtful; made by the same script."""

@@ -6,12 +6,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 
 from posttrain.progress import Progress, say
 from posttrain.teaching.records import Record, TokenSequence
-from posttrain.teaching.settings import TargetSettings
-from posttrain.teaching.store import Identity, TargetStore
+from posttrain.teaching.store import TargetStore
 
 SHARD_SEQUENCES = 512
 """What a pass that is killed loses at most, and what a damaged shard costs."""
@@ -93,35 +91,3 @@ def wait_for(sequences: Sequence[TokenSequence], store: TargetStore, poll_s: flo
     while any(key not in store for key in keys):
         time.sleep(poll_s)
         store.refresh()
-
-
-def targets_identity(
-    teacher: str, tokenizer: str, template: str, targets: TargetSettings
-) -> Identity:
-    """What stored targets depend on beside the sequence. `teacher`, `tokenizer` and
-    `template` are fingerprints."""
-    return {
-        "format": "posttrain teacher targets 1",
-        "teacher": teacher,
-        "tokenizer": tokenizer,
-        "template": template,
-        **targets.model_dump(mode="json"),
-    }
-
-
-def critic_identity(critic: str, tokenizer: str, template: str) -> Identity:
-    return {
-        "format": "posttrain critic log-probabilities 1",
-        "critic": critic,
-        "tokenizer": tokenizer,
-        "template": template,
-    }
-
-
-def targets_dir(root: Path) -> Path:
-    return root / "targets"
-
-
-def critic_dir(root: Path, critic: str) -> Path:
-    """One for each critic: they are many, and none depends on the teacher."""
-    return root / f"critic-{critic[:12]}"

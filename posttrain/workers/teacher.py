@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer
 
 from posttrain.errors import ModelError
 from posttrain.teaching.records import Record, TokenSequence, smallest_unsigned
@@ -59,6 +60,8 @@ class CausalTeacher:
             torch.set_num_threads(settings.threads)
             self._model = load_model(model_path, loading).to(device())
         self._model.requires_grad_(False).eval()
+        # Some models have more embeddings than tokens; a policy need not have the same surplus.
+        self._num_ids = 1 + max(AutoTokenizer.from_pretrained(model_path).get_vocab().values())
 
     @torch.inference_mode()
     def targets(self, sequences: Sequence[TokenSequence], settings: TargetSettings) -> list[Record]:
@@ -106,7 +109,7 @@ class CausalTeacher:
             for first, last in _chunks(counts, self._settings.chunk_tokens):
                 here = slice(starts[first], starts[last] + counts[last])
                 head = self._model.get_output_embeddings()
-                logits = head(hidden[rows[here], columns[here]]).float()
+                logits = head(hidden[rows[here], columns[here]])[:, : self._num_ids].float()
                 parts = zip(
                     batch.numbers[first : last + 1],
                     labels[here].split(counts[first : last + 1]),
@@ -120,13 +123,15 @@ def _divided(model_path: str, loading: LearnerSettings, ranks: int) -> Any:
     """Over the devices of all ranks, by the plan that transformers has for the architecture."""
     from transformers.distributed import DistributedConfig
 
-    try:
-        return load_model(model_path, loading, distributed_config=DistributedConfig(tp_size=ranks))
-    except (AttributeError, RuntimeError) as error:
-        raise ModelError(
-            f"{model_path!r} cannot be divided over {ranks} devices: {error}. Take "
-            "resources.teacher.tensor_parallel = 1, or a number that divides its attention heads"
-        ) from error
+    config = AutoConfig.from_pretrained(model_path).get_text_config()
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        if getattr(config, name) % ranks:
+            raise ModelError(
+                f"{model_path!r} has {name} = {getattr(config, name)}, which "
+                f"resources.teacher.tensor_parallel = {ranks} does not divide; take a number that "
+                "does, or 1"
+            )
+    return load_model(model_path, loading, distributed_config=DistributedConfig(tp_size=ranks))
 
 
 def _batches(sequences: Sequence[TokenSequence], batch_tokens: int) -> Iterator[_Batch]:

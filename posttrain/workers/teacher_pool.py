@@ -23,6 +23,7 @@ from posttrain.workers.cluster import (
     stop_actor,
     wait_until_ready,
 )
+from posttrain.workers.demand import Demand
 from posttrain.workers.settings import TeacherPoolSettings
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ class TeacherPool:
         """Every copy is ready.
 
         Raises:
-            PlacementError: there are fewer devices than the copies need, or not in time.
+            SettingsError: the cluster has fewer devices than the copies need.
+            PlacementError: they were not free in time.
             ModelError: the model cannot be loaded or divided.
         """
         self._settings = settings
@@ -83,9 +85,8 @@ class TeacherPool:
         self._free: queue.SimpleQueue[_Copy] = queue.SimpleQueue()
         self._stopped = False
         self._failures = 0
-        refuse_more_than_there_is(
-            TeacherActor.__name__, settings, count=settings.replicas * settings.tensor_parallel
-        )
+        copies = settings.replicas * settings.tensor_parallel
+        refuse_more_than_there_is([Demand(role="teacher", count=copies, each=settings)])
         self._threads = ThreadPoolExecutor(settings.replicas, thread_name_prefix="teacher")
         try:
             for _ in range(settings.replicas):
