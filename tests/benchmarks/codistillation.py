@@ -53,11 +53,11 @@ from rewards.verifiers import verifier_of
 CORRUPTIONS = (0.0, 0.2, 0.4)
 METHODS: dict[str, dict[str, Any]] = {
     "ce": {"weight": "ce_only"},
-    "ce longer": {"weight": "ce_only"},
     "alpha .25": {"weight": "constant", "alpha": 0.25},
     "alpha .5": {"weight": "constant", "alpha": 0.5},
     "alpha .9": {"weight": "constant", "alpha": 0.9},
     "dynamic": {"weight": "dynamic"},
+    "ce longer": {"weight": "ce_only"},
 }
 
 
@@ -304,10 +304,7 @@ def table(runs: Sequence[Run]) -> str:
         constants = [name for name in of if name.startswith("alpha")]
         best = max(constants, key=lambda n: _accuracy(of[n]).mean(), default=None)
         for name, found in of.items():
-            told = [
-                f"{np.mean(v):.2f}" if v else "–"
-                for v in (_all(found, "alpha"), _all(found, "lambda"))
-            ]
+            told = [_all(found, what) for what in ("alpha", "lambda")]
             cells = [
                 f"{corruption:.0%}",
                 name,
@@ -319,7 +316,7 @@ def table(runs: Sequence[Run]) -> str:
                 f"{np.mean([r.steps for r in found.values()]):.0f}",
                 f"{np.mean([r.train_s for r in found.values()]):.0f}",
                 f"{np.mean([r.teacher_s for r in found.values()]):.0f}",
-                *told,
+                *(f"{np.mean(values):.2f}" if values else "–" for values in told),
             ]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
