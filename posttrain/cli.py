@@ -172,6 +172,7 @@ def _plan(settings: Settings, inputs: Inputs) -> dict[str, Any]:
         "stages": settings.stages,
         "run": settings.run.dir,
         "policy": str(inputs.model),
+        "teacher": str(inputs.teacher or "none"),
         "train_prompts": len(inputs.train),
         "held_out_prompts": len(inputs.held_out),
         "sft_rows": len(inputs.sft_rows),

@@ -34,7 +34,7 @@ from posttrain.online.rescreen import RescreenSettings
 from posttrain.online.settings import LoopSettings
 from posttrain.online.teacher_settings import OnlineDistillationSettings
 from posttrain.stage_order import STAGES, StageName, check_stages
-from posttrain.teaching.settings import TeacherSettings
+from posttrain.teaching.settings import TeacherSettings, check_learning
 from posttrain.workers.settings import (
     ActorResources,
     LearnerResources,
@@ -216,21 +216,9 @@ class Settings(_Section):
         return self
 
     @model_validator(mode="after")
-    def _a_teacher_and_who_learns_from_it(self) -> Self:
-        named = self.teacher.model is not None
-        if self.taught_stages and not named:
-            raise ValueError(f"{self.taught_stages[0]}.distillation: name a teacher, teacher.model")
-        if named and self.sft.distillation is None and self.rl.distillation is None:
-            raise ValueError(
-                "teacher.model: nobody learns from it; give sft.distillation or rl.distillation"
-            )
-        soft = self.sft.distillation
-        kind = self.teacher.targets.kind
-        if soft is not None and soft.divergence == "reverse_kl" and kind != "top_k":
-            raise ValueError(
-                "sft.distillation.divergence = reverse_kl compares probabilities, and sampled "
-                "targets have none; take teacher.targets.kind = top_k"
-            )
+    def _a_teacher_has_who_learns_from_it(self) -> Self:
+        sections = {"sft": self.sft.distillation, "rl": self.rl.distillation}
+        check_learning(self.teacher, sections, self.taught_stages)
         return self
 
     @property

@@ -23,12 +23,21 @@ PRIOR_BOUND = 1e-3
 class Lead:
     """λ: how far ahead of the student the teacher still is, on labels that are not trained on."""
 
-    def __init__(self, *, slope: float, offset: float, min_lead: float, memory: float) -> None:
+    def __init__(
+        self,
+        *,
+        slope: float,
+        offset: float,
+        min_lead: float,
+        memory: float,
+        gap: float | None = None,
+    ) -> None:
+        """`gap` goes on from an earlier measurement."""
         self._slope = slope
         self._offset = offset
         self._min_lead = min_lead
         self._memory = memory
-        self._gap: float | None = None
+        self._gap = gap
 
     @property
     def gap(self) -> float | None:

@@ -103,7 +103,10 @@ class OnlineTeacher:
     deadline.
     """
 
-    def __init__(self, settings: OnlineDistillationSettings, score: Score) -> None:
+    def __init__(
+        self, settings: OnlineDistillationSettings, score: Score, lead: float | None = None
+    ) -> None:
+        """`lead` is the EMA that a checkpoint holds; None where λ starts anew or is constant."""
         self._settings = settings
         self._score = score
         self._reading: dict[str, asyncio.Task[Sequence[FloatArray] | None]] = {}
@@ -118,6 +121,7 @@ class OnlineTeacher:
                 offset=settings.offset,
                 min_lead=settings.min_lead,
                 memory=settings.memory,
+                gap=lead,
             )
 
     @property

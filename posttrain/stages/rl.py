@@ -67,7 +67,7 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
         say(f"rl: goes on from step {first_step}, {len(reissue)} draws are drawn again")
     beside = await Beside.start(context, model, generators, curriculum, learner, probes)
     after_step = AfterStep(context, model, attempt, first_step, curriculum, learner, beside)
-    teacher, reading = _teacher(context)
+    teacher, reading = _teacher(context, state)
     stop = StopWithCheckpoint(learner, after_step, after_step.save_last)
     controller = Controller(
         settings,
@@ -108,7 +108,9 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
     return _metrics(summary)
 
 
-def _teacher(context: StageContext) -> tuple[GroupTeacher, TeacherPool | None]:
+def _teacher(
+    context: StageContext, state: LoopState | None
+) -> tuple[GroupTeacher, TeacherPool | None]:
     """Who reads admitted groups, and its actors, which whoever asked for them stops."""
     settings = context.settings
     if settings.rl.distillation is None:
@@ -117,7 +119,8 @@ def _teacher(context: StageContext) -> tuple[GroupTeacher, TeacherPool | None]:
     resources = settings.resources
     pool = TeacherPool(str(context.teacher), resources.teacher, resources.deadline_s)
     score = partial(pool.score, temperature=settings.rl.temperature)
-    return OnlineTeacher(settings.rl.distillation, score), pool
+    lead = None if state is None else state.teacher_lead
+    return OnlineTeacher(settings.rl.distillation, score, lead), pool
 
 
 def _say_whether_the_teacher_kept_up(summary: LoopSummary) -> None:

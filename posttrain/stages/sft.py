@@ -51,6 +51,11 @@ async def sft(
         distillation=_distillation(context, model),
     )
     metrics: dict[str, Any] = {"rows": len(records)} | dict(trained.metrics)
+    for who, asked in metrics.get("teacher", {}).items():
+        say(
+            f"sft: {who}: {asked['hit_rate']:.0%} of {asked['sequences']} sequences were stored; "
+            f"{asked['seconds']:.1f} s spent on the rest, {asked['seconds_saved']:.1f} s saved"
+        )
     *_, kept = trained.policies
     if len(trained.policies) > 1:
         entered, saved = await _measure(context, model, trained.policies)

@@ -259,7 +259,8 @@ def teacher_targets(records: Sequence[Record], samples: int | None, device: Any)
     if not records:
         nothing = torch.zeros(0, device=device)
         ids = torch.zeros(0, 1, dtype=torch.int64, device=device)
-        return TeacherTargets(ids, nothing[:, None], None, nothing, nothing)
+        tail = nothing if samples is None else None
+        return TeacherTargets(ids, nothing[:, None], tail, nothing, nothing)
     arrays = {
         name: torch.as_tensor(array).to(device)
         for name, array in padded_targets(records, samples).items()

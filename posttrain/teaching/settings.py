@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from posttrain.losses.distillation_settings import DistillationSettings
 
 TargetKind = Literal["sampled", "top_k"]
 
@@ -58,3 +60,23 @@ class TeacherSettings(BaseModel):
     model: str | None = Field(default=None, min_length=1)
     store: str | None = Field(default=None, min_length=1)
     targets: TargetSettings = TargetSettings()
+
+
+def check_learning(
+    teacher: TeacherSettings, sections: Mapping[str, BaseModel | None], taught: Sequence[str]
+) -> None:
+    """ValueError for a teacher without anybody who learns from it, or the other way round.
+    `sections` are the stages' own, `distillation`; in the stages `taught` a teacher is asked."""
+    if taught and teacher.model is None:
+        raise ValueError(f"{taught[0]}.distillation: name a teacher, teacher.model")
+    if teacher.model is not None and not any(sections.values()):
+        raise ValueError(
+            f"teacher.model: nobody learns from it; give {' or '.join(sections)} a distillation"
+        )
+    for stage, section in sections.items():
+        reverse = isinstance(section, DistillationSettings) and section.divergence == "reverse_kl"
+        if reverse and teacher.targets.kind != "top_k":
+            raise ValueError(
+                f"{stage}.distillation.divergence = reverse_kl compares probabilities, and sampled "
+                "targets have none; take teacher.targets.kind = top_k"
+            )
