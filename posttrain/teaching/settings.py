@@ -69,7 +69,7 @@ def check_learning(
     `sections` are the stages' own, `distillation`; in the stages `taught` a teacher is asked."""
     if taught and teacher.model is None:
         raise ValueError(f"{taught[0]}.distillation: name a teacher, teacher.model")
-    if teacher.model is not None and not any(sections.values()):
+    if teacher.model is not None and all(section is None for section in sections.values()):
         raise ValueError(
             f"teacher.model: nobody learns from it; give {' or '.join(sections)} a distillation"
         )
