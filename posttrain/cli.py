@@ -72,7 +72,7 @@ def run_command(
 
     # A table that is piped into a file must not be cut to 80 columns.
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    print_report(result.evaluations, result.seconds, str(result.policy), console)
+    print_report(result.evaluations, result.seconds, str(result.policy), console, result.metrics)
 
 
 @app.command("eval")

@@ -37,6 +37,7 @@ from posttrain.stage_order import STAGES, StageName, check_stages
 from posttrain.teaching.settings import TeacherSettings, check_learning
 from posttrain.workers.settings import (
     ActorResources,
+    EngineSettings,
     LearnerResources,
     LearnerSettings,
     LoraSettings,
@@ -130,10 +131,12 @@ class RLSettings(LoopSettings):
 
 
 class RewardPoolSettings(_Section):
-    """Scorer processes on one node."""
+    """Scorer processes on one node; `judge` is the engines of the model that `rewards.judge` names,
+    where it names one."""
 
     workers: int = Field(default=1, gt=0)
     actor: ActorResources = ActorResources(cpus=0.0)
+    judge: RolloutPoolSettings = RolloutPoolSettings(engine=EngineSettings(max_model_len=4096))
 
 
 class ResourceSettings(_Section):
@@ -203,6 +206,16 @@ class Settings(_Section):
                 f"rl.learner.expert_parallel = {self.rl.learner.expert_parallel} divides experts "
                 "that policy.lora does not train; leave it at 1, and take rl.learner.zero_stage = "
                 "3 if they are large"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _replies_of_the_judge_fit(self) -> Self:
+        judge, room = self.rewards.judge, self.resources.rewards.judge.engine.max_model_len
+        if judge is not None and judge.model is not None and judge.max_tokens >= room:
+            raise ValueError(
+                f"rewards.judge.max_tokens = {judge.max_tokens} leaves no room for a question in "
+                f"resources.rewards.judge.engine.max_model_len = {room}"
             )
         return self
 

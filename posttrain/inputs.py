@@ -94,6 +94,9 @@ def load_inputs(settings: Settings) -> Inputs:
     stage_models = {
         stage: _model_of_stage(stage, name, model) for stage, name in settings.own_models.items()
     }
+    if settings.rewards.judge is not None and settings.rewards.judge.model is not None:
+        judge = locate_model(settings.rewards.judge.model, "rewards.judge.model")
+        ChatFormat(str(judge), "rewards.judge.model")
     chat = ChatFormat(str(model))
     train = load_prompts(settings.tasks.train, "train")
     held_out = load_prompts(settings.tasks.held_out, "held_out")
@@ -183,17 +186,18 @@ def locate_teacher(name: str, chat: ChatFormat, policy: str) -> Path:
 
 def _model_of_stage(stage: str, name: str, policy: Path) -> Path:
     """ModelError if it is no checkpoint, or none of the policy's architecture and tokenizer."""
+    path = locate_model(name, f"{stage}.model")
     try:
-        path = locate_model(name)
         check_same_model(path, policy)
     except ModelError as error:
-        raise ModelError(f"{stage}.model: {str(error).removeprefix('policy.model: ')}") from error
+        raise ModelError(f"{stage}.model: {error}") from error
     return path
 
 
-def locate_model(name: str) -> Path:
+def locate_model(name: str, setting: str = "policy.model") -> Path:
     """The directory of a checkpoint: `starter`, a path (of a run: the policy that it left), a hub
-    name (downloaded once), or an adapter in PEFT's format (merged into its base once).
+    name (downloaded once), or an adapter in PEFT's format (merged into its base once). `setting`
+    is the one that names it, for the errors.
 
     Raises:
         ModelError: there is no checkpoint that transformers can read, or an adapter for another
@@ -203,36 +207,34 @@ def locate_model(name: str) -> Path:
     if RunDir(path).is_run():
         path = RunDir(path).policy_dir
         if not path.is_dir():
-            raise ModelError(
-                f"policy.model: the run {name} has left no policy yet; finish it first"
-            )
+            raise ModelError(f"{setting}: the run {name} has left no policy yet; finish it first")
     if not path.is_dir():
-        path = _download(name)
+        path = _download(name, setting)
     if is_adapter(path):
-        return merged_once(path, locate_model(base_of(path)))
+        return merged_once(path, locate_model(base_of(path), setting))
     from transformers import AutoConfig
 
     try:
         AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # a damaged file raises whatever its parser stumbles over
-        raise ModelError(f"policy.model: {path} is no readable checkpoint: {error}") from error
-    _check_weights(path)
+        raise ModelError(f"{setting}: {path} is no readable checkpoint: {error}") from error
+    _check_weights(path, setting)
     return path.resolve()
 
 
-def _check_weights(path: Path) -> None:
+def _check_weights(path: Path, setting: str) -> None:
     """Reads headers and sizes only, so that a download cut short is found in an instant."""
     from safetensors import SafetensorError, safe_open
 
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise ModelError(f"policy.model: {path} holds no safetensors")
+        raise ModelError(f"{setting}: {path} holds no safetensors")
     for file in files:
         try:
             with safe_open(file, framework="np"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"policy.model: {file} is damaged: {error}") from error
+            raise ModelError(f"{setting}: {file} is damaged: {error}") from error
 
 
 def _check_references(key: str, prompts: Sequence[Prompt], settings: Settings) -> None:
@@ -249,7 +251,7 @@ def _check_instruction(place: str, name: str | None, mix: InstructionMix) -> Non
         raise DataError(f"{place}: {error}") from error
 
 
-def _download(name: str) -> Path:
+def _download(name: str, setting: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -257,6 +259,6 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "original/*"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"policy.model: {name!r} is neither a directory nor a model that can be downloaded: "
+            f"{setting}: {name!r} is neither a directory nor a model that can be downloaded: "
             f"{error}"
         ) from error

@@ -166,14 +166,14 @@ class _Runner:
         if name == "sft":
             from posttrain.stages.sft import sft
 
-            return await sft(context, self._model, self._kept_rows), [policy]
+            return await sft(context, self._model, self._kept_rows), context.left_by(name)
         if name == "rl":
             from posttrain.stages.rl import rl
 
-            return await rl(context, self._model, self._critic), [policy]
+            return await rl(context, self._model, self._critic), context.left_by(name)
         from posttrain.stages.dpo import dpo
 
-        return await dpo(context, self._model), [policy]
+        return await dpo(context, self._model), context.left_by(name)
 
     def _take_over(self, name: str) -> None:
         """What a finished stage hands to the next."""
@@ -249,6 +249,7 @@ def _pools(owner: Path, settings: Settings) -> Pools:
         learner=resources.learner,
         rewards=settings.rewards,
         reward_workers=resources.rewards.workers,
+        reward_judge=resources.rewards.judge,
         reward_actor=resources.rewards.actor,
         demands=demands(settings),
         deadline_s=resources.deadline_s,

@@ -184,7 +184,11 @@ def test_bad_settings_start_nothing(
         ("sft.jsonl", [task("a")], ["sft.jsonl, line 1: column 'completion' is missing"]),
         ("held_out.jsonl", [task("a"), task("a", "3")], ["'a' has two answers, '2' and '3'"]),
         ("held_out.jsonl", [task("1+1=?")], ["tasks.held_out: 1 of its prompts", "'1+1=?'"]),
-        ("held_out.jsonl", [task("3-1=?")], ["also in tasks.train or sft.data", "'3-1=?'"]),
+        (
+            "held_out.jsonl",
+            [task("3-1=?")],
+            ["also in tasks.train, sft.data or dpo.data", "'3-1=?'"],
+        ),
         ("held_out.jsonl", [task("a", 7)], ["tasks.held_out: 1 prompts", "a string, got 7"]),
         ("sft.jsonl", [{"question": "a", "completion": "#"}], ["sft.data: 1 prompts", "None"]),
     ],

@@ -112,6 +112,7 @@ def make_context(tmp_path: Path, tiny_policy: Path) -> Any:
             seed=0,
             instruction_mix=lambda salt: InstructionMix([], salt),
             policy_of=lambda stage: run.stage_dir(stage) / "policy",
+            adapter_of=lambda stage: run.stage_dir(stage) / "adapter",
         )
         return context  # type: ignore[no-any-return]
 
@@ -123,16 +124,16 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The jobs that were run; each leaves policies that say at which step they were saved."""
     run: list[Any] = []
 
-    def run_job(job: Any, records: Any, **_: Any) -> Trained:
+    def run_job(job: Any, records: Any, *, on_record: Any, **_: Any) -> Trained:
         run.append((job, records))
+        on_record({"step": 10, "max_steps": 10, "loss": 1.5})
         policies = {}
         for step in range(10, 10 * job.checkpoints + 1, 10):
             policy = Path(job.directory) / "checkpoints" / f"step-{step}" / "policy"
             policy.mkdir(parents=True)
             (policy / "model.safetensors").write_text(f"step {step}")
             policies[step] = policy
-        history = [{"step": 10, "loss": 1.5}]
-        return Trained(metrics={"train_loss": 1.0}, history=history, policies=policies)
+        return Trained(metrics={"train_loss": 1.0}, history=[], policies=policies)
 
     monkeypatch.setattr(trl_stage, "run_job", run_job)
     return run
@@ -167,7 +168,9 @@ async def test_the_checkpoint_that_keeps_its_reach_stays(
     said = capsys.readouterr().err
     assert "sft: step 20 stays" in said
     assert "over-constrained" in said
-    assert context.metrics.records == [{"stage": "sft", "step": 10, "loss": 1.5}]
+    told = {"stage": "sft", "step": 10, "max_steps": 10, "loss": 1.5}
+    assert context.metrics.records == [told]
+    assert "sft 10/10 · loss 1.500" in said
 
 
 async def test_rows_that_screening_dropped_are_not_trained_on(

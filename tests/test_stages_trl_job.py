@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,7 +24,12 @@ from posttrain.starter.tasks import starter_sft_rows
 from posttrain.workers.settings import LearnerResources, LoraSettings
 
 pytest_plugins = ["engine_fixtures"]
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.slow,
+    # Ray Train makes settings of Ray Data, with all that is deprecated among them.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 
 STEPS, BATCH = 20, 8
 LORA = LoraSettings(r=4, alpha=8)
@@ -94,7 +100,16 @@ def job_of(case, policy, directory, *, ranks=1, stage=2, **changes):
 
 
 def trained(job, case, ranks=1):
-    return run_job(job, CASES[case][1](), resources=RANKS[ranks], deadline_s=120)
+    told = []
+    outcome = run_job(
+        job,
+        CASES[case][1](),
+        resources=RANKS[ranks],
+        deadline_s=120,
+        on_record=told.append,
+    )
+    assert losses(told) == losses(outcome.history)[-len(losses(told)) :]
+    return outcome
 
 
 def losses(history):
@@ -175,6 +190,15 @@ def test_the_losses_are_those_of_plain_trl(ours, plain, case, ranks, stage):
     assert found[0] - found[-1] > 0.05  # something was learned
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_bf16_comes_near_and_stays_bf16(cluster, tiny_policy, plain, tmp_path, stage):
+    job = job_of("sft", tiny_policy, tmp_path, ranks=2, stage=stage, dtype="bfloat16")
+    outcome = trained(job, "sft", ranks=2)
+    assert losses(outcome.history) == pytest.approx(plain("sft"), abs=0.1)
+    saved = load_file(outcome.policies[STEPS] / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("case", ["sft", "dpo"])
 def test_two_ranks_make_the_policy_that_one_makes(ours, tiny_policy, case):
     start, one, two, divided = (
@@ -227,5 +251,36 @@ def test_what_trl_refuses_is_said_in_its_words(cluster, tiny_policy, tmp_path):
 def test_more_ranks_than_there_are_cores_are_refused_at_once(cluster, tiny_policy, tmp_path):
     resources = LearnerResources(cpus=1, ranks=999)
     with pytest.raises(SettingsError, match=r"999 actors of learner"):
-        run_job(job_of("sft", tiny_policy, tmp_path), [], resources=resources, deadline_s=5)
+        run_job(
+            job_of("sft", tiny_policy, tmp_path),
+            [],
+            resources=resources,
+            deadline_s=5,
+            on_record=print,
+        )
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("case", ["sft", "dpo"])
+def test_an_interrupted_job_goes_on_from_trls_own_checkpoint(cluster, tiny_policy, tmp_path, case):
+    job = job_of(case, tiny_policy, tmp_path)
+    job = replace(job, trainer=dict(job.trainer) | {"save_strategy": "steps", "save_steps": 10})
+    expected = trained(job, case)
+    last = load_file(expected.policies[STEPS] / "model.safetensors")
+    # As if it had been killed after step 10.
+    shutil.rmtree(tmp_path / "trainer" / "checkpoint-20")
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "trainer" / "outcome.json").unlink()
+    made = sorted(path.stat().st_mtime_ns for path in (tmp_path / "data").iterdir())
+    found = trained(job, case)
+    assert losses(found.history) == losses(expected.history)
+    assert largest_difference(load_file(found.policies[STEPS] / "model.safetensors"), last) == 0
+    # Tokens and reference log-probabilities were there.
+    assert sorted(path.stat().st_mtime_ns for path in (tmp_path / "data").iterdir()) == made
+
+
+def test_another_job_in_the_same_directory_starts_anew(cluster, tiny_policy, tmp_path):
+    job = job_of("sft", tiny_policy, tmp_path, checkpoints=2)
+    assert list(trained(job, "sft").policies) == [10, 20]
+    shorter = replace(job, trainer=dict(job.trainer) | {"max_steps": 6})
+    assert list(trained(shorter, "sft").policies) == [3, 6]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
@@ -21,28 +20,31 @@ class ChatFormat:
     Text is tokenised here once; afterwards token ids travel, and what an engine produced is never
     tokenised again.
 
+    `setting` is the one that named the tokenizer, for the errors.
+
     Raises:
         ModelError: no tokenizer there, or one without a chat template or end-of-turn token, or (at
             the first prompt) one whose template cannot render it.
     """
 
-    def __init__(self, tokenizer_path: str) -> None:
+    def __init__(self, tokenizer_path: str, setting: str = "policy.model") -> None:
         from transformers import AutoTokenizer
 
+        self._setting = setting
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(
                 tokenizer_path, trust_remote_code=False
             )
         except Exception as error:  # a damaged file raises whatever its parser stumbles over
             raise ModelError(
-                f"policy.model: no readable tokenizer in {tokenizer_path!r}: {error}"
+                f"{setting}: no readable tokenizer in {tokenizer_path!r}: {error}"
             ) from error
         if not self.tokenizer("1")["input_ids"]:  # what transformers makes up where there is none
-            raise ModelError(f"policy.model: the tokenizer in {tokenizer_path!r} knows no text")
+            raise ModelError(f"{setting}: the tokenizer in {tokenizer_path!r} knows no text")
         self._path = Path(tokenizer_path)
         for what in ("chat_template", "eos_token_id", "pad_token_id"):
             if getattr(self.tokenizer, what) is None:
-                raise ModelError(f"policy.model: the tokenizer in {tokenizer_path!r} has no {what}")
+                raise ModelError(f"{setting}: the tokenizer in {tokenizer_path!r} has no {what}")
 
     @property
     def pad_token_id(self) -> int:
@@ -64,7 +66,7 @@ class ChatFormat:
         except TemplateError as error:
             shown = "no system message" if system is None else f"the system message {system.text!r}"
             raise ModelError(
-                f"policy.model: its chat template cannot render a prompt with {shown}: {error}"
+                f"{self._setting}: its chat template cannot render a prompt with {shown}: {error}"
             ) from error
         return tuple(rendered["input_ids"])
 
@@ -84,27 +86,27 @@ class ChatFormat:
         answered = [*prompt, {"role": "assistant", "content": answer}]
         whole = self._render(answered, add_generation_prompt=False)
         asked = self._render(prompt, add_generation_prompt=True)
-        position = 0
+        rest = _squeezed(whole)
         for message in answered:
-            found = whole.find(message["content"].strip(), position)
-            if found < 0:
+            said = _squeezed(message["content"])
+            position = rest.find(said)
+            if position < 0:
                 raise self._template_error(
                     place,
                     f"drops or changes a turn: {message['role']} says "
                     f"{reprlib.repr(message['content'])}, which is not in what it renders",
                 )
-            position = found + len(message["content"].strip())
+            rest = rest[position + len(said) :]
         if not whole.startswith(asked):
             raise self._template_error(
                 place,
                 "renders a prompt otherwise than in front of its answer: "
-                f"{reprlib.repr(asked[-40:])} is no beginning of {reprlib.repr(whole)}",
+                f"{asked[-40:]!r} is no beginning of {reprlib.repr(whole)}",
             )
-        ending = whole[position:]
-        if not any(token in ending for token in self._ends):
+        if not any(_squeezed(token) in rest for token in self._ends):
             raise self._template_error(
                 place,
-                f"does not end an answer: behind it stands {ending!r} and none of {self._ends}",
+                f"does not end an answer: behind it stands {rest!r} and none of {self._ends}",
             )
 
     def _render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
@@ -124,10 +126,16 @@ class ChatFormat:
     @cached_property
     def _ends(self) -> list[str]:
         """Tokens at which generation stops."""
-        file = self._path / "generation_config.json"
-        named = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-        ids = named if isinstance(named, list) else [named]
-        tokens = self.tokenizer.convert_ids_to_tokens([i for i in ids if i is not None])
+        from transformers import GenerationConfig
+
+        ids: list[int] = []
+        if (self._path / "generation_config.json").is_file():
+            try:
+                named = GenerationConfig.from_pretrained(self._path).eos_token_id
+            except (OSError, ValueError) as error:
+                raise ModelError(f"policy.model: {self._path} cannot be read: {error}") from error
+            ids = named if isinstance(named, list) else [] if named is None else [named]
+        tokens = self.tokenizer.convert_ids_to_tokens(ids)
         return list(dict.fromkeys([str(self.tokenizer.eos_token), *tokens]))
 
     def _template_error(self, place: str, what: str) -> ModelError:
@@ -193,6 +201,11 @@ class ChatFormat:
                         f"{place} has {length} tokens with its prompt, more than policy.max_length "
                         f"= {max_length}. Raise it or remove the pair."
                     )
+
+
+def _squeezed(text: str) -> str:
+    """Without white space, which templates add and take away around a turn and its parts."""
+    return "".join(text.split())
 
 
 def conversation(prompt: Prompt, system: SystemInstruction | None) -> list[dict[str, str]]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from posttrain.errors import DataError
 from posttrain.types import Message, Prompt
+
+Split = Literal["train", "held_out"]
+
+HELD_OUT_EVERY = 8
 
 
 def content_hash(messages: Sequence[Message]) -> str:
@@ -35,6 +39,13 @@ def make_prompt(
     )
 
 
+def split_of(prompt_id: str) -> Split:
+    """Of a task that is made, not read: held out exactly when its content hash falls into one
+    residue class, so that the splits cannot overlap, whatever sizes and seeds they are made with.
+    """
+    return "held_out" if int(prompt_id, 16) % HELD_OUT_EVERY == 0 else "train"
+
+
 def check_disjoint(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
     """Raises DataError if a held-out prompt is also trained on; names the first offenders."""
     seen = {prompt.prompt_id for prompt in train}
@@ -42,7 +53,7 @@ def check_disjoint(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
     if shared:
         examples = ", ".join(repr(p.messages[-1].content) for p in shared[:3])
         raise DataError(
-            f"tasks.held_out: {len(shared)} of its prompts are also in tasks.train or sft.data, "
-            f"e.g. {examples}. Remove them from one side: accuracy on what was trained on says "
-            "nothing."
+            f"tasks.held_out: {len(shared)} of its prompts are also in tasks.train, sft.data or "
+            f"dpo.data, e.g. {examples}. Remove them from one side: accuracy on what was trained "
+            "on says nothing."
         )

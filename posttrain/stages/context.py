@@ -50,3 +50,8 @@ class StageContext:
     def adapter_of(self, stage: str) -> Path:
         """Where a stage that trains an adapter leaves it, besides the merged policy."""
         return self.run.stage_dir(stage) / "adapter"
+
+    def left_by(self, stage: str) -> list[Path]:
+        """What a stage has left, as its artifacts."""
+        policy, adapter = self.policy_of(stage), self.adapter_of(stage)
+        return [policy, adapter] if adapter.is_dir() else [policy]

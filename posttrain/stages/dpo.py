@@ -7,7 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from posttrain.atomic import staged_directory, write_atomically
 from posttrain.data.chat import dpo_record
@@ -22,7 +22,7 @@ from posttrain.stages.trl_job import keep_checkpoint
 from posttrain.stages.trl_stage import train
 from posttrain.types import PreferencePair
 
-STAGE = "dpo"
+STAGE: Final = "dpo"
 
 
 async def dpo(context: StageContext, model: Path) -> dict[str, Any]:
@@ -84,6 +84,7 @@ def _keep_what_came_in(context: StageContext, model: Path, change: Estimate) -> 
     with staged_directory(target) as staged:
         shutil.copytree(model, staged, dirs_exist_ok=True)
     shutil.rmtree(context.run.stage_dir(STAGE) / "checkpoints")
+    shutil.rmtree(context.adapter_of(STAGE), ignore_errors=True)  # of an interrupted attempt
     context.evaluations[target] = context.evaluations[model]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from posttrain.data.pairs import MiningSettings, mine_pairs
 from posttrain.progress import Progress
 from posttrain.stages.context import StageContext
+from posttrain.stages.stored_pairs import stored_pairs
 from posttrain.types import (
     GenerationRequest,
     PreferencePair,
@@ -17,20 +18,32 @@ from posttrain.types import (
     Sampling,
     SystemInstruction,
 )
+from posttrain.workers.generator import GeneratorPool
 
 
 async def mine(
     context: StageContext, model: Path, settings: MiningSettings
 ) -> list[PreferencePair]:
-    """Pairs from groups that `model`, the policy that DPO starts from, answers now."""
+    """Pairs from groups that `model`, the policy that DPO starts from, answers now, and from
+    stored ones if the settings ask for any."""
     generators = await context.pools.serving(str(model))
+    groups = await _sample(context, generators, settings)
+    pairs = [pair for group in groups for pair in mine_pairs(group, settings)]
+    if settings.stored_groups:
+        pairs += await stored_pairs(context, generators, settings, groups)
+    return pairs
+
+
+async def _sample(
+    context: StageContext, generators: GeneratorPool, settings: MiningSettings
+) -> list[RolloutGroup]:
     scorer = context.pools.scorer
     drawn = _draw(context, settings)
     sampling = Sampling(max_tokens=settings.max_tokens, temperature=settings.temperature)
     gate = asyncio.Semaphore(settings.concurrency)
     progress = Progress("mine pairs", len(drawn))
 
-    async def one(prompt: Prompt, system: SystemInstruction | None) -> list[PreferencePair]:
+    async def one(prompt: Prompt, system: SystemInstruction | None) -> RolloutGroup:
         async with gate:
             request = GenerationRequest(
                 request_id=f"mine-{prompt.prompt_id}",
@@ -41,7 +54,7 @@ async def mine(
             rollouts = await generators.generate(request)
             rewards = await scorer.score(prompt, rollouts, system)
         progress.advance()
-        group = RolloutGroup(
+        return RolloutGroup(
             draw_id=request.request_id,
             prompt=prompt,
             system=system.name if system else None,
@@ -49,10 +62,8 @@ async def mine(
             rollouts=rollouts,
             rewards=rewards,
         )
-        return mine_pairs(group, settings)
 
-    mined = await asyncio.gather(*(one(prompt, system) for prompt, system in drawn))
-    return [pair for pairs in mined for pair in pairs]
+    return list(await asyncio.gather(*(one(prompt, system) for prompt, system in drawn)))
 
 
 def _draw(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from posttrain.stages.teaching import DistillationJob, Teachers
 from posttrain.stages.trl_job import keep_checkpoint
 from posttrain.stages.trl_stage import train
 
-STAGE = "sft"
+STAGE: Final = "sft"
 
 
 async def sft(

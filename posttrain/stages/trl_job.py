@@ -14,19 +14,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import WorkerGroupError
 
 from posttrain.atomic import write_atomically
 from posttrain.errors import PosttrainError, StageError
-from posttrain.stages.trl_rank import RankJob, train_rank
+from posttrain.stages.trl_log import Record, followed
+from posttrain.stages.trl_rank import LOG, OUTCOME, RankJob, train_rank
 from posttrain.workers.cluster import refuse_more_than_there_is
 from posttrain.workers.demand import Demand
 from posttrain.workers.settings import LearnerResources
@@ -57,8 +57,10 @@ def run_job(
     *,
     resources: LearnerResources,
     deadline_s: float,
+    on_record: Callable[[Record], None],
 ) -> Trained:
     """Trains on `records`. `deadline_s` is how long the ranks may take until they are placed.
+    `on_record` gets what TRL logs, as soon as it does.
 
     Raises:
         SettingsError: the cluster has fewer devices than the ranks need.
@@ -86,11 +88,14 @@ def run_job(
         ),
     )
     try:
-        with _environment_variable(START_DEADLINE, str(deadline_s)):
+        with (
+            _environment_variable(START_DEADLINE, str(deadline_s)),
+            followed(directory / "trainer" / LOG, on_record),
+        ):
             trainer.fit()
     except Exception as error:
         raise _named(job.kind, error) from error
-    outcome = json.loads((directory / "trainer" / "outcome.json").read_text())
+    outcome = json.loads((directory / "trainer" / OUTCOME).read_text())
     saved = (directory / "checkpoints").glob("step-*")
     steps = sorted(int(path.name.partition("-")[2]) for path in saved)
     return Trained(

@@ -16,11 +16,15 @@ import ray.train
 
 from posttrain.errors import StageError
 from posttrain.stages.teaching import DistillationJob
+from posttrain.stages.trl_log import write_record
 from posttrain.stages.trl_settings import Kind, trainer_classes
 from posttrain.workers import policy_export
 from posttrain.workers.experts import fetch_experts_as_one
 from posttrain.workers.policy_model import adapter_config, recompute_buffers
 from posttrain.workers.settings import LoraSettings, merged
+
+LOG, OUTCOME = "log.jsonl", "outcome.json"
+"""Under `trainer/`, written by rank 0."""
 
 DEEPSPEED_DEFAULTS: Mapping[str, Any] = {
     "zero_optimization": {"stage": 2},
@@ -51,7 +55,7 @@ class RankJob:
 
 
 def train_rank(config: Mapping[str, Any]) -> None:
-    """Trains, saves the policies and, on rank 0, `trainer/outcome.json`."""
+    """Trains, saves the policies and, on rank 0, what came of it."""
     import torch
     from datasets import load_from_disk
     from transformers import AutoTokenizer, set_seed
@@ -61,7 +65,7 @@ def train_rank(config: Mapping[str, Any]) -> None:
     # accelerate chooses DeepSpeed only for a process that looks launched by it.
     os.environ.setdefault("LOCAL_RANK", str(ray.train.get_context().get_local_rank()))
     if not torch.cuda.is_available():
-        let_accelerate_count_cpu_ranks()
+        train_on_cpu()
         torch.set_num_threads(job.threads)
     set_seed(job.seed)
     config_class, trainer_class = trainer_classes(job.kind)
@@ -94,7 +98,7 @@ def train_rank(config: Mapping[str, Any]) -> None:
             # TRL writes what it wants of a model into its configuration.
             config_before.save_pretrained(policy)
 
-    trainer.add_callback(_saver(job.checkpoints, save))
+    trainer.add_callback(_callback(job.checkpoints, save, output / LOG))
     # Of an interrupted attempt, if `trainer.save_strategy` made it leave one.
     left = get_last_checkpoint(str(output)) if output.is_dir() else None
     outcome = trainer.train(resume_from_checkpoint=left)
@@ -104,19 +108,24 @@ def train_rank(config: Mapping[str, Any]) -> None:
         found = {"metrics": outcome.metrics, "history": trainer.state.log_history}
         if job.distillation is not None:
             found["metrics"]["teacher"] = trainer.teaching_report
-        (output / "outcome.json").write_text(json.dumps(found))
+        (output / OUTCOME).write_text(json.dumps(found))
 
 
-def let_accelerate_count_cpu_ranks() -> None:
-    """Without a GPU accelerate finds no backend, takes the number of ranks for one, and each rank
-    would train alone. Ray Train has connected them by gloo."""
+def train_on_cpu() -> None:
+    """Puts right what transformers and accelerate take for granted: that there is a GPU.
+
+    Without one accelerate finds no backend, takes the number of ranks for one, and each would train
+    alone (Ray Train has connected them by gloo); transformers would refuse bf16.
+    """
     from accelerate import PartialState
     from accelerate.utils import DistributedType
+    from transformers import training_args
 
     def backend(*_: Any, **__: Any) -> tuple[str, DistributedType]:
         return "gloo", DistributedType.NO  # DeepSpeed takes its place later
 
     PartialState._prepare_backend = backend
+    training_args.is_torch_bf16_gpu_available = lambda: True
 
 
 def save_steps(count: int, max_steps: int) -> frozenset[int]:
@@ -151,15 +160,20 @@ def _load_model(job: RankJob) -> Any:
     return model
 
 
-def _saver(count: int, save: Callable[[int], None]) -> Any:
+def _callback(count: int, save: Callable[[int], None], log: Path) -> Any:
     from transformers import TrainerCallback
 
-    class Saver(TrainerCallback):  # type: ignore[misc]
+    class SaveAndTell(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
             if state.global_step in save_steps(count, state.max_steps):
                 save(state.global_step)
 
-    return Saver()
+        def on_log(self, _: Any, state: Any, __: Any, logs: Mapping[str, Any], **___: Any) -> None:
+            if state.is_world_process_zero:
+                steps = {"step": state.global_step, "max_steps": state.max_steps}
+                write_record(log, steps | dict(logs))
+
+    return SaveAndTell()
 
 
 def _refuse_anything_but_deepspeed(trainer: Any) -> None:

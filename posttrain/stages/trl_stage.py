@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.progress import say
+from posttrain.progress import Progress, say
 from posttrain.stages.budget import heavy, plan_budget
 from posttrain.stages.context import StageContext
 from posttrain.stages.teaching import DistillationJob
@@ -57,10 +57,34 @@ def train(
         dtype=policy.dtype,
         distillation=distillation,
     )
-    trained = run_job(job, records, resources=resources.learner, deadline_s=resources.deadline_s)
-    for record in trained.history:
-        context.metrics.append({"stage": stage, **record})
+    trained = run_job(
+        job,
+        records,
+        resources=resources.learner,
+        deadline_s=resources.deadline_s,
+        on_record=_Telling(context, stage),
+    )
     passes = {"passes": budget.passes, "heavy": warning is not None}
     return job, Trained(
         metrics=passes | dict(trained.metrics), history=trained.history, policies=trained.policies
     )
+
+
+class _Telling:
+    """Takes down what a trainer logs and shows how far it is."""
+
+    def __init__(self, context: StageContext, stage: Kind) -> None:
+        self._context = context
+        self._stage = stage
+        self._progress: Progress | None = None
+        self._step = 0
+
+    def __call__(self, record: Mapping[str, Any]) -> None:
+        step, steps = int(record["step"]), int(record["max_steps"])
+        self._context.metrics.append({"stage": self._stage, **record})
+        if self._progress is None:
+            self._progress = Progress(self._stage, steps, done=self._step)
+        note = f"loss {record['loss']:.3f}" if "loss" in record else ""
+        for _ in range(self._step, step):
+            self._progress.advance(note)
+        self._step = step
