@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import ray
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.errors import EngineError, ModelError
 from posttrain.starter import POLICY_DIR
@@ -119,6 +119,23 @@ def test_a_target_takes_tens_of_bytes(teacher):
     for record in teacher.targets(asked, TargetSettings()):
         assert record.per_id["ids"].dtype == record.per_id["counts"].dtype == np.uint8
         assert (record.per_id["counts"].sum()) == 50 * len(record.per_label["entropy"])
+
+
+def test_surplus_embeddings_are_no_tokens(tiny_policy, tmp_path, teacher):
+    """Models of one family pad their vocabulary differently; a student may have no such id."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype="float32")
+    model.resize_token_embeddings(V + 26, mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_policy).save_pretrained(tmp_path)
+    padded = CausalTeacher(str(tmp_path), TeacherPoolSettings(), rank=0, address="127.0.0.1:1")
+    asked = [s for s in sequences() if s.num_labels]
+    settings = TargetSettings(kind="top_k", k=4 * V)
+    for record, other in zip(
+        padded.targets(asked, settings), teacher.targets(asked, settings), strict=True
+    ):
+        assert record.per_id["ids"].max() < V
+        for name in ("label_logprobs", "entropy"):
+            np.testing.assert_allclose(record.per_label[name], other.per_label[name], atol=1e-5)
 
 
 def test_a_checkpoint_that_does_not_load_is_named(tmp_path):
