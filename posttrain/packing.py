@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 
@@ -85,7 +86,7 @@ def deal(batch: TrainingBatch, num_ranks: int) -> tuple[TrainingBatch, ...]:
 
 
 def _rows(batch: MicroBatch, rows: slice) -> MicroBatch:
-    arrays = {f.name: getattr(batch, f.name) for f in fields(MicroBatch)}
+    arrays: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(MicroBatch)}
     return MicroBatch(**{name: a if a is None else a[rows] for name, a in arrays.items()})
 
 

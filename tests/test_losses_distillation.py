@@ -265,22 +265,26 @@ def test_responsibility_survives_what_a_teacher_rules_out():
     assert weight[1].item() == 1
 
 
-@pytest.mark.parametrize("corrupted", [0.0, 0.2, 0.4])
+@pytest.mark.parametrize("corrupted", [0.1, 0.2, 0.4])
 def test_planted_corruption_is_recovered(corrupted):
-    """A share of the teacher's answers is about other labels; π finds it, α the tokens."""
+    """A share of the labels has nothing to do with what the teacher says; π finds the share, and
+    the responsibility the labels."""
     generator = torch.Generator().manual_seed(4)
-    size, tokens, steps = 20, 400, 60
+    size, tokens = 20, 2000
     reliability = Reliability(prior=0.9, memory=0.8)
-    critic = torch.full((tokens,), 0.3).log()
-    for _ in range(steps):
+    critic = torch.full((tokens,), 1 / size).log()
+    for _ in range(40):
+        q = (4 * torch.randn(tokens, size, generator=generator)).softmax(-1)
+        labels = torch.multinomial(q, 1, generator=generator).squeeze(-1)
         wrong = torch.rand(tokens, generator=generator) < corrupted
-        q = torch.where(wrong, 0.1 / (size - 1), 0.9)
-        weight = responsibility(q.log(), critic, torch.full((tokens,), reliability.prior("maths")))
+        labels[wrong] = torch.randint(size, (int(wrong.sum()),), generator=generator)
+        known = q.log().gather(-1, labels[:, None]).squeeze(-1)
+        prior = torch.full((tokens,), reliability.prior("maths"))
+        weight = responsibility(known, critic, prior)
         reliability.observe("maths", weight.mean().item())
-    assert reliability.prior("maths") == pytest.approx(1 - corrupted, abs=0.04)
-    if corrupted:
-        assert weight[wrong].max() < 0.2
-    assert weight[~wrong].min() > 0.75
+    assert reliability.prior("maths") == pytest.approx(1 - corrupted, abs=0.03)
+    assert weight[~wrong].mean() > 0.9
+    assert weight[wrong].mean() < 0.3
 
 
 def test_reliability_keeps_domains_apart():
@@ -355,9 +359,7 @@ def test_its_expected_gradient_is_that_of_the_reverse_divergence():
     ratio = (logprobs - rollout).exp().detach()
     (rollout.exp() * -ratio * advantages * logprobs).sum().backward()
     ours, logits.grad = logits.grad, None
+    logprobs = logits.log_softmax(-1)
     (logprobs.exp() * (logprobs - q)).sum().backward()
-    with torch.no_grad():
-        p = logits.softmax(-1)
-        # The score function's mean is 0, so the two differ by rounding alone.
-        torch.testing.assert_close(ours, logits.grad)
-    assert p.sum().item() == pytest.approx(1.0)
+    # The score function's mean is 0, so the two differ by rounding alone.
+    torch.testing.assert_close(ours, logits.grad)

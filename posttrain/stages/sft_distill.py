@@ -25,7 +25,7 @@ from posttrain.losses.distillation import (
     responsibility,
 )
 from posttrain.losses.distillation_settings import DistillationSettings
-from posttrain.losses.teacher_weight import dynamic_weight
+from posttrain.losses.teacher_weight import Lead, Reliability, dynamic_weight
 from posttrain.stages.teaching import DistillationJob, Teachers
 from posttrain.teaching.acquire import wait_for
 from posttrain.teaching.records import Record, TokenSequence, padded_targets
@@ -66,9 +66,10 @@ class DistillingTrainer(SFTTrainer):  # type: ignore[misc]
         self._domain_of = {row.sequence.key: row.domain for row in self._rows}
         self._domains = sorted({row.domain for row in self._rows})
         self._measured_at: int | None = None
-        self._lead, self._reliability = (
-            dynamic_weight(settings) if settings.weight == "dynamic" else (None, None)
-        )
+        self._lead: Lead | None = None
+        self._reliability: Reliability | None = None
+        if settings.weight == "dynamic":
+            self._lead, self._reliability = dynamic_weight(settings)
         self._targets: TargetStore | None = None
         self._critic: TargetStore | None = None
         if distillation.teachers is not None:

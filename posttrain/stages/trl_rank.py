@@ -68,6 +68,7 @@ def train_rank(config: Mapping[str, Any]) -> None:
         train_on_cpu()
         torch.set_num_threads(job.threads)
     set_seed(job.seed)
+    trainer_class: Callable[..., Any]
     config_class, trainer_class = trainer_classes(job.kind)
     if job.distillation is not None:
         from posttrain.stages.sft_distill import DistillingTrainer

@@ -44,7 +44,9 @@ class TokenSequence:
         return int(self.label_mask.sum())
 
     @classmethod
-    def of_labels(cls, token_ids: Sequence[int], labels: Sequence[int]) -> TokenSequence:
+    def of_labels(
+        cls, token_ids: Sequence[int] | IntArray, labels: Sequence[int] | IntArray
+    ) -> TokenSequence:
         """From a trainer's row: `labels` are −100 where nothing is learnt."""
         mask = np.asarray(labels) != -100
         mask[:1] = False
@@ -89,10 +91,8 @@ def padded_targets(records: Sequence[Record], samples: int | None) -> dict[str, 
         counts = np.concatenate([record.per_id["counts"] for record in records])
         weights = counts.astype(np.float32) / np.float32(samples)
     here = np.arange(widths.max(initial=1))[None] < widths[:, None]
-    rectangles = {
-        "ids": np.zeros(here.shape, dtype=np.int64),
-        "weights": np.zeros(here.shape, dtype=np.float32),
-    }
-    rectangles["ids"][here] = ids
-    rectangles["weights"][here] = weights
-    return rectangles | per_label
+    wide_ids = np.zeros(here.shape, dtype=np.int64)
+    wide_weights = np.zeros(here.shape, dtype=np.float32)
+    wide_ids[here] = ids
+    wide_weights[here] = weights
+    return {"ids": wide_ids, "weights": wide_weights, **per_label}

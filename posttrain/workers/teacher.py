@@ -110,13 +110,13 @@ class CausalTeacher:
                 here = slice(starts[first], starts[last] + counts[last])
                 head = self._model.get_output_embeddings()
                 logits = head(hidden[rows[here], columns[here]])[:, : self._num_ids].float()
-                parts = zip(
+                sizes = counts[first : last + 1]
+                yield from zip(
                     batch.numbers[first : last + 1],
-                    labels[here].split(counts[first : last + 1]),
-                    logits.split(counts[first : last + 1]),
+                    torch.split(labels[here], sizes),
+                    torch.split(logits, sizes),
                     strict=True,
                 )
-                yield from parts
 
 
 def _divided(model_path: str, loading: LearnerSettings, ranks: int) -> Any:
