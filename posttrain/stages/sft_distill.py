@@ -49,7 +49,8 @@ class _Row:
 class DistillingTrainer(SFTTrainer):  # type: ignore[misc]
     """`SFTTrainer`, its training loss replaced; evaluation stays cross-entropy.
 
-    Records carry a column `domain`. `teaching_report` says what targets cost and saved.
+    Records carry a column `domain`. `teaching_report` says what targets cost and saved. Without
+    teachers it is `SFTTrainer`.
 
     Raises:
         SettingsError: packing would cut rows into others than were prepared.
@@ -103,7 +104,7 @@ class DistillingTrainer(SFTTrainer):  # type: ignore[misc]
     ) -> Any:
         """Prepares rows first, while each still knows its domain, and packs them afterwards."""
         prepare = super()._prepare_dataset
-        if dataset_name != "train":
+        if dataset_name != "train" or self._job.teachers is None:
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
         if packing and args.packing_strategy != "bfd":
             raise SettingsError(

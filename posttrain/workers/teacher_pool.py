@@ -122,11 +122,12 @@ class TeacherPool:
             copy.stop()
 
     def _shared(self, method: str, sequences: Sequence[TokenSequence], how: Any) -> list[Any]:
-        shares = [list(sequences[i :: len(self._copies)]) for i in range(len(self._copies))]
+        count = self._settings.replicas
+        shares = [list(sequences[i::count]) for i in range(count)]
         asked = [self._threads.submit(self._ask, method, share, how) for share in shares if share]
         answers: list[Any] = [None] * len(sequences)
         for number, answer in enumerate(asked):
-            answers[number :: len(self._copies)] = answer.result()
+            answers[number::count] = answer.result()
         return answers
 
     def _ask(self, method: str, sequences: Sequence[TokenSequence], how: Any) -> list[Any]:
