@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.config import load
+from posttrain.config import load, resolved
+from posttrain.dependencies import stage_tables
 from posttrain.errors import ModelError, SettingsError, StoreError
 from posttrain.inputs import STARTER_TEACHER_DIR, load_inputs
 from posttrain.metrics import read_metrics
@@ -89,6 +90,23 @@ def test_stages_that_are_not_run_need_no_teacher():
     assert settings.taught_stages == []
     taught = load(ROOT / CONFIG, [TEACHER, "sft.distillation={}", "rl.distillation={}"])
     assert taught.taught_stages == ["sft", "rl"]
+
+
+def test_a_teacher_counts_for_the_stages_that_learn_from_it():
+    """Another teacher has SFT done again, and leaves a stage alone that never asked it."""
+    shared = [TEACHER, "sft.distillation={}"]
+    data = dict.fromkeys(("train", "held_out", "sft", "pairs"), "d")
+    plain = resolved(load(ROOT / CONFIG, shared))
+    tables = stage_tables(plain, data, {"policy": "p", "teacher": "one"})
+    assert tables["sft"]["teacher.model"] == "one"
+    assert tables["sft"]["teacher.targets.temperature"] == 1.0
+    for stage in ("start", "screen", "rl", "dpo"):
+        assert not [key for key in tables[stage] if key.startswith("teacher.")], stage
+    elsewhere = resolved(load(ROOT / CONFIG, [*shared, "teacher.store=/shared"]))
+    assert stage_tables(elsewhere, data, {"policy": "p", "teacher": "one"}) == tables
+    other = stage_tables(plain, data, {"policy": "p", "teacher": "other"})
+    assert [name for name in tables if tables[name] != other[name]] == ["sft", "rl", "dpo"]
+    assert other["screen"] == tables["screen"]
 
 
 # --- bad input ------------------------------------------------------------------------------------
