@@ -34,7 +34,7 @@ from posttrain.online.rescreen import RescreenSettings
 from posttrain.online.settings import LoopSettings
 from posttrain.online.teacher_settings import OnlineDistillationSettings
 from posttrain.stage_order import STAGES, StageName, check_stages
-from posttrain.teaching.settings import TeacherSettings, check_learning
+from posttrain.teaching.settings import TeacherSettings, check_learning, needs_teacher
 from posttrain.workers.settings import (
     ActorResources,
     EngineSettings,
@@ -237,12 +237,8 @@ class Settings(_Section):
     @property
     def taught_stages(self) -> list[str]:
         """Stages of this run in which a teacher is asked."""
-        soft = self.sft.distillation
-        learns = {
-            "sft": soft is not None and soft.weight != "ce_only",
-            "rl": self.rl.distillation is not None,
-        }
-        return [stage for stage in self.stages if learns.get(stage, False)]
+        sections = {"sft": self.sft.distillation, "rl": self.rl.distillation}
+        return [stage for stage in self.stages if needs_teacher(sections.get(stage))]
 
     @property
     def own_models(self) -> dict[str, str]:

@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 from online_fakes import make_group
 
-from posttrain.online.metrics import Interval, StepTimes, answer_metrics, lag_of, step_metrics
+from posttrain.online.lag import lag_of
+from posttrain.online.metrics import Interval, StepTimes, answer_metrics, step_metrics
 from posttrain.types import DrawOutcome, PolicyVersion
 
 TIMES = StepTimes(interval=4.0, waiting=1.0, learning=2.0, publishing=0.5)

@@ -20,18 +20,17 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
-from posttrain.errors import EngineError
 from posttrain.online.accounting import Accounting, Draw, DrawLedger, stable_seed
 from posttrain.online.admission import Admission
 from posttrain.online.arrivals import Arrivals
 from posttrain.online.gate import Reason, classify
+from posttrain.online.lag import checked_lag
 from posttrain.online.metrics import (
     Interval,
     LoopSummary,
     StepRecord,
     StepTimes,
     Totals,
-    lag_of,
     step_metrics,
     summarise_loop,
 )
@@ -335,7 +334,9 @@ class Controller:
     ) -> StepRecord:
         """From groups to served weights. No await follows the new version, see `on_step`."""
         trained_under = self._version
-        self._check_lag(groups)
+        bound = self._admission.lag_bound
+        lags = [checked_lag(group, trained_under, bound) for group in groups]
+        self._totals.max_lag = max(self._totals.max_lag, *lags)
         lesson = await self._teacher.lesson(groups)
         batch = pack(
             lesson.samples(groups, self._settings.advantage),
@@ -379,18 +380,6 @@ class Controller:
         return StepRecord(
             step=version.step, version=version, num_draws=self._num_draws, metrics=metrics
         )
-
-    def _check_lag(self, groups: list[RolloutGroup]) -> None:
-        for group in groups:
-            oldest = group.oldest_version
-            lag = lag_of(group, self._version)
-            if oldest.attempt != self._version.attempt or not 0 <= lag <= self._admission.lag_bound:
-                raise EngineError(
-                    f"draw {group.draw_id} was written by version {oldest}, but the learner is at "
-                    f"{self._version} and the lag bound is {self._admission.lag_bound}: a "
-                    "generator served weights that had been replaced; restart it and publish again"
-                )
-            self._totals.max_lag = max(self._totals.max_lag, lag)
 
     async def _end_stage(self, endless: Sequence[asyncio.Task[None]]) -> None:
         """Cancels what is in flight; it ends as unused, before the last step is recorded."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
+from posttrain.online.lag import lag_of
 from posttrain.online.teaching import Lesson
 from posttrain.types import DrawOutcome, Outcome, PolicyVersion, RolloutGroup
 
@@ -128,11 +129,6 @@ def summarise_loop(
         learning_seconds=totals.learning_seconds,
         teacher=totals.teacher,
     )
-
-
-def lag_of(group: RolloutGroup, current: PolicyVersion) -> int:
-    """Optimizer steps between the weights being trained and those of the group's oldest token."""
-    return current.step - group.oldest_version.step
 
 
 def answer_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:

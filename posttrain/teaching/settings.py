@@ -62,6 +62,12 @@ class TeacherSettings(BaseModel):
     targets: TargetSettings = TargetSettings()
 
 
+def needs_teacher(section: BaseModel | None) -> bool:
+    """Whether a stage with that section `distillation` asks one."""
+    alone = isinstance(section, DistillationSettings) and section.weight == "ce_only"
+    return section is not None and not alone
+
+
 def check_learning(
     teacher: TeacherSettings, sections: Mapping[str, BaseModel | None], taught: Sequence[str]
 ) -> None:
