@@ -16,6 +16,7 @@ import typer
 from posttrain.cli_plan import plan_command
 from posttrain.cli_prune import prune_command
 from posttrain.cli_reward import reward_command
+from posttrain.cli_teach import teach_command
 from posttrain.errors import DataError, Interrupted, PosttrainError, StageError
 
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ def audit_command(
 app.command("plan")(plan_command)
 app.command("prune")(prune_command)
 app.command("reward")(reward_command)
+app.command("teach")(teach_command)
 
 
 @app.command("doctor")
@@ -177,6 +179,7 @@ def _plan(settings: Settings, inputs: Inputs) -> dict[str, Any]:
         "stages": outlook(settings, inputs),
         "run": settings.run.dir,
         "policy": str(inputs.model),
+        "teacher": str(inputs.teacher or "none"),
         "train_prompts": len(inputs.train),
         "held_out_prompts": len(inputs.held_out),
         "sft_rows": len(inputs.sft_rows),

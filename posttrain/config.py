@@ -32,7 +32,9 @@ from posttrain.evaluation import EvalSettings
 from posttrain.metric_sinks import LogSettings
 from posttrain.online.rescreen import RescreenSettings
 from posttrain.online.settings import LoopSettings
+from posttrain.online.teacher_settings import OnlineDistillationSettings
 from posttrain.stage_order import STAGES, StageName, check_stages
+from posttrain.teaching.settings import TeacherSettings, check_learning, needs_teacher
 from posttrain.workers.settings import (
     ActorResources,
     EngineSettings,
@@ -41,6 +43,7 @@ from posttrain.workers.settings import (
     LoraSettings,
     PublishSettings,
     RolloutPoolSettings,
+    TeacherPoolSettings,
 )
 from posttrain.workers.trainer_settings import DPOSettings, SFTSettings
 from rewards.shaping import RewardSettings
@@ -111,8 +114,8 @@ class RLSettings(LoopSettings):
 
     `model` is what the stage starts from, by default what the stage before it left.
     `keep_checkpoints` counts the newest ones; `export_every` so many steps the policy is also
-    written to `rl/export-N` in Hugging Face's format, and stays. That, `evaluation` and `rescreen`
-    are off unless given.
+    written to `rl/export-N` in Hugging Face's format, and stays. That, `evaluation`, `rescreen` and
+    a teacher's word (`distillation`) are off unless given.
     """
 
     model: str | None = None
@@ -121,6 +124,7 @@ class RLSettings(LoopSettings):
     export_every: int | None = Field(default=None, gt=0)
     evaluation: TrainingEvalSettings | None = None
     rescreen: RescreenSettings | None = None
+    distillation: OnlineDistillationSettings | None = None
     learner: LearnerSettings = LearnerSettings()
     curriculum: CurriculumSettings = CurriculumSettings()
     publish: PublishSettings = PublishSettings()
@@ -136,13 +140,15 @@ class RewardPoolSettings(_Section):
 
 
 class ResourceSettings(_Section):
-    """The pools. `judge` is the engine of a dedicated critic during RL, where one is asked for;
-    `deadline_s` is how long a pool may take until it is placed and ready. `gpu_gib` is the memory
-    of one GPU where the run will be, for `posttrain plan`: by default that of this machine's."""
+    """The pools. `judge` is the engine of a dedicated critic during RL, where one is asked for,
+    `teacher` holds a teacher while it is asked; `deadline_s` is how long a pool may take until it is
+    placed and ready. `gpu_gib` is the memory of one GPU where the run will be, for `posttrain plan`:
+    by default that of this machine's."""
 
     rollout: RolloutPoolSettings = RolloutPoolSettings()
     judge: RolloutPoolSettings = RolloutPoolSettings()
     learner: LearnerResources = LearnerResources()
+    teacher: TeacherPoolSettings = TeacherPoolSettings()
     rewards: RewardPoolSettings = RewardPoolSettings()
     deadline_s: float = Field(default=300.0, gt=0)
     gpu_gib: float | None = Field(default=None, gt=0)
@@ -160,6 +166,7 @@ class Settings(_Section):
     sft: SFTSettings = SFTSettings()
     rl: RLSettings = RLSettings()
     dpo: DPOSettings = DPOSettings()
+    teacher: TeacherSettings = TeacherSettings()
     rewards: RewardSettings = RewardSettings()
     resources: ResourceSettings = ResourceSettings()
     eval: EvalSettings = EvalSettings()
@@ -222,6 +229,18 @@ class Settings(_Section):
                 "out, or take rl.curriculum.kind = difficulty"
             )
         return self
+
+    @model_validator(mode="after")
+    def _a_teacher_has_who_learns_from_it(self) -> Self:
+        sections = {"sft": self.sft.distillation, "rl": self.rl.distillation}
+        check_learning(self.teacher, sections, self.taught_stages)
+        return self
+
+    @property
+    def taught_stages(self) -> list[str]:
+        """Stages of this run in which a teacher is asked."""
+        sections = {"sft": self.sft.distillation, "rl": self.rl.distillation}
+        return [stage for stage in self.stages if needs_teacher(sections.get(stage))]
 
     @property
     def own_models(self) -> dict[str, str]:

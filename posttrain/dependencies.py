@@ -27,6 +27,7 @@ ELSEWHERE = (
     *("sft.data.", "dpo.data.", "sft.threads", "dpo.threads"),
     *("screen.judge.concurrency", "dpo.mining.concurrency"),
     *("rl.checkpoint_every", "rl.keep_checkpoints", "rl.export_every", "rl.evaluation"),
+    *("teacher.model", "teacher.store", "rl.distillation.deadline_s"),
     *("rl.draw_deadline_s", "rl.starvation_draws", "rl.publish."),
     *("rl.learner.step_deadline_s", "rl.learner.threads"),
 )
@@ -58,6 +59,7 @@ def stage_tables(
             **{f"data.{part}": data[part] for part in DATA[name]},
             **own,
             **(screening if name in ("sft", "rl") else {}),
+            **({"teacher.model": models.get("teacher")} if _is_taught(name, flat) else {}),
         }
         if name == "screen":
             screening = {"after screen": digest(tables[name])}
@@ -130,10 +132,17 @@ def _settings_of(stage: str, flat: Table) -> Table:
     elsewhere = (*ELSEWHERE, *(f"{other}." for other in STAGES if other != stage))
     if stage not in SCORING:
         elsewhere = (*elsewhere, "rewards.")
+    if not _is_taught(stage, flat):
+        elsewhere = (*elsewhere, "teacher.")
     table = {key: value for key, value in flat.items() if not key.startswith(elsewhere)}
     if stage in SCORING:
         table[ENGINE_DTYPE] = flat[ENGINE_DTYPE]
     return table
+
+
+def _is_taught(stage: str, flat: Table) -> bool:
+    """Whether the stage has a section `distillation`; without one its key stands for None."""
+    return any(key.startswith(f"{stage}.distillation.") for key in flat)
 
 
 _SOURCES = {

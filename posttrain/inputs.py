@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,22 @@ from posttrain.data.sources import STARTER, load_prompts, load_sft_rows
 from posttrain.errors import DataError, ModelError
 from posttrain.metric_sinks import check_sinks
 from posttrain.run_dir import RunDir, fingerprint_directory
+from posttrain.teaching.identity import Teaching
+from posttrain.teaching.settings import TeacherSettings
 from posttrain.types import PreferencePair, Prompt, SFTRow
 from posttrain.workers.adapters import base_of, check_targets, is_adapter, merged_once
-from posttrain.workers.agreement import check_same_model
+from posttrain.workers.agreement import check_same_model, tokenizer_fingerprint
 from rewards.verifiers import check_references
 
 STARTER_POLICY = Path(__file__).parent / "starter" / "policy"
+STARTER_TEACHER = "starter-teacher"
+STARTER_TEACHER_DIR = Path(__file__).parent / "starter" / "teacher"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
     """Policy and data of a run; `stage_models` holds what stages start from instead of the policy
-    that the stage before them left."""
+    that the stage before them left, `teacher` is None where none is asked."""
 
     model: Path
     stage_models: Mapping[str, Path]
@@ -40,6 +44,7 @@ class Inputs:
     held_out: list[Prompt]
     sft_rows: list[SFTRow]
     pairs: list[PreferencePair]
+    teacher: Path | None
 
     @property
     def data(self) -> dict[str, str]:
@@ -59,6 +64,7 @@ class Inputs:
         return {
             "policy": fingerprint_directory(self.model),
             **{stage: fingerprint_directory(path) for stage, path in self.stage_models.items()},
+            **({} if self.teacher is None else {"teacher": fingerprint_directory(self.teacher)}),
         }
 
 
@@ -124,7 +130,58 @@ def load_inputs(settings: Settings) -> Inputs:
         held_out=held_out,
         sft_rows=sft_rows,
         pairs=pairs,
+        teacher=_teacher(settings, chat),
     )
+
+
+def _teacher(settings: Settings, chat: ChatFormat) -> Path | None:
+    """StoreError if the store was made with something else."""
+    name = settings.teacher.model
+    if name is None or not settings.taught_stages:
+        return None
+    teacher = locate_teacher(name, chat, settings.policy.model)
+    teaching_of(teacher, teacher, chat, settings.teacher, Path(settings.run.dir)).check_store()
+    return teacher
+
+
+def teaching_of(
+    teacher: Path, critic: Path, chat: ChatFormat, settings: TeacherSettings, run: Path
+) -> Teaching:
+    """`critic` is the frozen policy that labels are compared under. Unless `settings` name a store,
+    it lies in the directory `run`, one for each kind of targets."""
+    teaching = Teaching(
+        teacher=str(teacher),
+        teacher_fingerprint=fingerprint_directory(teacher),
+        critic=str(critic),
+        critic_fingerprint=fingerprint_directory(critic),
+        tokenizer=tokenizer_fingerprint(chat.tokenizer),
+        template=chat.template_hash,
+        targets=settings.targets,
+        store=Path(settings.store or "").absolute(),
+    )
+    if settings.store is not None:
+        return teaching
+    own = _digest([teaching.targets_identity])
+    return replace(teaching, store=run.absolute() / "teacher" / own)
+
+
+def locate_teacher(name: str, chat: ChatFormat, policy: str) -> Path:
+    """`starter-teacher`, or as `locate_model`. ModelError if it is no checkpoint, or its tokenizer
+    is not that of `policy`, which is `chat`'s: distributions over ids are compared."""
+    try:
+        path = locate_model(str(STARTER_TEACHER_DIR) if name == STARTER_TEACHER else name)
+        own = ChatFormat(str(path)).tokenizer
+    except ModelError as error:
+        raise ModelError(f"teacher.model: {str(error).removeprefix('policy.model: ')}") from error
+    ids, wanted = own.get_vocab(), chat.tokenizer.get_vocab()
+    if ids != wanted:
+        differing = sum(ids.get(token) != wanted.get(token) for token in {*ids, *wanted})
+        raise ModelError(
+            f"teacher.model = {name} and policy.model = {policy} have different tokenizers "
+            f"({differing} tokens have other ids, or none): a teacher's distribution is over ids, "
+            "so take one with the policy's tokenizer"
+        )
+    return path
 
 
 def _model_of_stage(stage: str, name: str, policy: Path) -> Path:

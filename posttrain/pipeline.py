@@ -99,6 +99,7 @@ def _run_stages(
         sft_rows=inputs.sft_rows,
         pairs=inputs.pairs,
         copy=copy,
+        teacher=inputs.teacher,
     )
     try:
         asyncio.run(_Runner(context, inputs, plan).run())

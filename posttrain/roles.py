@@ -17,6 +17,10 @@ def demands(settings: Settings) -> list[Demand]:
     if set(settings.stages) - {"screen"}:
         learner = resources.learner
         roles.append(Demand(role="learner", count=learner.ranks, each=learner))
+    if settings.taught_stages:
+        teacher = resources.teacher
+        copies = teacher.replicas * teacher.tensor_parallel
+        roles.append(Demand(role="teacher", count=copies, each=teacher))
     if has_own_critic(settings):
         judge = resources.judge
         roles.append(Demand(role="judge", count=judge.replicas, each=judge.actor))

@@ -25,6 +25,7 @@ LAYERS = [
         "judges rewards curricula posttrain.losses posttrain.data"
         " posttrain.advantages posttrain.packing posttrain.progress posttrain.stage_order"
         " posttrain.atomic posttrain.metrics posttrain.ledger_schema posttrain.lease",
+        "posttrain.teaching",
         "posttrain.online posttrain.evaluation posttrain.report posttrain.starter"
         " posttrain.ledger posttrain.audit posttrain.run_dir"
         " posttrain.rollout_log posttrain.metric_sinks posttrain.dependencies"
@@ -35,7 +36,8 @@ LAYERS = [
         "posttrain.inputs posttrain.doctor posttrain.prune posttrain.roles posttrain.remote_run",
         "posttrain.rerun posttrain.memory",
         "posttrain.stages posttrain.reward_file posttrain.plan",
-        "posttrain.pipeline posttrain.cli_prune posttrain.cli_reward posttrain.cli_plan",
+        "posttrain.pipeline posttrain.cli_prune posttrain.cli_reward posttrain.cli_plan"
+        " posttrain.cli_teach",
         "posttrain.cli",
     )
 ]

@@ -35,6 +35,7 @@ class StageContext:
     sft_rows: Sequence[SFTRow]
     pairs: Sequence[PreferencePair]
     copy: RemoteCopy | None
+    teacher: Path | None
     evaluations: dict[Path, list[PromptResult]] = field(default_factory=dict)
     """Of the policies that were measured on all held-out tasks (`posttrain.stages.held_out`)."""
 

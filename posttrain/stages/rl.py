@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from posttrain.errors import RunDirError
 from posttrain.online.accounting import Draw
 from posttrain.online.controller import Controller
 from posttrain.online.metrics import LoopSummary
+from posttrain.online.teaching import REWARDS_ALONE, GroupTeacher, OnlineTeacher
 from posttrain.progress import say
 from posttrain.stages.context import StageContext
 from posttrain.stages.rl_after_step import STAGE, AfterStep
@@ -21,8 +24,11 @@ from posttrain.workers.generator import GeneratorPool
 from posttrain.workers.learner_ranks import RemoteLearner
 from posttrain.workers.probe import ProbeSequence
 from posttrain.workers.publisher import WeightPublisher
+from posttrain.workers.teacher_pool import TeacherPool
 
 NUM_PROBES = 16
+SLOW_TEACHER = 0.05
+"""Share of the loop's time that steps may wait for the teacher without a word about it."""
 
 
 async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str, Any]:
@@ -54,6 +60,7 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
     after_step = AfterStep(
         context, model, attempt, first_step, curriculum, learner, generators, beside
     )
+    teacher, reading = _teacher(context, state)
     stop = StopWithCheckpoint(learner, after_step, after_step.save_last)
     controller = Controller(
         settings,
@@ -74,9 +81,15 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
         on_step=stop.after_step,
         on_group=after_step.rollouts.append,
         beside=[*beside.loops, stop.run],
+        teacher=teacher,
     )
-    with stop.listening():
-        summary = await controller.run()
+    try:
+        with stop.listening():
+            summary = await controller.run()
+    finally:
+        if reading is not None:
+            reading.stop()
+    _say_whether_the_teacher_kept_up(summary)
     after_step.rollouts.flush()
     beside.stop()
     target = context.policy_of(STAGE)
@@ -102,6 +115,33 @@ def _learner(context: StageContext, model: Path, checkpoint: Path | None) -> Rem
         lora=context.settings.policy.lora,
         checkpoint=checkpoint / "learner" if checkpoint is not None else None,
     )
+
+
+def _teacher(
+    context: StageContext, state: LoopState | None
+) -> tuple[GroupTeacher, TeacherPool | None]:
+    """Who reads admitted groups, and its actors, which whoever asked for them stops."""
+    settings = context.settings
+    if settings.rl.distillation is None:
+        return REWARDS_ALONE, None
+    assert context.teacher is not None
+    resources = settings.resources
+    pool = TeacherPool(str(context.teacher), resources.teacher, resources.deadline_s)
+    score = partial(pool.score, temperature=settings.rl.temperature)
+    lead = None if state is None else state.teacher_lead
+    return OnlineTeacher(settings.rl.distillation, score, lead), pool
+
+
+def _say_whether_the_teacher_kept_up(summary: LoopSummary) -> None:
+    if summary.teacher is None:
+        return
+    share = summary.teacher.waited_seconds / summary.seconds
+    if share > SLOW_TEACHER or summary.teacher.late_groups:
+        say(
+            f"rl: the teacher was not fast enough: steps waited {share:.0%} of the time for it, "
+            f"and {summary.teacher.late_groups} groups were trained without it. Give it more "
+            "(resources.teacher.replicas, threads, or a GPU), or lower rl.distillation.deadline_s"
+        )
 
 
 def _curriculum(
@@ -171,4 +211,5 @@ def _metrics(summary: LoopSummary) -> dict[str, Any]:
         "max_lag": summary.max_lag,
         "loop_seconds": summary.seconds,
         "learning_seconds": summary.learning_seconds,
+        **({} if summary.teacher is None else {"teacher": asdict(summary.teacher)}),
     }

@@ -71,6 +71,7 @@ class AfterStep:
             step=record.step,
             num_draws=record.num_draws,
             curriculum=self._curriculum.state_dict(),
+            teacher_lead=record.metrics.get("teacher/lead"),
         )
         self._last = state, record.version
         self._write(record)

@@ -13,10 +13,12 @@ from posttrain.config import Settings
 from posttrain.data.chat import sft_record
 from posttrain.errors import DataError
 from posttrain.evaluation import PromptResult, evaluate, metric_values
+from posttrain.inputs import teaching_of
 from posttrain.progress import say
 from posttrain.stages.checkpoint_choice import Choice, Measured, choose
 from posttrain.stages.context import StageContext
 from posttrain.stages.held_out import measure_policy
+from posttrain.stages.teaching import DistillationJob, Teachers
 from posttrain.stages.trl_job import keep_checkpoint
 from posttrain.stages.trl_stage import train
 
@@ -28,15 +30,16 @@ async def sft(
 ) -> dict[str, Any]:
     """Trains on the kept rows (None: on all) and leaves the policy in the stage's directory."""
     mix = context.instruction_mix(0)
+    settings = context.settings.sft
     records = [
-        sft_record(row, mix.resolve(row.system))
+        # TRL leaves columns that it does not know beside a row until rows are packed.
+        sft_record(row, mix.resolve(row.system)) | {"domain": row.prompt.domain}
         for row in context.sft_rows
         if kept_rows is None or row.row_id in kept_rows
     ]
     if not records:
         raise DataError("sft: screening kept no row; lower screen.selection.drop_easiest")
     say(f"sft: {len(records)} of {len(context.sft_rows)} rows")
-    settings = context.settings.sft
     job, trained = train(
         context,
         STAGE,
@@ -45,8 +48,14 @@ async def sft(
         records,
         tokens=sum(context.chat.length([*r["prompt"], *r["completion"]]) for r in records),
         checkpoints=settings.checkpoints.count,
+        distillation=_distillation(context, model),
     )
     metrics: dict[str, Any] = {"rows": len(records)} | dict(trained.metrics)
+    for who, asked in metrics.get("teacher", {}).items():
+        say(
+            f"sft: {who}: {asked['hit_rate']:.0%} of {asked['sequences']} sequences were stored; "
+            f"{asked['seconds']:.1f} s spent on the rest, {asked['seconds_saved']:.1f} s saved"
+        )
     *_, kept = trained.policies
     if len(trained.policies) > 1:
         entered, saved = await _measure(context, model, trained.policies)
@@ -56,6 +65,24 @@ async def sft(
         kept = choice.step
     keep_checkpoint(job, kept)
     return metrics | {"kept_step": kept}
+
+
+def _distillation(context: StageContext, model: Path) -> DistillationJob | None:
+    """The critic is the policy that enters the stage."""
+    settings, weighing = context.settings, context.settings.sft.distillation
+    if weighing is None:
+        return None
+    if weighing.weight == "ce_only":
+        return DistillationJob(settings=weighing, teachers=None)
+    assert context.teacher is not None
+    teachers = Teachers(
+        teaching=teaching_of(
+            context.teacher, model, context.chat, settings.teacher, context.run.path
+        ),
+        pool=settings.resources.teacher,
+        deadline_s=settings.resources.deadline_s,
+    )
+    return DistillationJob(settings=weighing, teachers=teachers)
 
 
 async def _measure(

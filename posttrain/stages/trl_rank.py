@@ -8,12 +8,14 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray.train
 
 from posttrain.errors import StageError
+from posttrain.stages.teaching import DistillationJob
 from posttrain.stages.trl_log import write_record
 from posttrain.stages.trl_settings import Kind, trainer_classes
 from posttrain.workers import policy_export
@@ -49,6 +51,7 @@ class RankJob:
     seed: int
     threads: int
     dtype: str
+    distillation: DistillationJob | None = None
 
 
 def train_rank(config: Mapping[str, Any]) -> None:
@@ -65,7 +68,12 @@ def train_rank(config: Mapping[str, Any]) -> None:
         train_on_cpu()
         torch.set_num_threads(job.threads)
     set_seed(job.seed)
+    trainer_class: Callable[..., Any]
     config_class, trainer_class = trainer_classes(job.kind)
+    if job.distillation is not None:
+        from posttrain.stages.sft_distill import DistillingTrainer
+
+        trainer_class = partial(DistillingTrainer, distillation=job.distillation)
     output = Path(job.directory) / "trainer"
     arguments = config_class(**_arguments(job, output))
     # After the arguments: they say whether it is divided over the ranks while it is loaded.
@@ -99,6 +107,8 @@ def train_rank(config: Mapping[str, Any]) -> None:
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
         found = {"metrics": outcome.metrics, "history": trainer.state.log_history}
+        if job.distillation is not None:
+            found["metrics"]["teacher"] = trainer.teaching_report
         (output / OUTCOME).write_text(json.dumps(found))
 
 

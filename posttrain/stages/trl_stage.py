@@ -9,6 +9,7 @@ from typing import Any
 from posttrain.progress import Progress, say
 from posttrain.stages.budget import heavy, plan_budget
 from posttrain.stages.context import StageContext
+from posttrain.stages.teaching import DistillationJob
 from posttrain.stages.trl_job import Trained, run_job
 from posttrain.stages.trl_rank import RankJob
 from posttrain.stages.trl_settings import Kind
@@ -25,6 +26,7 @@ def train(
     tokens: int,
     checkpoints: int = 1,
     trainer: Mapping[str, Any] | None = None,
+    distillation: DistillationJob | None = None,
 ) -> tuple[RankJob, Trained]:
     """Trains on `records`, which have `tokens` tokens in all. `trainer` are the stage's own
     defaults. Raises as `run_job`."""
@@ -53,6 +55,7 @@ def train(
         seed=context.seed,
         threads=settings.threads,
         dtype=policy.dtype,
+        distillation=distillation,
     )
     trained = run_job(
         job,

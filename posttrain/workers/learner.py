@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -151,7 +152,14 @@ class DeepSpeedLearner:
                 batch["token_ids"], batch["position_ids"], self._temperature
             )
             part, micro_sums = micro_batch_loss(
-                logprobs, entropy, batch, over, self._settings.loss, ref_logprobs, self._max_age
+                logprobs,
+                entropy,
+                batch,
+                over,
+                self._settings.loss,
+                ref_logprobs,
+                self._max_age,
+                share.teacher_weight,
             )
             # DeepSpeed averages gradients over ranks; the parts are to be added up.
             self._engine.backward(part * self._num_ranks)
@@ -197,17 +205,14 @@ class DeepSpeedLearner:
         )
 
     def _tensors(self, batch: MicroBatch) -> dict[str, Tensor]:
-        fields = (
-            "token_ids",
-            "position_ids",
-            "loss_mask",
-            "rollout_logprobs",
-            "advantages",
-            "ages",
-        )
         device = self._engine.device
+        arrays = {field.name: getattr(batch, field.name) for field in fields(MicroBatch)}
         # Arrays that came through Ray are read-only views; torch wants memory it may write.
-        return {f: torch.from_numpy(np.array(getattr(batch, f))).to(device) for f in fields}
+        return {
+            name: torch.from_numpy(np.array(array)).to(device)
+            for name, array in arrays.items()
+            if array is not None
+        }
 
     def _set_learning_rate(self) -> float:
         rate = learning_rate(

@@ -65,9 +65,9 @@ class _Head(nn.Module):
         return token_logprobs(hidden, self.weight, token_ids, temperature, self._chunk_tokens)
 
 
-def load_model(model_path: str, settings: LearnerSettings) -> Any:
+def load_model(model_path: str, settings: LearnerSettings, **loading: Any) -> Any:
     """The model in `settings.dtype`, in training mode and without dropout. Under ZeRO-3 all ranks
-    load it at once and each keeps its part only.
+    load it at once and each keeps its part only. `loading` goes to `from_pretrained` unchanged.
 
     Raises:
         ModelError: transformers cannot load it, weights are missing, or its tokenizer knows tokens
@@ -85,6 +85,7 @@ def load_model(model_path: str, settings: LearnerSettings) -> Any:
                 attn_implementation="sdpa",
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **loading,
             )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"transformers cannot load {model_path!r}: {error}") from error

@@ -87,6 +87,25 @@ class RolloutPoolSettings(BaseModel):
         return self.model_copy(update={"engine": engine})
 
 
+class TeacherPoolSettings(ActorResources):
+    """Copies of a teacher (and, before, of the critic), each over `tensor_parallel` actors with
+    these resources.
+
+    A forward pass takes up to `batch_tokens` tokens, padding included, and makes the distributions
+    of `chunk_tokens` tokens at a time. An answer that takes longer than `deadline_s` counts as
+    lost, as one of an actor that died: the copy is started again, up to `max_restarts` times.
+    """
+
+    replicas: int = Field(default=1, gt=0)
+    tensor_parallel: int = Field(default=1, gt=0, description="devices that share one copy")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    threads: int = Field(default=1, gt=0, description="CPU threads of an actor, without a GPU")
+    batch_tokens: int = Field(default=8192, gt=0)
+    chunk_tokens: int = Field(default=4096, gt=0)
+    deadline_s: float = Field(default=1800.0, gt=0)
+    max_restarts: int = Field(default=3, ge=0)
+
+
 class LoraSettings(BaseModel):
     """A low-rank adapter by PEFT. `target_modules` names linear layers (the ends of their names);
     `all-linear` takes all of them but the head. Routed experts, which transformers keep in one

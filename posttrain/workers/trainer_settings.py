@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from posttrain.data.pairs import MiningSettings
 from posttrain.data.sources import SourceSettings
+from posttrain.losses.distillation_settings import DistillationSettings
 
 OWNED = {
     "output_dir": "it lies in the run's directory",
@@ -84,10 +85,12 @@ class CheckpointSettings(BaseModel):
 
 class SFTSettings(TrainerSettings):
     """Light supervised fine-tuning on the rows of `data` that screening kept. `model` is what the
-    stage starts from, by default what the stage before it left."""
+    stage starts from, by default what the stage before it left. With `distillation` a teacher says
+    beside each label what else it would have written."""
 
     model: str | None = None
     data: SourceSettings | None = None
+    distillation: DistillationSettings | None = None
     checkpoints: CheckpointSettings = CheckpointSettings()
 
 
