@@ -24,6 +24,7 @@ from posttrain.ledger import Ledger
 from posttrain.metric_sinks import open_sinks
 from posttrain.metrics import MetricsLog
 from posttrain.progress import duration, say
+from posttrain.prompt_table import write_prompts
 from posttrain.run_dir import RunDir, fingerprint_directory
 from posttrain.stages.context import StageContext
 from posttrain.workers.pools import Pools
@@ -63,6 +64,12 @@ def run(settings: Settings, inputs: Inputs, *, fresh: bool) -> RunResult:
 
 
 def _run_stages(run_dir: RunDir, settings: Settings, inputs: Inputs) -> None:
+    write_prompts(
+        run_dir.prompts_path,
+        train=inputs.train,
+        held_out=inputs.held_out,
+        sft_rows=inputs.sft_rows,
+    )
     ledger = Ledger(run_dir.ledger_path)
     metrics = MetricsLog(run_dir.metrics_path, open_sinks(settings.log, run_dir.path))
     try:
@@ -174,7 +181,7 @@ class _Runner:
             settings=context.settings.eval,
             label=name,
         )
-        target = context.run.path / "evals" / f"{name}.json"
+        target = context.run.evals_dir / f"{name}.json"
         target.parent.mkdir(exist_ok=True)
         write_atomically(target, json.dumps([asdict(result) for result in results]))
         return target

@@ -4,8 +4,9 @@
     manifest.json    stages: state, artifacts with their hashes, metrics
     ledger.sqlite    draws, verdicts, decisions (posttrain.ledger)
     metrics.jsonl    one record per step (posttrain.metrics)
+    prompts.parquet  every prompt of the run (posttrain.prompt_table)
     rollouts/        groups as they were trained or rejected
-    sft/ rl/ dpo/    checkpoints of a stage
+    sft/ rl/ dpo/    checkpoints of a stage; dpo/pairs/ what DPO was trained on
     policy/          the result
     report.html
     lock             who drives the run, held with flock
@@ -69,7 +70,10 @@ class RunDir:
         self.manifest_path = path / "manifest.json"
         self.ledger_path = path / "ledger.sqlite"
         self.metrics_path = path / "metrics.jsonl"
+        self.prompts_path = path / "prompts.parquet"
         self.rollouts_dir = path / "rollouts"
+        self.evals_dir = path / "evals"
+        self.pairs_dir = path / "dpo" / "pairs"
         self.policy_dir = path / "policy"
         self.report_path = path / "report.html"
         self._lease: Lease | None = None

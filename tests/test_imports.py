@@ -27,7 +27,8 @@ LAYERS = [
         " posttrain.atomic posttrain.metrics posttrain.ledger_schema",
         "posttrain.online posttrain.evaluation posttrain.report posttrain.starter"
         " posttrain.ledger posttrain.audit posttrain.run_dir"
-        " posttrain.rollout_log posttrain.metric_sinks",
+        " posttrain.rollout_log posttrain.prompt_table posttrain.pair_table"
+        " posttrain.metric_sinks",
         "posttrain.workers",
         # Every component's settings come together, then what they name is read.
         "posttrain.config",

@@ -8,9 +8,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from posttrain.atomic import staged_directory
 from posttrain.data.chat import conversation
 from posttrain.data.pairs import mine_pairs
 from posttrain.errors import StarvationError
+from posttrain.pair_table import write_pairs
 from posttrain.progress import Progress, say
 from posttrain.stages.context import StageContext
 from posttrain.stages.trl_job import TrainingJob, run_job
@@ -44,6 +46,8 @@ async def dpo(context: StageContext, model: Path) -> dict[str, Any]:
         }
         for pair in pairs
     ]
+    with staged_directory(context.run.pairs_dir) as staged:
+        write_pairs(staged, pairs, records)
     metrics = run_job(
         TrainingJob(
             kind="dpo",
