@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from posttrain.cli_inspect import inspect_command
 from posttrain.cli_prune import prune_command
 from posttrain.cli_reward import reward_command
 from posttrain.errors import DataError, Interrupted, PosttrainError, StageError
@@ -131,6 +132,7 @@ def audit_command(
         raise typer.Exit(StageError.exit_code)
 
 
+app.command("inspect")(inspect_command)
 app.command("prune")(prune_command)
 app.command("reward")(reward_command)
 

@@ -41,12 +41,17 @@ def pass_rate_bins(verdicts: pl.DataFrame) -> pl.DataFrame:
 
 def pruned(verdicts: pl.DataFrame) -> pl.DataFrame:
     """What was decided, by whom and about what: `stage`, `rule`, `domain`, `label`, `action`,
-    `prompts`. Of several decisions of a stage on a prompt the last one counts."""
+    `prompts`, `lowest` and `highest` pass rate of theirs. Of several decisions of a stage on a
+    prompt the last one counts."""
     return (
         verdicts.filter(pl.col("action").is_not_null())
         .unique(["stage", "prompt_id"], keep="last", maintain_order=True)
         .group_by("stage", "rule", "domain", "label", "action")
-        .agg(pl.len().alias("prompts"))
+        .agg(
+            pl.len().alias("prompts"),
+            pl.col("pass_rate").min().alias("lowest"),
+            pl.col("pass_rate").max().alias("highest"),
+        )
         .sort("stage", "rule", "domain", "label", "action")
     )
 

@@ -8,7 +8,7 @@ import polars as pl
 
 from posttrain.inspect import difficulty, loop
 from posttrain.inspect.run import Run
-from posttrain.types import Action
+from posttrain.types import Action, Label
 
 NOTABLE_IDLE = 0.1
 """A role that stands still for a smaller share of the time is not what bounds the other."""
@@ -79,7 +79,9 @@ def _hardest_in_screening(run: Run, question: str) -> Finding | None:
     judged = difficulty.screened(run.verdicts).drop_nulls("domain")
     if judged.is_empty():
         return None
-    by_domain = judged.group_by("domain").agg(pl.col("pass_rate").mean(), pl.len()).sort("pass_rate")
+    by_domain = (
+        judged.group_by("domain").agg(pl.col("pass_rate").mean(), pl.len()).sort("pass_rate")
+    )
     domain, rate, count = by_domain.row(0)
     return Finding(
         question=question,
@@ -99,20 +101,22 @@ def what_was_pruned(run: Run) -> Finding | None:
         dropped = group.filter(pl.col("action") == str(Action.DROP))
         count, of = dropped["prompts"].sum(), group["prompts"].sum()
         figures[f"{stage}/{rule}/dropped"], figures[f"{stage}/{rule}/judged"] = count, of
-        labels = dropped.group_by("label").agg(pl.col("prompts").sum()).sort("prompts").rows()
-        what = ", ".join(f"{n:,} {label}" for label, n in reversed(labels))
-        sentences.append(
-            f"{stage}: {count:,} of {of:,} prompts dropped by {str(rule).replace('_', ' ')}"
-            + (f" ({what})" if what else "")
-        )
+        sentence = f"{stage}: {count:,} of {of:,} prompts dropped by {str(rule).replace('_', ' ')}"
+        if count:
+            low, high = dropped["lowest"].min(), dropped["highest"].max()
+            assert isinstance(low, float) and isinstance(high, float)
+            sentence += f" (pass rate {_rate(low)} to {_rate(high)})"
+        sentences.append(sentence)
     back = run.rescreens["restored"].sum()
     if back:
         sentences.append(f"{back:,} came back when they were tested again")
     kept_unsolved = decided.filter(
-        (pl.col("action") == str(Action.KEEP)) & (pl.col("label") == "unsolved")
+        (pl.col("action") == str(Action.KEEP)) & (pl.col("label") == str(Label.UNSOLVED))
     )["prompts"].sum()
     if kept_unsolved:
-        sentences.append(f"{kept_unsolved:,} unsolved ones were kept: their references may be wrong")
+        sentences.append(
+            f"{kept_unsolved:,} unsolved ones were kept: their references may be wrong"
+        )
     return Finding(
         question="What was pruned, and why?", answer="; ".join(sentences) + ".", figures=figures
     )

@@ -20,7 +20,8 @@ ROLES = {
 
 def group_ends(draws: pl.DataFrame, columns: int = 40) -> pl.DataFrame:
     """What share of the groups could be trained on: `step_from`, `step_to`, `end` (see ENDS),
-    `place`, `groups`, `share`. Draws that the stage's end cut off are left out."""
+    `place`, `groups`, `share`, and where the shares stand on one another: `below`, `above`. Draws
+    that the stage's end cut off are left out."""
     outcome = pl.col("outcome")
     end = (
         pl.when(outcome == str(DrawOutcome.TRAINED))
@@ -42,7 +43,9 @@ def group_ends(draws: pl.DataFrame, columns: int = 40) -> pl.DataFrame:
             .alias("place"),
         )
         .sort("step_from", "place")
-        .select("step_from", "step_to", "end", "place", "groups", "share")
+        .with_columns(pl.col("share").cum_sum().over("step_from").alias("above"))
+        .with_columns((pl.col("above") - pl.col("share")).alias("below"))
+        .select("step_from", "step_to", "end", "place", "groups", "share", "below", "above")
     )
 
 

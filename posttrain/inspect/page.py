@@ -54,7 +54,9 @@ def sections() -> list[Section]:
             "Who waited for whom, how stale was what was trained on, and what did that cost?",
             [charts.idle_shares, charts.staleness],
         ),
-        Section("Co-distillation", "How much did the teacher weigh?", [charts.distillation_weights]),
+        Section(
+            "Co-distillation", "How much did the teacher weigh?", [charts.distillation_weights]
+        ),
     ]
 
 

@@ -41,17 +41,17 @@ def trainable_share(run: Run) -> Any:
         return nothing(title, "No draw has ended in this run.")
     bars = (
         alt.Chart(ends)
-        .mark_bar(binSpacing=0)
+        .mark_rect()
         .encode(
             **rectangle_of_window(),
-            y=alt.Y("share:Q", stack="zero", **percent("share of groups")),
+            y=alt.Y("below:Q", **percent("share of groups")),
+            y2="above:Q",
             color=alt.Color(
                 "end:N",
                 sort=list(loop.ENDS),
                 scale=alt.Scale(domain=list(loop.ENDS), range=END_COLOURS),
                 legend=alt.Legend(title="group"),
             ),
-            order=alt.Order("place:Q"),
             tooltip=["step_from", "end", "groups", alt.Tooltip("share", format=".0%")],
         )
         .properties(width=WIDTH, height=HEIGHT)
