@@ -15,11 +15,14 @@ from typing import Any
 
 from posttrain import config
 from posttrain.atomic import staged_directory, write_atomically
+from posttrain.cards import write_policy_card
 from posttrain.config import Settings
 from posttrain.data.instructions import InstructionMix
 from posttrain.errors import Interrupted, PosttrainError, StageError
 from posttrain.evaluation import PromptResult, evaluate, summarise
 from posttrain.inputs import Inputs
+from posttrain.inspect import load_run
+from posttrain.inspect.page import write_report
 from posttrain.ledger import Ledger
 from posttrain.metric_sinks import open_sinks
 from posttrain.metrics import MetricsLog
@@ -58,6 +61,7 @@ def run(settings: Settings, inputs: Inputs, *, fresh: bool) -> RunResult:
     ) as run_dir:
         if _pending(run_dir, settings, inputs):
             _run_stages(run_dir, settings, inputs)
+            _report(run_dir)
         else:
             say(f"every stage of {run_dir.path} is done")
         return _result(run_dir)
@@ -96,6 +100,16 @@ def _run_stages(run_dir: RunDir, settings: Settings, inputs: Inputs) -> None:
         metrics.close()
 
 
+def _report(run_dir: RunDir) -> None:
+    """A run that is done is not failed by its report."""
+    try:
+        write_report(load_run(run_dir.path), run_dir.report_path)
+    except PosttrainError as error:
+        say(f"no report: {error}")
+    else:
+        say(f"report: {run_dir.report_path}")
+
+
 class _Runner:
     """Walks through the stages; owns which policy comes next and which rows were kept."""
 
@@ -131,6 +145,8 @@ class _Runner:
             artifacts.append(run_dir.policy_dir)
         seconds = time.perf_counter() - began
         run_dir.finish_stage(name, artifacts, metrics, seconds)
+        if name not in (START, "screen"):
+            write_policy_card(run_dir, name)
         self._context.metrics.append({"stage": name, "event": "done", "seconds": seconds})
         say(f"{name}: {duration(seconds)}")
 

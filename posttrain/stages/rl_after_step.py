@@ -7,6 +7,7 @@ from typing import Protocol
 
 from curricula.sampler import DifficultySampler, UniformSampler
 from posttrain.online.metrics import StepRecord
+from posttrain.online.status import status
 from posttrain.progress import Progress
 from posttrain.rollout_log import RolloutLog
 from posttrain.stages.context import StageContext
@@ -57,7 +58,7 @@ class AfterStep:
             await self._beside.rescreen_now(record.version)
         state = self._state(record)
         self._write(record)
-        self._progress.advance(_note(record))
+        self._progress.advance(status(record.metrics))
         if state is not None:
             await self._save(state, record.version)
         every = self._settings.export_every
@@ -93,11 +94,3 @@ class AfterStep:
         }
         named = {"stage": STAGE, "step": record.step, "attempt": self._attempt}
         self._context.metrics.append(named | dict(record.metrics) | pool)
-
-
-def _note(record: StepRecord) -> str:
-    metrics = record.metrics
-    names = {"pass@1": "pass@1", "zero_advantage_share": "no signal", "lag_max": "lag"}
-    return " · ".join(
-        f"{label} {metrics[key]:.2f}" for key, label in names.items() if key in metrics
-    )
