@@ -98,5 +98,5 @@ def scan_answers(files: list[Path]) -> pl.LazyFrame:
         .with_columns(
             pl.col("file").str.extract(r"(\d+)-\d+\.parquet$").cast(pl.Int64).alias("attempt")
         )
-        .select(ANSWERS.names)
+        .select(pl.col(name).cast(dtype) for name, dtype in ANSWERS.schema.items())
     )
