@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from inspect_runs import write_known_run
 from curricula.buckets import BUCKETS, bucket_of
 from posttrain.inspect import Run, difficulty, load_run, loop
 from posttrain.inspect.columns import DRAWS, STEPS, VERDICTS
-from posttrain.inspect.findings import Finding, findings
+from posttrain.inspect.findings import Finding, bound, findings
 from posttrain.inspect.windows import add_windows
 
 
@@ -70,8 +70,9 @@ def test_the_ends_of_the_histogram_stand_apart() -> None:
 
 def test_buckets_are_those_of_the_curriculum() -> None:
     rates = np.array([0.0, 0.01, 0.25, 0.26, 0.5, 0.75, 0.99, 1.0])
-    places = pl.DataFrame({"rate": rates}).select(difficulty.bucket_place(pl.col("rate")))
-    assert places["rate"].to_list() == bucket_of(rates).tolist()
+    place = difficulty.bucket_place(pl.col("rate")).alias("place")
+    places = pl.DataFrame({"rate": rates}).select(place)["place"]
+    assert places.to_list() == bucket_of(rates).tolist()
 
 
 def test_steps_share_windows_when_there_are_many() -> None:
@@ -203,11 +204,12 @@ def test_teacher_weights_of_rl_and_of_sft() -> None:
     assert loop.distillation(steps).rows() == [("rl", 1, "lambda", 0.5), ("sft", 10, "lambda", 0.9)]
 
 
-class TestFindings:
-    @pytest.fixture(scope="class")
-    def found(self, run: Run) -> dict[str, Finding]:
-        return {finding.question: finding for finding in findings(run)}
+@pytest.fixture
+def found(run: Run) -> dict[str, Finding]:
+    return {finding.question: finding for finding in findings(run)}
 
+
+class TestFindings:
     def test_what_each_stage_brought(self, found: dict[str, Finding]) -> None:
         assert found["What did it bring?"].answer == "Held-out pass@1: start .25 → rl .50."
 
@@ -249,20 +251,12 @@ class TestFindings:
     def test_verdicts_about_waiting(
         self, run: Run, learner: float, rollout: float | None, verdict: str
     ) -> None:
-        from dataclasses import replace
-
-        from posttrain.inspect.findings import bound
-
         row = {"stage": "rl", "step": 1, "step_s": 1.0, "learner_idle_share": learner}
         steps = pl.DataFrame([row | {"rollout_idle_share": rollout}], schema=STEPS.schema)
         finding = bound(replace(run, steps=steps))
         assert finding is not None
         assert finding.answer.startswith(f"{verdict}: ")
 
-    def test_without_an_evaluation_screening_says_what_is_hard(
-        self, run: Run, tmp_path: Path
-    ) -> None:
-        from dataclasses import replace
-
+    def test_without_an_evaluation_screening_says_what_is_hard(self, run: Run) -> None:
         finding = findings(replace(run, accuracy=run.accuracy.clear()))[0]
         assert finding.answer == "words: pass rate .12 in screening, over 2 prompts."
