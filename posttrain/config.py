@@ -35,6 +35,7 @@ from posttrain.online.rescreen import RescreenSettings
 from posttrain.online.settings import LoopSettings
 from posttrain.workers.settings import (
     ActorResources,
+    EngineSettings,
     LearnerResources,
     LearnerSettings,
     PublishSettings,
@@ -135,10 +136,12 @@ class DPOSettings(TrainerSettings):
 
 
 class RewardPoolSettings(_Section):
-    """Scorer processes on one node."""
+    """Scorer processes on one node; `judge` is the engines of the model that `rewards.judge` names,
+    where it names one."""
 
     workers: int = Field(default=1, gt=0)
     actor: ActorResources = ActorResources(cpus=0.0)
+    judge: RolloutPoolSettings = RolloutPoolSettings(engine=EngineSettings(max_model_len=4096))
 
 
 class ResourceSettings(_Section):
@@ -200,6 +203,16 @@ class Settings(_Section):
                     f"{key} = {limit} leaves no room for a prompt in policy.max_length = "
                     f"{self.policy.max_length}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _replies_of_the_judge_fit(self) -> Self:
+        judge, room = self.rewards.judge, self.resources.rewards.judge.engine.max_model_len
+        if judge is not None and judge.model is not None and judge.max_tokens >= room:
+            raise ValueError(
+                f"rewards.judge.max_tokens = {judge.max_tokens} leaves no room for a question in "
+                f"resources.rewards.judge.engine.max_model_len = {room}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -62,6 +62,9 @@ def load_inputs(settings: Settings) -> Inputs:
     """
     check_sinks(settings.log)
     model = locate_model(settings.policy.model)
+    if settings.rewards.judge is not None and settings.rewards.judge.model is not None:
+        judge = locate_model(settings.rewards.judge.model, "rewards.judge.model")
+        ChatFormat(str(judge), "rewards.judge.model")
     chat = ChatFormat(str(model))
     train = load_prompts(settings.tasks.train, "train")
     held_out = load_prompts(settings.tasks.held_out, "held_out")
@@ -84,38 +87,39 @@ def load_inputs(settings: Settings) -> Inputs:
     return Inputs(model=model, chat=chat, train=train, held_out=held_out, sft_rows=sft_rows)
 
 
-def locate_model(name: str) -> Path:
-    """The directory of a checkpoint: `starter`, a path, or a hub name (downloaded once).
+def locate_model(name: str, setting: str = "policy.model") -> Path:
+    """The directory of a checkpoint: `starter`, a path, or a hub name (downloaded once). `setting`
+    is the one that names it, for the errors.
 
     Raises:
         ModelError: there is no checkpoint that transformers can read.
     """
     path = STARTER_POLICY if name == STARTER else Path(name)
     if not path.is_dir():
-        path = _download(name)
+        path = _download(name, setting)
     from transformers import AutoConfig
 
     try:
         AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # a damaged file raises whatever its parser stumbles over
-        raise ModelError(f"policy.model: {path} is no readable checkpoint: {error}") from error
-    _check_weights(path)
+        raise ModelError(f"{setting}: {path} is no readable checkpoint: {error}") from error
+    _check_weights(path, setting)
     return path.resolve()
 
 
-def _check_weights(path: Path) -> None:
+def _check_weights(path: Path, setting: str) -> None:
     """Reads headers and sizes only, so that a download cut short is found in an instant."""
     from safetensors import SafetensorError, safe_open
 
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise ModelError(f"policy.model: {path} holds no safetensors")
+        raise ModelError(f"{setting}: {path} holds no safetensors")
     for file in files:
         try:
             with safe_open(file, framework="np"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"policy.model: {file} is damaged: {error}") from error
+            raise ModelError(f"{setting}: {file} is damaged: {error}") from error
 
 
 def _check_references(key: str, prompts: Sequence[Prompt], settings: Settings) -> None:
@@ -132,7 +136,7 @@ def _check_instruction(row: SFTRow, mix: InstructionMix) -> None:
         raise DataError(f"sft.data, {row.row_id}: {error}") from error
 
 
-def _download(name: str) -> Path:
+def _download(name: str, setting: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -140,6 +144,6 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "original/*"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"policy.model: {name!r} is neither a directory nor a model that can be downloaded: "
+            f"{setting}: {name!r} is neither a directory nor a model that can be downloaded: "
             f"{error}"
         ) from error

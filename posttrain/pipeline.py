@@ -270,6 +270,7 @@ def _pools(owner: Path, settings: Settings) -> Pools:
         learner=resources.learner,
         rewards=settings.rewards,
         reward_workers=resources.rewards.workers,
+        reward_judge=resources.rewards.judge,
         reward_actor=resources.rewards.actor,
         deadline_s=resources.deadline_s,
     )

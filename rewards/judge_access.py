@@ -80,12 +80,13 @@ async def _pause(attempt: int) -> None:
 
 
 def judge_of(settings: JudgedSettings, engine: Ask | None) -> Judge:
-    """Raises SettingsError if there is neither an endpoint nor an engine, or no key."""
+    """Raises SettingsError if the model to ask has no engine here, or the endpoint no key."""
     if settings.endpoint is not None:
         return Judge(settings, endpoint_access(settings, settings.endpoint))
     if engine is None:
         raise SettingsError(
-            f"rewards.{NAME}: nobody to ask: set rewards.{NAME}.endpoint (url and model)"
+            f"rewards.{NAME}.model: {settings.model} is served in a run only. Here, serve it with "
+            f"`vllm serve` and set rewards.{NAME}.endpoint instead"
         )
 
     @asynccontextmanager

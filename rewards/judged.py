@@ -59,7 +59,8 @@ class EndpointSettings(BaseModel):
 
 
 class JudgedSettings(BaseModel):
-    """A judge with its rubric. Without an `endpoint`, an engine of the run answers.
+    """A judge with its rubric: a server at `endpoint`, or the checkpoint `model`, which a run
+    serves by engines of its own (`resources.rewards.judge`).
 
     `template` may hold `{question}`, `{answer}` and `{reference}`; `success_from` is the score, on
     the judge's own scale, from which an answer counts as correct.
@@ -68,6 +69,7 @@ class JudgedSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     endpoint: EndpointSettings | None = None
+    model: str | None = Field(default=None, min_length=1)
     template: str = RUBRIC
     lowest: int = 1
     highest: int = 5
@@ -87,6 +89,12 @@ class JudgedSettings(BaseModel):
         if "answer" not in fields:
             raise ValueError("it must show the judge the {answer}")
         return template
+
+    @model_validator(mode="after")
+    def _somebody_is_asked(self) -> Self:
+        if (self.endpoint is None) == (self.model is None):
+            raise ValueError("nobody or two to ask: set either endpoint (url and model) or model")
+        return self
 
     @model_validator(mode="after")
     def _scale_is_a_scale(self) -> Self:

@@ -104,7 +104,7 @@ class ScorerPool:
             others have to wait.
         patience_s: seconds of wall-clock after which an answer gives way.
         answers_per_worker: after so many a process is replaced by a new one.
-        engine: asks the judge, where the settings name no endpoint for it.
+        engine: asks the judge, where the settings name a model instead of an endpoint.
         verifiers: picklable functions by name; importable in the workers under the same name.
 
     Raises SettingsError for a judge that cannot be asked.

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from posttrain.data.prompts import make_prompt
+from posttrain.data.prompts import Split, check_disjoint, make_prompt
 from posttrain.data.sources import SourceSettings, load_prompts, load_sft_rows
 from posttrain.errors import DataError
 from posttrain.types import Prompt, SFTRow
+from rewards.shaping import RewardSettings
+from rewards.verifiers import check_references, verifier_of
+
+SPLITS: tuple[Split, Split] = ("train", "held_out")
 
 
 def write(path: Path, *records: object) -> Path:
@@ -143,7 +148,7 @@ def test_a_source_that_is_not_there(tmp_path: Path) -> None:
     for source in (tmp_path / "no.jsonl", tmp_path):
         with pytest.raises(DataError) as caught:
             tasks(source)
-        assert str(caught.value).startswith(f"{source} is no file. A source is 'starter' or")
+        assert str(caught.value).startswith(f"{source} is no file. A source is 'starter', 'r")
 
 
 def test_empty_sources_are_named_by_their_key(tmp_path: Path) -> None:
@@ -174,3 +179,68 @@ def test_the_starter_mixes_with_files(tmp_path: Path, monkeypatch: pytest.Monkey
     starter = SourceSettings(source="starter", size=2, seed=5)
     prompts = load_prompts([starter, SourceSettings(source=str(path))], "held_out")
     assert [p.messages[0].content for p in prompts] == ["held_out 5 0", "held_out 5 1", "mine"]
+
+
+def gym(family: str, split: Split, *, size: int = 20, **settings: object) -> list[Prompt]:
+    source = SourceSettings(
+        source="reasoning_gym", family=family, size=size, seed=3, settings=dict(settings)
+    )
+    return load_prompts([source], split)
+
+
+@pytest.mark.parametrize("family", ["chain_sum", "leg_counting", "simple_equations"])
+def test_reasoning_gym_tasks_are_scored_by_their_own_family(family: str) -> None:
+    prompts = gym(family, "train")
+    check_references(prompts, RewardSettings())
+    assert len({prompt.prompt_id for prompt in prompts}) == 20
+    assert {prompt.domain for prompt in prompts} == {family}
+    for prompt in prompts:
+        right = str(prompt.reference["entry"]["answer"])
+        verify = verifier_of(prompt, RewardSettings())
+        assert verify(prompt, f"<answer>{right}</answer>").correctness == 1.0
+        assert verify(prompt, "<answer>no</answer>").correctness == 0.0
+
+
+def test_reasoning_gym_settings_and_splits() -> None:
+    train, held_out = (gym("chain_sum", split, min_terms=2, max_terms=2) for split in SPLITS)
+    check_disjoint(train, held_out)
+    assert train == gym("chain_sum", "train", min_terms=2, max_terms=2)
+    assert {len(p.reference["entry"]["metadata"]["expression"].split()) for p in train} == {3}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "named"),
+    [
+        ("chain_sums", {}, "no family 'chain_sums'; there are ab, "),
+        ("chain_sum", {"terms": 2}, "does not take the settings {'terms': 2}: TypeError"),
+        ("chain_sum", {"min_terms": 9, "max_terms": 2}, "does not take the settings"),
+    ],
+)
+def test_reasoning_gym_that_cannot_be_made(family: str, settings: Any, named: str) -> None:
+    with pytest.raises(DataError, match=re.escape(named)):
+        gym(family, "train", **settings)
+
+
+def test_a_family_that_is_used_up_is_named() -> None:
+    few = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    with pytest.raises(DataError, match=r"'chain_sum' .* has only \d+ train prompts, 999 were"):
+        gym("chain_sum", "train", size=999, **few)
+
+
+@pytest.mark.parametrize(
+    ("record", "named"),
+    [
+        ({"source": "reasoning_gym"}, "needs a family"),
+        ({"source": "starter", "family": "chain_sum"}, "are reasoning_gym's"),
+        ({"source": "x.jsonl", "settings": {"a": 1}}, "are reasoning_gym's"),
+    ],
+)
+def test_families_belong_to_reasoning_gym(record: Any, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        SourceSettings(**record)
+
+
+def test_reasoning_gym_has_no_supervised_rows() -> None:
+    settings = SourceSettings(source="reasoning_gym", family="chain_sum", size=1)
+    with pytest.raises(DataError, match="no completions"):
+        load_sft_rows(settings)

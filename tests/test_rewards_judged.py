@@ -35,7 +35,7 @@ from rewards.shaping import RewardSettings
 from rewards.verifiers import check_references
 
 TASK = make_prompt("Name a colour.", reference="red", domain="chat")
-SETTINGS = JudgedSettings()
+SETTINGS = JudgedSettings(model="graders/one")
 GOOD = '{"reason": "fine", "score": 5}'
 
 
@@ -172,7 +172,7 @@ BLIND = "Question: {question}\nAnswer: {answer}"
 
 def test_a_text_cannot_reach_the_template_nor_leave_its_marks() -> None:
     hostile = make_prompt(HOSTILE, reference="SECRET", domain="chat")
-    settings = JudgedSettings(template=BLIND)
+    settings = JudgedSettings(model="m", template=BLIND)
     told = fill(hostile, HOSTILE, None, settings)
     assert "SECRET" not in told
     mark = re.findall(r"[0-9a-f]{24}", told)[0]
@@ -275,7 +275,7 @@ class Engine:
 
 
 def test_an_engine_of_the_run_as_the_judge() -> None:
-    engine, judge = Engine(), JudgedSettings(max_tokens=9)
+    engine, judge = Engine(), JudgedSettings(model="m", max_tokens=9)
 
     def encode(message: Message) -> tuple[int, ...]:
         return tuple(message.content.encode())
@@ -291,19 +291,21 @@ def test_an_engine_of_the_run_as_the_judge() -> None:
 
 
 def test_nobody_to_ask_is_found_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SettingsError, match=r"set rewards\.judge\.endpoint"):
-        ScorerPool(1, RewardSettings(judge=JudgedSettings()))
+    with pytest.raises(ValueError, match="nobody or two to ask"):
+        JudgedSettings()
+    with pytest.raises(SettingsError, match=r"graders/one is served in a run only"):
+        ScorerPool(1, RewardSettings(judge=SETTINGS))
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     endpoint = EndpointSettings(url="http://x/v1", model="m", api_key_env="NO_SUCH_KEY")
     with pytest.raises(SettingsError, match="NO_SUCH_KEY is not set"):
         ScorerPool(1, RewardSettings(judge=JudgedSettings(endpoint=endpoint)))
     with pytest.raises(SettingsError, match="ScorerPool only"):
-        settings = RewardSettings(default_verifier="judge", judge=JudgedSettings())
+        settings = RewardSettings(default_verifier="judge", judge=SETTINGS)
         score_rollouts(TASK, [rollout("red")], None, settings)
 
 
 def test_a_reference_that_the_template_cannot_show_is_found_at_load() -> None:
-    judge = JudgedSettings(template="{reference}{answer}")
+    judge = JudgedSettings(model="m", template="{reference}{answer}")
     settings = RewardSettings(default_verifier="judge", judge=judge)
     check_references([TASK], settings)
     with pytest.raises(DataError, match="must be a string, got '5'"):
@@ -316,8 +318,8 @@ def test_a_reference_that_the_template_cannot_show_is_found_at_load() -> None:
         ({"template": "{question}"}, "the {answer}"),
         ({"template": "{answer} {anwser}"}, "unknown fields \\['anwser'\\]"),
         ({"template": "{answer} {mark}"}, "unknown fields \\['mark'\\]"),
-        ({"success_from": 1}, "lowest < success_from <= highest"),
-        ({"lowest": 5, "highest": 1}, "lowest < success_from <= highest"),
+        ({"model": "m", "success_from": 1}, "lowest < success_from <= highest"),
+        ({"model": "m", "lowest": 5, "highest": 1}, "lowest < success_from <= highest"),
         ({"endpoint": {"url": "ftp://x", "model": "m"}}, "pattern"),
     ],
 )

@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 
-from posttrain.data.prompts import check_disjoint
+from posttrain.data.prompts import check_disjoint, split_of
 from posttrain.starter import POLICY_DIR
 from posttrain.starter.families import FAMILIES, LEVELS, Family, Task
 from posttrain.starter.instructions import BRACKETS, BRIEF, STEPS
 from posttrain.starter.tasks import (
     SYSTEM_INSTRUCTIONS,
     completion,
-    split_of,
     starter_prompts,
     starter_sft_rows,
 )

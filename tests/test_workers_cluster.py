@@ -1,20 +1,31 @@
 """Actors: placed in time or refused with reasons; what goes wrong inside arrives with its name."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import ray
 
+from posttrain.data.prompts import make_prompt
 from posttrain.errors import DataError, ModelError, PlacementError, StageError
+from posttrain.inputs import STARTER_POLICY
 from posttrain.types import Message, Outcome, PolicyVersion, Prompt, Rollout, VersionSpan
 from posttrain.workers.cluster import start_actor, stop_actor
 from posttrain.workers.learner_ranks import start_learner
 from posttrain.workers.scoring import RewardWorkers
-from posttrain.workers.settings import ActorResources, LearnerResources, LearnerSettings
+from posttrain.workers.settings import (
+    ActorResources,
+    EngineSettings,
+    LearnerResources,
+    LearnerSettings,
+    RolloutPoolSettings,
+)
+from rewards.judged import JudgedSettings
 from rewards.shaping import RewardSettings
 
 pytest_plugins = ["engine_fixtures"]
@@ -117,6 +128,16 @@ def answer(text):
     )
 
 
+def reward_workers(settings):
+    return RewardWorkers.start(
+        settings,
+        num_workers=1,
+        judge=RolloutPoolSettings(actor=SMALL, engine=EngineSettings(max_model_len=512)),
+        resources=ActorResources(cpus=0),
+        deadline_s=120,
+    )
+
+
 async def test_mathematics_is_verified_inside_an_actor(cluster):
     """math-verify's own time limits raise off the main thread, where an actor's methods run."""
     prompt = Prompt(
@@ -126,9 +147,7 @@ async def test_mathematics_is_verified_inside_an_actor(cluster):
         domain="maths",
         metadata={"verifier": "maths"},
     )
-    workers = RewardWorkers.start(
-        RewardSettings(), num_workers=1, resources=ActorResources(cpus=0), deadline_s=60
-    )
+    workers = reward_workers(RewardSettings())
     texts = [r"so it is \boxed{0.75}", r"\boxed{\frac{6}{8}}", r"\boxed{0.7}", "<think>it is"]
     rewards = await workers.score(prompt, [answer(text) for text in texts], None)
     workers.stop()
@@ -139,6 +158,26 @@ async def test_mathematics_is_verified_inside_an_actor(cluster):
         Outcome.UNPARSABLE,
     ]
     assert [reward.value for reward in rewards] == [1.0, 1.0, 0.0, 0.0]
+
+
+def engine_cores():
+    running = psutil.Process().children(recursive=True)
+    return {process for process in running if "EngineCore" in " ".join(process.cmdline())}
+
+
+@pytest.mark.slow
+async def test_a_judge_served_by_engines_of_the_run(cluster):
+    """The starter cannot follow a rubric: what it says is no grade, so the answer is unscored."""
+    judge = JudgedSettings(model=str(STARTER_POLICY), max_tokens=24, retries=1, template="{answer}")
+    before = engine_cores()
+    workers = reward_workers(RewardSettings(default_verifier="judge", judge=judge))
+    prompt = make_prompt("?", reference=None, domain="chat")
+    (reward,) = await workers.score(prompt, [answer("#4")], None)
+    (engine,) = engine_cores() - before
+    workers.stop()
+    assert (reward.value, reward.outcome) == (None, Outcome.INFRASTRUCTURE)
+    assert re.fullmatch(r"the judge's reply .* no JSON object \(2 attempts\)", reward.explanation)
+    assert psutil.wait_procs([engine], timeout=20)[1] == []
 
 
 def test_a_signal_reaches_the_handler_of_whoever_connects():

@@ -255,13 +255,16 @@ async def test_an_engine_with_other_weights_than_the_learner_is_noticed(stack, c
 async def test_a_request_that_is_given_up_frees_its_engine(stack):
     long = request("given-up", "the", num_rollouts=16, max_tokens=MAX_MODEL_LEN - 8)
     task = asyncio.create_task(stack.generators.generate(long))
-    await asyncio.sleep(0.1)
+    while not await stack.generators.tokens_written("given-up"):
+        assert not task.done()
+    assert await stack.generators.tokens_written("unknown") is None
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     # The engine takes the same id again only if it let go of the first request.
     rollouts = await stack.generators.generate(long)
     assert len(rollouts) == 16
+    assert await stack.generators.tokens_written("given-up") is None
     assert [replica.outstanding for replica in stack.generators._replicas] == [0]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_models import MAX_MODEL_LEN, PROBES, request, save_policy
+from engine_processes import children, gone, processes
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -130,8 +131,6 @@ async def test_a_16_bit_engine_is_held_to_what_the_first_probe_measured(cluster,
 
 
 async def test_an_engine_on_two_devices_takes_weights_and_leaves_nothing_behind(cluster, tmp_path):
-    from test_workers_generator_survival import gone, processes
-
     policy = save_policy(tmp_path / "policy", tied=True)
     pool = await start(policy, tensor_parallel=2)
     source = HandMade(policy)
@@ -142,8 +141,7 @@ async def test_an_engine_on_two_devices_takes_weights_and_leaves_nothing_behind(
         assert (await publish(next(versions)))["mismatch_max"] < 1e-4
     (replica,) = pool._replicas
     actor = processes(replica._actor)
-    children = Path(f"/proc/{actor['VLLM::EngineCor']}/task").glob("*/children")
-    workers = [int(pid) for file in children for pid in file.read_text().split()]
+    workers = children(actor["VLLM::EngineCor"])
     assert len(workers) >= 2
     asked = asyncio.create_task(
         pool.generate(request("a", "the", num_rollouts=8, max_tokens=MAX_MODEL_LEN - 8))

@@ -1,16 +1,14 @@
 """Engines that die or hang in mid-work: nobody who waits for them loses anything."""
 
 import asyncio
-import contextlib
 import itertools
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
-import ray
 from engine_models import MAX_MODEL_LEN, PROBES, TEMPERATURE, request
+from engine_processes import gone, processes
 
 from posttrain.workers.probe import compare_logprobs
 
@@ -21,27 +19,6 @@ pytestmark = [
 ]
 
 HANG_DEADLINE_S = 6.0
-
-
-def processes(actor):
-    """The actor's own process and its children's, by name."""
-    me = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
-    files = Path(f"/proc/{me}/task").glob("*/children")
-    children = [int(pid) for file in files for pid in file.read_text().split()]
-    return {"actor": me} | {Path(f"/proc/{p}/comm").read_text().strip(): p for p in children}
-
-
-def alive(pid):
-    with contextlib.suppress(FileNotFoundError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
-
-
-async def gone(pids, within_s=20.0):
-    until = time.monotonic() + within_s
-    while any(map(alive, pids)) and time.monotonic() < until:
-        await asyncio.sleep(0.1)
-    return not any(map(alive, pids))
 
 
 class Load:

@@ -18,27 +18,30 @@ class ChatFormat:
     Text is tokenised here once; afterwards token ids travel, and what an engine produced is never
     tokenised again.
 
+    `setting` is the one that named the tokenizer, for the errors.
+
     Raises:
         ModelError: no tokenizer there, or one without a chat template or end-of-turn token, or (at
             the first prompt) one whose template cannot render it.
     """
 
-    def __init__(self, tokenizer_path: str) -> None:
+    def __init__(self, tokenizer_path: str, setting: str = "policy.model") -> None:
         from transformers import AutoTokenizer
 
+        self._setting = setting
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(
                 tokenizer_path, trust_remote_code=False
             )
         except Exception as error:  # a damaged file raises whatever its parser stumbles over
             raise ModelError(
-                f"policy.model: no readable tokenizer in {tokenizer_path!r}: {error}"
+                f"{setting}: no readable tokenizer in {tokenizer_path!r}: {error}"
             ) from error
         if not self.tokenizer("1")["input_ids"]:  # what transformers makes up where there is none
-            raise ModelError(f"policy.model: the tokenizer in {tokenizer_path!r} knows no text")
+            raise ModelError(f"{setting}: the tokenizer in {tokenizer_path!r} knows no text")
         for what in ("chat_template", "eos_token_id", "pad_token_id"):
             if getattr(self.tokenizer, what) is None:
-                raise ModelError(f"policy.model: the tokenizer in {tokenizer_path!r} has no {what}")
+                raise ModelError(f"{setting}: the tokenizer in {tokenizer_path!r} has no {what}")
 
     @property
     def pad_token_id(self) -> int:
@@ -60,7 +63,7 @@ class ChatFormat:
         except TemplateError as error:
             shown = "no system message" if system is None else f"the system message {system.text!r}"
             raise ModelError(
-                f"policy.model: its chat template cannot render a prompt with {shown}: {error}"
+                f"{self._setting}: its chat template cannot render a prompt with {shown}: {error}"
             ) from error
         return tuple(rendered["input_ids"])
 

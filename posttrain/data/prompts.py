@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from posttrain.errors import DataError
 from posttrain.types import Message, Prompt
+
+Split = Literal["train", "held_out"]
+
+HELD_OUT_EVERY = 8
 
 
 def content_hash(messages: Sequence[Message]) -> str:
@@ -33,6 +37,13 @@ def make_prompt(
         domain=domain,
         metadata=metadata or {},
     )
+
+
+def split_of(prompt_id: str) -> Split:
+    """Of a task that is made, not read: held out exactly when its content hash falls into one
+    residue class, so that the splits cannot overlap, whatever sizes and seeds they are made with.
+    """
+    return "held_out" if int(prompt_id, 16) % HELD_OUT_EVERY == 0 else "train"
 
 
 def check_disjoint(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:

@@ -1,4 +1,4 @@
-"""Where tasks and supervised rows come from: the starter's generators, or files.
+"""Where tasks and supervised rows come from: the starter's generators, reasoning-gym, or files.
 
 A file of tasks is JSON lines with `question`, `answer`, and optionally `domain` and `verifier`; a
 file of supervised rows is JSON lines with `question`, `completion` and optionally `answer`,
@@ -10,31 +10,42 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from posttrain.data.prompts import make_prompt
+from posttrain.data.gym import gym_prompts
+from posttrain.data.prompts import Split, make_prompt
 from posttrain.errors import DataError
 from posttrain.types import Prompt, SFTRow
 
 STARTER = "starter"
+REASONING_GYM = "reasoning_gym"
 
 
 class SourceSettings(BaseModel):
-    """`source` is `starter` or the path of a JSONL file; `size` cuts a file or sizes the starter's
-    draw; `seed` is the starter's."""
+    """`source` is `starter`, `reasoning_gym` or the path of a JSONL file. `size` cuts a file, or
+    says how many tasks are made; `seed` is that of what is made. `family` and its `settings` are
+    reasoning-gym's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str = Field(min_length=1)
     size: int | None = Field(default=None, gt=0)
     seed: int = 0
+    family: str | None = Field(default=None, min_length=1)
+    settings: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _family_belongs_to_reasoning_gym(self) -> Self:
+        if self.source == REASONING_GYM and self.family is None:
+            raise ValueError("source: reasoning_gym needs a family, for example chain_sum")
+        if self.source != REASONING_GYM and (self.family is not None or self.settings):
+            raise ValueError(f"family and settings are reasoning_gym's, not those of {self.source}")
+        return self
 
 
-def load_prompts(
-    sources: Sequence[SourceSettings], split: Literal["train", "held_out"]
-) -> list[Prompt]:
+def load_prompts(sources: Sequence[SourceSettings], split: Split) -> list[Prompt]:
     """The prompts of all sources, each once.
 
     Raises:
@@ -61,6 +72,8 @@ def load_sft_rows(settings: SourceSettings) -> list[SFTRow]:
         from posttrain.starter.tasks import starter_sft_rows
 
         return starter_sft_rows(_size(settings), settings.seed)
+    if settings.source == REASONING_GYM:
+        raise DataError("sft.data: reasoning_gym has questions and answers, but no completions")
     rows = []
     for number, record in _records(settings):
         place = f"{settings.source}, line {number}"
@@ -77,11 +90,15 @@ def load_sft_rows(settings: SourceSettings) -> list[SFTRow]:
     return rows
 
 
-def _prompts(settings: SourceSettings, split: Literal["train", "held_out"]) -> list[Prompt]:
+def _prompts(settings: SourceSettings, split: Split) -> list[Prompt]:
     if settings.source == STARTER:
         from posttrain.starter.tasks import starter_prompts
 
         return starter_prompts(split, _size(settings), settings.seed)
+    if settings.family is not None:
+        return gym_prompts(
+            settings.family, settings.settings, split, _size(settings), settings.seed
+        )
     prompts = []
     for number, record in _records(settings):
         place = f"{settings.source}, line {number}"
@@ -93,7 +110,9 @@ def _prompts(settings: SourceSettings, split: Literal["train", "held_out"]) -> l
 
 def _size(settings: SourceSettings) -> int:
     if settings.size is None:
-        raise DataError("the source 'starter' makes as many tasks as wanted: give it a size")
+        raise DataError(
+            f"the source {settings.source!r} makes as many tasks as wanted: give it a size"
+        )
     return settings.size
 
 
@@ -101,7 +120,8 @@ def _records(settings: SourceSettings) -> Iterator[tuple[int, Mapping[str, Any]]
     path = Path(settings.source)
     if not path.is_file():
         raise DataError(
-            f"{settings.source} is no file. A source is 'starter' or the path of a JSONL file."
+            f"{settings.source} is no file. A source is 'starter', 'reasoning_gym' or the path of "
+            "a JSONL file."
         )
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):

@@ -121,6 +121,7 @@ def _pools(settings: PruneSettings, out: Path) -> Pools:
         learner=ResourceSettings().learner,
         rewards=settings.rewards,
         reward_workers=resources.rewards.workers,
+        reward_judge=resources.rewards.judge,
         reward_actor=resources.rewards.actor,
         deadline_s=resources.deadline_s,
     )

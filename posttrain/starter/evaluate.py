@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from posttrain.data.prompts import Split
 from posttrain.starter import POLICY_DIR
-from posttrain.starter.tasks import Split, starter_prompts
+from posttrain.starter.tasks import starter_prompts
 from posttrain.types import Outcome, Prompt, SystemInstruction
 from rewards.shaping import RewardSettings
 from rewards.verifiers import verifier_of

@@ -1,26 +1,20 @@
 """The starter policy's tasks as prompts and supervised rows.
 
-A prompt is held out exactly when its content hash falls into one residue class, so the splits
-cannot overlap, whatever sizes and seeds they are drawn with. The policy's own training text leaves
-the held-out class out too.
+The policy's own training text leaves out what may be held out (`posttrain.data.prompts.split_of`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from random import Random
-from typing import Literal
 
-from posttrain.data.prompts import content_hash, make_prompt
+from posttrain.data.prompts import Split, content_hash, make_prompt, split_of
 from posttrain.starter.families import FAMILIES, LEVELS, Family, Task
 from posttrain.starter.instructions import BRACKETS, BRIEF, STEPS, SYSTEM_INSTRUCTIONS
 from posttrain.types import Message, Prompt, SFTRow
 
-Split = Literal["train", "held_out"]
+__all__ = ["SYSTEM_INSTRUCTIONS", "completion", "starter_prompts", "starter_sft_rows"]
 
-__all__ = ["SYSTEM_INSTRUCTIONS", "completion", "split_of", "starter_prompts", "starter_sft_rows"]
-
-HELD_OUT_EVERY = 8
 MAX_REPEATS = 200
 """A (family, level) that yields this many known prompts in a row counts as used up."""
 
@@ -29,10 +23,6 @@ PLAIN_SHARE = 0.5
 """Share of supervised rows without a system instruction; the rest is split evenly."""
 
 TWO_ROW_SHARE = 0.1
-
-
-def split_of(prompt_id: str) -> Split:
-    return "held_out" if int(prompt_id, 16) % HELD_OUT_EVERY == 0 else "train"
 
 
 def in_training_split(question: str) -> bool:

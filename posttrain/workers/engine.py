@@ -193,6 +193,17 @@ class VllmEngine:
             self._progressed_at = time.monotonic()
         return time.monotonic() - self._progressed_at
 
+    def tokens_written(self, request_id: str) -> int | None:
+        """As `posttrain.types.ObservedGenerator` says. Completions that have ended while others of
+        their request have not do not count: vLLM has no record of them any more."""
+        states = self._request_states()
+        written = [
+            states[own_id].detokenizer.num_output_tokens()
+            for own_id in self._llm.output_processor.external_req_ids.get(request_id, ())
+            if own_id in states
+        ]
+        return max(written, default=None)
+
     def close(self) -> None:
         self._llm.shutdown()
 

@@ -44,6 +44,7 @@ class Pools:
         learner: LearnerResources,
         rewards: RewardSettings,
         reward_workers: int,
+        reward_judge: RolloutPoolSettings,
         reward_actor: ActorResources,
         deadline_s: float,
     ) -> None:
@@ -52,6 +53,7 @@ class Pools:
         self._learner = learner
         self._rewards = rewards
         self._reward_workers = reward_workers
+        self._reward_judge = reward_judge
         self._reward_actor = reward_actor
         self._deadline_s = deadline_s
         self._generators: GeneratorPool | None = None
@@ -88,6 +90,7 @@ class Pools:
             self._scorer = RewardWorkers.start(
                 self._rewards,
                 num_workers=self._reward_workers,
+                judge=self._reward_judge,
                 resources=self._reward_actor,
                 deadline_s=self._deadline_s,
             )

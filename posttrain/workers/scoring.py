@@ -3,23 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from posttrain.types import Prompt, Reward, Rollout, SystemInstruction
+from posttrain.data.chat import ChatFormat
+from posttrain.data.prompts import make_prompt
+from posttrain.types import Message, PolicyVersion, Prompt, Reward, Rollout, SystemInstruction
 from posttrain.workers.cluster import answer, close_actor, start_actor
-from posttrain.workers.settings import ActorResources
+from posttrain.workers.generator import GeneratorPool
+from posttrain.workers.settings import ActorResources, RolloutPoolSettings
+from rewards.judge_access import engine_ask
 from rewards.pool import ScorerPool
 from rewards.shaping import RewardSettings
 
 
 class RewardActor:
-    """Holds a `ScorerPool` on whatever node Ray puts it."""
+    """Holds a `ScorerPool` on whatever node Ray puts it, and the engines of the judge that the
+    settings name by its model."""
 
-    def __init__(self, num_workers: int, settings: RewardSettings) -> None:
-        self._pool = ScorerPool(num_workers, settings)
+    def __init__(
+        self,
+        num_workers: int,
+        settings: RewardSettings,
+        judge: RolloutPoolSettings,
+        deadline_s: float,
+    ) -> None:
+        self._num_workers = num_workers
+        self._settings = settings
+        self._judge = judge
+        self._deadline_s = deadline_s
+        self._engines: GeneratorPool | None = None
 
     async def ready(self) -> None:
-        pass
+        """Raises ModelError for a judge that cannot be served."""
+        judged, ask = self._settings.judge, None
+        if judged is not None and judged.model is not None:
+            chat = ChatFormat(judged.model, "rewards.judge.model")
+            self._engines = await GeneratorPool.start(
+                judged.model,
+                PolicyVersion(0, 0),
+                self._judge.engine,
+                replicas=self._judge.replicas,
+                resources=self._judge.actor,
+                deadline_s=self._deadline_s,
+            )
+            ask = engine_ask(self._engines, partial(_encode, chat), judged)
+        self._pool = ScorerPool(self._num_workers, self._settings, engine=ask)
 
     async def score(
         self, prompt: Prompt, rollouts: Sequence[Rollout], system: SystemInstruction | None
@@ -28,6 +57,12 @@ class RewardActor:
 
     async def close(self) -> None:
         self._pool.close()
+        if self._engines is not None:
+            self._engines.stop()
+
+
+def _encode(chat: ChatFormat, message: Message) -> tuple[int, ...]:
+    return chat.encode(make_prompt(message.content, reference=None, domain="judge"), None)
 
 
 class RewardWorkers:
@@ -42,6 +77,7 @@ class RewardWorkers:
         settings: RewardSettings,
         *,
         num_workers: int,
+        judge: RolloutPoolSettings,
         resources: ActorResources,
         deadline_s: float,
     ) -> RewardWorkers:
@@ -49,6 +85,8 @@ class RewardWorkers:
             RewardActor,
             num_workers,
             settings,
+            judge,
+            deadline_s,
             resources=resources,
             environment={"OMP_NUM_THREADS": "1"},
             deadline_s=deadline_s,

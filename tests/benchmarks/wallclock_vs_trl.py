@@ -42,7 +42,11 @@ def run_ours(lr: float, seed: int, out: Path, steps: int, max_lag: int) -> None:
     command = [
         *(sys.executable, "-m", "posttrain.cli", "run", CONFIG, *DATA),
         *("stages=[rl]", f"run.dir={out.absolute()}", f"run.seed={seed}", f"rl.num_steps={steps}"),
-        *(f"rl.max_lag={max_lag}", f"rl.export_every={EVERY}", "rl.learner.kl_coefficient=0.0"),
+        *(
+            f"rl.max_lag={max_lag}",
+            f"rl.export_every={EVERY}",
+            "rl.learner.loss.kl_coefficient=0.0",
+        ),
         *(f"rl.learner.learning_rate={lr}", f"rl.checkpoint_every={10 * steps}"),
     ]
     subprocess.run(command, check=True)
