@@ -75,6 +75,28 @@ def test_buckets_are_those_of_the_curriculum() -> None:
     assert places.to_list() == bucket_of(rates).tolist()
 
 
+def test_what_was_pruned_by_stage_rule_and_pass_rate() -> None:
+    drop = {"stage": "sft", "rule": "easy", "action": "drop", "domain": "a"}
+    found = difficulty.pruned(
+        verdicts(
+            judged("p0", 6, 8, **drop),
+            judged("p1", 7, 8, **drop),
+            judged("p2", 8, 8, **drop),
+            judged("p3", 0, 8, **drop | {"action": "keep"}),
+            judged("p2", 8, 8, step=5, stage="rl", rule="re-screening", action="drop"),
+            judged("p2", 3, 8, step=9, stage="rl", rule="re-screening", action="keep"),
+        )
+    )
+    names = ("stage", "domain", "bucket", "action", "prompts", "lowest", "highest")
+    assert found.select(names).rows() == [
+        ("rl", None, "(.25, .5]", "keep", 1, 0.375, 0.375),
+        ("sft", "a", "0", "keep", 1, 0.0, 0.0),
+        ("sft", "a", "(.5, .75]", "drop", 1, 0.75, 0.75),
+        ("sft", "a", "(.75, 1)", "drop", 1, 0.875, 0.875),
+        ("sft", "a", "1", "drop", 1, 1.0, 1.0),
+    ]
+
+
 def test_steps_share_windows_when_there_are_many() -> None:
     windows = add_windows(pl.DataFrame({"step": [1, 3, 4, 10]}), columns=4)
     assert windows.rows() == [(1, 1, 4), (3, 1, 4), (4, 4, 7), (10, 10, 13)]
@@ -136,12 +158,21 @@ def test_calibration_takes_first_draws_of_the_first_and_the_last_third() -> None
         ),
     )
     early, always, late = found.rows(named=True)
-    half = 1.96 * np.std([0.0, 0.5], ddof=1) / np.sqrt(2)
     assert (early["period"], early["bucket"], early["prompts"]) == ("first third", "(0, .25]", 2)
     assert (early["judged"], early["later"]) == (0.25, 0.25)
-    assert (early["low"], early["high"]) == (0.0, pytest.approx(0.25 + half))
-    assert (always["bucket"], always["later"], always["low"]) == ("1", 1.0, None)
+    assert (early["low"], early["high"]) == (None, None)
+    assert (always["bucket"], always["later"]) == ("1", 1.0)
     assert (late["period"], late["later"], late["prompts"]) == ("last third", 0.75, 1)
+
+
+def test_calibration_has_intervals_where_there_are_enough_prompts() -> None:
+    rights = [0, 1, 2, 2, 3]
+    found = difficulty.calibration(
+        verdicts(*(judged(f"p{i}", 2, 8) for i in range(5)), judged("late", 2, 8)),
+        draws(*(drawn(f"p{i}", 1, right) for i, right in enumerate(rights)), drawn("late", 9, 4)),
+    ).row(0, named=True)
+    half = 1.96 * np.std(np.array(rights) / 4, ddof=1) / np.sqrt(5)
+    assert (found["low"], found["high"]) == (pytest.approx(0.4 - half), pytest.approx(0.4 + half))
 
 
 def test_shares_of_groups_with_signal_stand_on_one_another() -> None:

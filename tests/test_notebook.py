@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, on the run that ships with it and on another by one line."""
+"""The notebook runs from top to bottom, on the run that ships with it and on another."""
 
 from __future__ import annotations
 

@@ -11,6 +11,8 @@ RATE_BINS = ("0", *(f".{i}–{f'.{i + 1}' if i < 9 else '1'}" for i in range(10)
 """Never right, ten open intervals, always right."""
 
 POOL = (*BUCKETS, "dropped")
+ENOUGH = 5
+"""Prompts from which on an interval over them is worth drawing."""
 UNDECIDED = "no selection"
 """Screened for RL's curriculum alone, which drops nothing beforehand."""
 
@@ -40,19 +42,22 @@ def pass_rate_bins(verdicts: pl.DataFrame) -> pl.DataFrame:
 
 
 def pruned(verdicts: pl.DataFrame) -> pl.DataFrame:
-    """What was decided, by whom and about what: `stage`, `rule`, `domain`, `label`, `action`,
-    `prompts`, `lowest` and `highest` pass rate of theirs. Of several decisions of a stage on a
-    prompt the last one counts."""
+    """What was decided, by whom and about what: `stage`, `rule`, `domain`, `place` and `bucket` of
+    the pass rate, `action`, `prompts`, `lowest` and `highest` pass rate of theirs. Of several
+    decisions of a stage on a prompt the last one counts."""
     return (
-        verdicts.filter(pl.col("action").is_not_null())
+        verdicts.filter(pl.col("action").is_not_null() & pl.col("pass_rate").is_not_null())
         .unique(["stage", "prompt_id"], keep="last", maintain_order=True)
-        .group_by("stage", "rule", "domain", "label", "action")
+        .group_by(
+            *("stage", "rule", "domain", "action"), bucket_place(pl.col("pass_rate")).alias("place")
+        )
         .agg(
             pl.len().alias("prompts"),
             pl.col("pass_rate").min().alias("lowest"),
             pl.col("pass_rate").max().alias("highest"),
         )
-        .sort("stage", "rule", "domain", "label", "action")
+        .with_columns(_name("place", BUCKETS).alias("bucket"))
+        .sort("stage", "rule", "domain", "place", "action")
     )
 
 
@@ -119,7 +124,7 @@ def calibration(verdicts: pl.DataFrame, draws: pl.DataFrame) -> pl.DataFrame:
     """The judge's estimate against what the policy did when it first drew the prompt, early and
     late in RL: `period` (`first third`, `last third` of the steps), `place` and `bucket` of the
     estimate, `judged` and `later` (mean pass rates), `low`, `high` (95% interval of `later`,
-    normal, over prompts; null for one prompt), `prompts`."""
+    normal, over prompts; null for fewer than ENOUGH), `prompts`."""
     first = (
         draws.filter((pl.col("num_scored") > 0) & pl.col("step").is_not_null())
         .unique("prompt_id", keep="first", maintain_order=True)
@@ -133,7 +138,7 @@ def calibration(verdicts: pl.DataFrame, draws: pl.DataFrame) -> pl.DataFrame:
         .when(pl.col("step") * 3 > last * 2)
         .then(pl.lit("last third"))
     )
-    error = 1.96 * pl.col("rate").std() / pl.len().sqrt()
+    error = 1.96 * pl.col("rate").std() / pl.when(pl.len() >= ENOUGH).then(pl.len()).sqrt()
     return (
         screened(verdicts)
         .select("prompt_id", "pass_rate")

@@ -8,7 +8,7 @@ import polars as pl
 
 from posttrain.inspect import difficulty, loop
 from posttrain.inspect.run import Run
-from posttrain.types import Action, Label
+from posttrain.types import Action
 
 NOTABLE_IDLE = 0.1
 """A role that stands still for a smaller share of the time is not what bounds the other."""
@@ -111,7 +111,7 @@ def what_was_pruned(run: Run) -> Finding | None:
     if back:
         sentences.append(f"{back:,} came back when they were tested again")
     kept_unsolved = decided.filter(
-        (pl.col("action") == str(Action.KEEP)) & (pl.col("label") == str(Label.UNSOLVED))
+        (pl.col("action") == str(Action.KEEP)) & (pl.col("highest") == 0)
     )["prompts"].sum()
     if kept_unsolved:
         sentences.append(

@@ -78,7 +78,7 @@ def accuracy_by_time(runs: Run | Sequence[Run], metric: str = "pass@1") -> Any:
     during = pl.format("{}, step {}", "stage", "step")
     named = rows.with_columns(
         pl.when(pl.col("step").is_null())
-        .then(pl.format("after {}", "stage"))
+        .then(pl.col("stage").replace("start", "at the start"))
         .otherwise(during)
         .alias("when")
     )
@@ -105,5 +105,7 @@ def accuracy_by_time(runs: Run | Sequence[Run], metric: str = "pass@1") -> Any:
     if len(runs) == 1:
         layers.append(words.transform_filter(alt.datum.step == None))  # noqa: E711
     return finish(
-        alt.layer(*layers).properties(width=WIDTH, height=HEIGHT), title, "Evaluations included"
+        alt.layer(*layers).properties(width=WIDTH, height=HEIGHT),
+        title,
+        "After each stage, and during RL where it was evaluated; the time includes evaluations",
     )

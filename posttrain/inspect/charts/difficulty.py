@@ -26,8 +26,10 @@ from posttrain.inspect.charts.look import (
     steps_axis,
 )
 from posttrain.inspect.run import Run
+from posttrain.types import Action
 
 ACTIONS = {"keep": BLUE, "drop": ORANGE, "retest": SKY, difficulty.UNDECIDED: GREY}
+KEPT = "kept"
 HARD_FIRST = "hard prompts are dark"
 
 
@@ -72,36 +74,43 @@ def pass_rate_histogram(run: Run) -> Any:
 
 
 def pruned_by_domain(run: Run) -> Any:
-    """Which domains lost prompts to selection, and how difficult those were."""
-    title = "What was pruned: dropped prompts by domain and difficulty"
-    dropped = difficulty.pruned(run.verdicts).filter(pl.col("action") == "drop")
-    if dropped.is_empty():
-        return nothing(title, "Nothing was dropped in this run.")
-    named = dropped.with_columns(
+    """How much of each domain selection dropped, and how difficult that was."""
+    title = "What was pruned: prompts by domain, the dropped ones by pass rate"
+    decided = difficulty.pruned(run.verdicts).with_columns(
         pl.format("{}: {}", "stage", pl.col("rule").str.replace_all("_", " ")).alias("by"),
         pl.col("domain").fill_null("unknown"),
+        dropped=pl.col("action") == str(Action.DROP),
     )
-    labels = ["unsolved", "hard", "medium", "easy"]
+    if not decided["dropped"].any():
+        return nothing(title, "Nothing was dropped in this run.")
+    shown = decided.with_columns(
+        pl.when("dropped").then("bucket").otherwise(pl.lit(KEPT)).alias("what"),
+        pl.when("dropped").then("place").otherwise(-1).alias("place"),
+    )
+    names = [KEPT, *BUCKETS]
     bars = (
-        alt.Chart(named)
+        alt.Chart(shown)
         .mark_bar()
         .encode(
-            x=alt.X("sum(prompts):Q", axis=alt.Axis(title="prompts dropped", tickMinStep=1)),
-            y=alt.Y("domain:N", sort="-x", axis=alt.Axis(title=None)),
+            x=alt.X("sum(prompts):Q", axis=alt.Axis(title="prompts judged", tickMinStep=1)),
+            y=alt.Y("domain:N", axis=alt.Axis(title=None)),
             color=alt.Color(
-                "label:N",
-                sort=labels,
-                scale=alt.Scale(domain=labels, range=[DIFFICULTY[i] for i in (0, 1, 3, 5)]),
-                legend=alt.Legend(title="judged"),
+                "what:N",
+                sort=names,
+                scale=alt.Scale(domain=names, range=[GREY, *DIFFICULTY[: len(BUCKETS)]]),
+                legend=alt.Legend(title="dropped, by pass rate"),
             ),
+            order=alt.Order("place:Q", sort="descending"),
             column=alt.Column("by:N", header=alt.Header(title=None)),
-            tooltip=["by", "domain", "label", "prompts"],
+            tooltip=["by", "domain", "what", "prompts"],
         )
         .properties(width=WIDTH / 2, height=alt.Step(20))
     )
-    sums = dropped.group_by("stage", maintain_order=True).agg(pl.col("prompts").sum())
-    subtitle = "; ".join(f"{stage}: {count:,} dropped" for stage, count in sums.iter_rows())
-    return finish(bars, title, f"{subtitle}. {HARD_FIRST.capitalize()}.")
+    sums = decided.group_by("by", maintain_order=True).agg(
+        pl.col("prompts").filter("dropped").sum().alias("dropped"), pl.col("prompts").sum()
+    )
+    told = "; ".join(f"{by}, {dropped:,} of {of:,}" for by, dropped, of in sums.iter_rows())
+    return finish(bars.resolve_scale(x="independent"), title, told)
 
 
 def difficulty_by_step(run: Run) -> Any:
@@ -224,8 +233,13 @@ def calibration(run: Run) -> Any:
             legend=alt.Legend(title="of the steps"),
         ),
     )
-    marks = base.mark_point(filled=True, size=80, opacity=1).encode(
+    marks = base.mark_point(filled=True, opacity=1).encode(
         y=alt.Y("later:Q", **percent("pass rate when drawn")),
+        size=alt.Size(
+            "prompts:Q",
+            scale=alt.Scale(range=[20, 220]),
+            legend=alt.Legend(title="prompts", tickCount=3, format="d"),
+        ),
         shape=alt.Shape("period:N", scale=alt.Scale(domain=periods, range=SHAPES[:2])),
         tooltip=["period", "bucket", "judged", "later", "low", "high", "prompts"],
     )
@@ -238,6 +252,6 @@ def calibration(run: Run) -> Any:
     return finish(
         alt.layer(diagonal, ranges, marks).properties(width=HEIGHT * 1.3, height=HEIGHT * 1.3),
         title,
-        "On the diagonal the judge was right; above it the policy has become better since.",
-        "95% intervals over prompts",
+        "On the diagonal the judge was right; above it the policy has become better since",
+        f"95% intervals over prompts, where there are {difficulty.ENOUGH}",
     )

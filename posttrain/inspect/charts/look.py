@@ -64,4 +64,8 @@ def steps_axis() -> alt.Axis:
 
 def rectangle_of_window() -> dict[str, Any]:
     """Encodings of a bar from `step_from` to `step_to`."""
-    return {"x": alt.X("step_from:Q", axis=steps_axis()), "x2": alt.X2("step_to:Q")}
+    from_first = alt.Scale(nice=False, zero=False)
+    return {
+        "x": alt.X("step_from:Q", axis=steps_axis(), scale=from_first),
+        "x2": alt.X2("step_to:Q"),
+    }

@@ -30,6 +30,11 @@ from posttrain.inspect.fates import FATES
 from posttrain.inspect.run import Run
 
 END_COLOURS = [BLUE, YELLOW, PURPLE, ORANGE, VERMILION]
+AGE_MEASURES = {
+    "clipped_fraction": ("clipped tokens", "share of tokens", ".1%", 0.01),
+    "k3": ("divergence from what wrote them", "k3 (nats)", "~g", 1e-3),
+}
+"""What the learner reports by age: title, axis, format, and the least that the axis spans."""
 FATE_COLOURS = [BLUE, SKY, PURPLE, YELLOW, ORANGE, VERMILION, BLACK, GREY]
 
 
@@ -39,6 +44,7 @@ def trainable_share(run: Run) -> Any:
     ends = loop.group_ends(run.draws)
     if ends.is_empty():
         return nothing(title, "No draw has ended in this run.")
+    there = [end for end in loop.ENDS if end in set(ends["end"])]
     bars = (
         alt.Chart(ends)
         .mark_rect()
@@ -48,8 +54,10 @@ def trainable_share(run: Run) -> Any:
             y2="above:Q",
             color=alt.Color(
                 "end:N",
-                sort=list(loop.ENDS),
-                scale=alt.Scale(domain=list(loop.ENDS), range=END_COLOURS),
+                sort=there,
+                scale=alt.Scale(
+                    domain=there, range=[END_COLOURS[loop.ENDS.index(end)] for end in there]
+                ),
                 legend=alt.Legend(title="group"),
             ),
             tooltip=["step_from", "end", "groups", alt.Tooltip("share", format=".0%")],
@@ -81,43 +89,58 @@ def staleness(run: Run) -> Any:
         )
         .properties(width=150, height=HEIGHT, title="trained groups by lag")
     )
-    panels = [bars, *_by_age(run.steps)]
+    panels = [bars, *_sample_size(run.steps), *_by_age(run.steps)]
     return finish(
-        alt.hconcat(*panels, spacing=40).resolve_scale(color="shared"),
+        alt.hconcat(*panels, spacing=30),
         title,
         "It hurts where old tokens are clipped or the effective sample size falls",
     )
 
 
+def _sample_size(steps: pl.DataFrame) -> list[Any]:
+    if "learner/ess" not in steps.columns:
+        return []
+    return [
+        alt.Chart(steps.select("step", pl.col("learner/ess").alias("ess")).drop_nulls())
+        .mark_line(color=BLUE)
+        .encode(
+            x=alt.X("step:Q", axis=steps_axis()),
+            y=alt.Y("ess:Q", **percent("share of the batch")),
+            tooltip=["step", "ess"],
+        )
+        .properties(width=170, height=HEIGHT, title="effective sample size")
+    ]
+
+
 def _by_age(steps: pl.DataFrame) -> list[Any]:
-    """Clipped share of tokens by their age; effective sample size of the batch."""
+    """Clipped share of the tokens, and divergence from the weights that wrote them, by age."""
+    measured = loop.by_age(steps).with_columns(pl.format("age {}", "age").alias("tokens of"))
     panels = []
-    clipped = loop.by_age(steps).filter(pl.col("measure") == "clipped_fraction")
-    if not clipped.is_empty():
+    for measure, (title, axis, form, least) in AGE_MEASURES.items():
+        of_it = measured.filter(pl.col("measure") == measure)
+        if of_it.is_empty():
+            continue
+        most = of_it["value"].max()
+        assert isinstance(most, float)
         panels.append(
-            alt.Chart(clipped.with_columns(pl.format("age {}", "age")))
+            alt.Chart(of_it)
             .mark_line()
             .encode(
                 x=alt.X("step:Q", axis=steps_axis()),
-                y=alt.Y("value:Q", axis=alt.Axis(title="share of tokens", format=".1%")),
-                color=alt.Color(
-                    "age:N", scale=alt.Scale(range=SERIES), legend=alt.Legend(title=None)
+                y=alt.Y(
+                    "value:Q",
+                    axis=alt.Axis(title=axis, format=form),
+                    scale=alt.Scale(domain=[0, max(most, least)]),
                 ),
-                strokeDash=alt.StrokeDash("age:N", legend=None),
-                tooltip=["step", "age", "value"],
+                color=alt.Color(
+                    "tokens of:N",
+                    scale=alt.Scale(range=SERIES),
+                    legend=alt.Legend(orient="bottom", title=None),
+                ),
+                strokeDash=alt.StrokeDash("tokens of:N", legend=None),
+                tooltip=["step", "tokens of", "value"],
             )
-            .properties(width=210, height=HEIGHT, title="clipped tokens by age")
-        )
-    if "learner/ess" in steps.columns:
-        panels.append(
-            alt.Chart(steps.select("step", pl.col("learner/ess").alias("ess")).drop_nulls())
-            .mark_line(color=BLUE)
-            .encode(
-                x=alt.X("step:Q", axis=steps_axis()),
-                y=alt.Y("ess:Q", **percent("share of the batch")),
-                tooltip=["step", "ess"],
-            )
-            .properties(width=210, height=HEIGHT, title="effective sample size")
+            .properties(width=170, height=HEIGHT, title=title)
         )
     return panels
 
