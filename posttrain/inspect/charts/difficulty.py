@@ -253,5 +253,5 @@ def calibration(run: Run) -> Any:
         alt.layer(diagonal, ranges, marks).properties(width=HEIGHT * 1.3, height=HEIGHT * 1.3),
         title,
         "On the diagonal the judge was right; above it the policy has become better since",
-        f"95% intervals over prompts, where there are {difficulty.ENOUGH}",
+        f"95% intervals over prompts, where there are at least {difficulty.ENOUGH}",
     )
