@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from posttrain.errors import RunDirError
+
 if TYPE_CHECKING:
     from posttrain.inspect import Run
 
@@ -33,8 +35,15 @@ def inspect_command(
     from posttrain.inspect import load_runs
     from posttrain.inspect.compare import compare, last_common_stage
     from posttrain.inspect.run import distinct_names
+    from posttrain.prune.history import is_prune_dir
 
     paths = [run] if other is None else [run, other]
+    for path in paths:
+        if is_prune_dir(path):
+            raise RunDirError(
+                f"{path} was made by `posttrain prune` and is no run: its README.md says what was"
+                " kept, `posttrain audit` with --prompt why"
+            )
     runs = load_runs(paths, on_error="collect")
     if html is not None:
         from posttrain.inspect.page import write_report

@@ -12,6 +12,7 @@ from inspect_runs import write_evaluation, write_known_run
 
 from posttrain.cli import main
 from posttrain.inspect.terminal import sparkline
+from posttrain.prune.directory import STORE_NAME
 from posttrain.run_dir import RunDir
 
 
@@ -91,6 +92,13 @@ def test_what_is_no_run_ends_with_2(call, tmp_path: Path) -> None:
     done = call("inspect", tmp_path)
     assert (done.code, done.out) == (2, "")
     assert "is no run: it holds none of config.yaml" in done.err
+
+
+def test_a_pruned_set_is_no_run(call, tmp_path: Path) -> None:
+    (tmp_path / STORE_NAME).touch()
+    done = call("inspect", tmp_path)
+    assert done.code == 2
+    assert "was made by `posttrain prune` and is no run" in done.err
 
 
 def test_a_run_that_has_only_begun(call, run: RunDir) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import polars as pl
 
@@ -32,9 +32,6 @@ from posttrain.inspect.metric_frames import (
 from posttrain.inspect.problems import OnError, Problem, Problems
 from posttrain.metrics import read_metrics
 from posttrain.run_dir import RunDir, StageRecord
-
-if TYPE_CHECKING:
-    import pandas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +63,8 @@ class Run:
         """Nothing was recorded yet."""
         return self.stages.is_empty() and self.verdicts.is_empty() and self.draws.is_empty()
 
-    def to_pandas(self) -> dict[str, pandas.DataFrame]:
-        """Every frame but `answers`, by name."""
+    def to_pandas(self) -> dict[str, Any]:
+        """Every frame but `answers`, by name, as pandas DataFrames; pandas must be installed."""
         frames = {name: getattr(self, name) for name in FRAMES if name != "answers"}
         return {name: frame.to_pandas() for name, frame in frames.items()}
 
