@@ -89,11 +89,11 @@ def test_what_was_pruned_by_stage_rule_and_pass_rate() -> None:
     )
     names = ("stage", "domain", "bucket", "action", "prompts", "lowest", "highest")
     assert found.select(names).rows() == [
-        ("rl", None, "(.25, .5]", "keep", 1, 0.375, 0.375),
         ("sft", "a", "0", "keep", 1, 0.0, 0.0),
         ("sft", "a", "(.5, .75]", "drop", 1, 0.75, 0.75),
         ("sft", "a", "(.75, 1)", "drop", 1, 0.875, 0.875),
         ("sft", "a", "1", "drop", 1, 1.0, 1.0),
+        ("rl", None, "(.25, .5]", "keep", 1, 0.375, 0.375),
     ]
 
 
@@ -252,8 +252,8 @@ class TestFindings:
     def test_what_was_pruned_by_whom(self, found: dict[str, Finding]) -> None:
         finding = found["What was pruned, and why?"]
         assert finding.answer == (
-            "rl: 1 of 1 prompts dropped by re-screening (pass rate 1.00 to 1.00);"
-            " sft: 1 of 2 prompts dropped by drop easiest (pass rate 1.00 to 1.00)."
+            "sft: 1 of 2 prompts dropped by drop easiest (pass rate 1.00);"
+            " rl: 1 of 1 prompts dropped by re-screening (pass rate 1.00)."
         )
         assert finding.figures["sft/drop_easiest/dropped"] == 1
 

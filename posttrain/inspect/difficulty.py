@@ -44,12 +44,15 @@ def pass_rate_bins(verdicts: pl.DataFrame) -> pl.DataFrame:
 def pruned(verdicts: pl.DataFrame) -> pl.DataFrame:
     """What was decided, by whom and about what: `stage`, `rule`, `domain`, `place` and `bucket` of
     the pass rate, `action`, `prompts`, `lowest` and `highest` pass rate of theirs. Of several
-    decisions of a stage on a prompt the last one counts."""
+    decisions of a stage on a prompt the last one counts; stages in the order of their first."""
     return (
         verdicts.filter(pl.col("action").is_not_null() & pl.col("pass_rate").is_not_null())
+        .with_row_index("first")
+        .with_columns(pl.col("first").min().over("stage", "rule"))
         .unique(["stage", "prompt_id"], keep="last", maintain_order=True)
         .group_by(
-            *("stage", "rule", "domain", "action"), bucket_place(pl.col("pass_rate")).alias("place")
+            *("first", "stage", "rule", "domain", "action"),
+            bucket_place(pl.col("pass_rate")).alias("place"),
         )
         .agg(
             pl.len().alias("prompts"),
@@ -57,7 +60,8 @@ def pruned(verdicts: pl.DataFrame) -> pl.DataFrame:
             pl.col("pass_rate").max().alias("highest"),
         )
         .with_columns(_name("place", BUCKETS).alias("bucket"))
-        .sort("stage", "rule", "domain", "place", "action")
+        .sort("first", "domain", "place", "action")
+        .drop("first")
     )
 
 

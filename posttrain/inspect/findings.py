@@ -105,7 +105,7 @@ def what_was_pruned(run: Run) -> Finding | None:
         if count:
             low, high = dropped["lowest"].min(), dropped["highest"].max()
             assert isinstance(low, float) and isinstance(high, float)
-            sentence += f" (pass rate {_rate(low)} to {_rate(high)})"
+            sentence += f" (pass rate {_rate(low)}{'' if low == high else f' to {_rate(high)}'})"
         sentences.append(sentence)
     back = run.rescreens["restored"].sum()
     if back:
@@ -115,7 +115,7 @@ def what_was_pruned(run: Run) -> Finding | None:
     )["prompts"].sum()
     if kept_unsolved:
         sentences.append(
-            f"{kept_unsolved:,} unsolved ones were kept: their references may be wrong"
+            f"{kept_unsolved:,} that were never solved are kept: look at their references"
         )
     return Finding(
         question="What was pruned, and why?", answer="; ".join(sentences) + ".", figures=figures

@@ -83,7 +83,11 @@ def accuracy_by_time(runs: Run | Sequence[Run], metric: str = "pass@1") -> Any:
         .alias("when")
     )
     base = alt.Chart(named).encode(
-        x=alt.X("minutes:Q", axis=alt.Axis(title="minutes of work, all stages")),
+        x=alt.X(
+            "minutes:Q",
+            axis=alt.Axis(title="minutes of work, all stages"),
+            scale=alt.Scale(zero=True),
+        ),
         color=alt.Color(
             "run:N",
             scale=alt.Scale(range=SERIES),

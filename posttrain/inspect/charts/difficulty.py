@@ -101,7 +101,11 @@ def pruned_by_domain(run: Run) -> Any:
                 legend=alt.Legend(title="dropped, by pass rate"),
             ),
             order=alt.Order("place:Q", sort="descending"),
-            column=alt.Column("by:N", header=alt.Header(title=None)),
+            column=alt.Column(
+                "by:N",
+                sort=decided["by"].unique(maintain_order=True).to_list(),
+                header=alt.Header(title=None),
+            ),
             tooltip=["by", "domain", "what", "prompts"],
         )
         .properties(width=WIDTH / 2, height=alt.Step(20))
@@ -128,7 +132,7 @@ def difficulty_by_step(run: Run) -> Any:
                 "bucket:N",
                 sort=list(reversed(BUCKETS)),
                 scale=alt.Scale(domain=list(reversed(BUCKETS))),
-                axis=alt.Axis(title="right answers of the group"),
+                axis=alt.Axis(title="share of right answers in the group"),
             ),
             color=alt.Color(
                 "share:Q",
@@ -203,7 +207,12 @@ def pool_by_bucket(run: Run) -> Any:
         .mark_area(interpolate="step-after")
         .encode(
             x=alt.X("step:Q", axis=steps_axis(), scale=alt.Scale(nice=False)),
-            y=alt.Y("prompts:Q", stack="zero", axis=alt.Axis(title="prompts")),
+            y=alt.Y(
+                "prompts:Q",
+                stack="zero",
+                axis=alt.Axis(title="prompts"),
+                scale=alt.Scale(nice=False),
+            ),
             color=alt.Color(
                 "bucket:N",
                 sort=domain,

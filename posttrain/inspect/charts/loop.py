@@ -31,8 +31,8 @@ from posttrain.inspect.run import Run
 
 END_COLOURS = [BLUE, YELLOW, PURPLE, ORANGE, VERMILION]
 AGE_MEASURES = {
-    "clipped_fraction": ("clipped tokens", "share of tokens", ".1%", 0.01),
-    "k3": ("divergence from what wrote them", "k3 (nats)", "~g", 1e-3),
+    "clipped_fraction": ("clipped tokens by age", "share of tokens", ".1%", 0.01),
+    "k3": ("divergence by age", "k3 to the weights that wrote it (nats)", "~g", 1e-3),
 }
 """What the learner reports by age: title, axis, format, and the least that the axis spans."""
 FATE_COLOURS = [BLUE, SKY, PURPLE, YELLOW, ORANGE, VERMILION, BLACK, GREY]
@@ -87,11 +87,11 @@ def staleness(run: Run) -> Any:
             y=alt.Y("share:Q", **percent("share of trained groups")),
             tooltip=["lag", "groups", alt.Tooltip("share", format=".0%")],
         )
-        .properties(width=150, height=HEIGHT, title="trained groups by lag")
+        .properties(width=110, height=HEIGHT, title="trained groups by lag")
     )
     panels = [bars, *_sample_size(run.steps), *_by_age(run.steps)]
     return finish(
-        alt.hconcat(*panels, spacing=30),
+        alt.hconcat(*panels, spacing=25),
         title,
         "It hurts where old tokens are clipped or the effective sample size falls",
     )
@@ -108,7 +108,7 @@ def _sample_size(steps: pl.DataFrame) -> list[Any]:
             y=alt.Y("ess:Q", **percent("share of the batch")),
             tooltip=["step", "ess"],
         )
-        .properties(width=170, height=HEIGHT, title="effective sample size")
+        .properties(width=150, height=HEIGHT, title="effective sample size")
     ]
 
 
@@ -140,7 +140,7 @@ def _by_age(steps: pl.DataFrame) -> list[Any]:
                 strokeDash=alt.StrokeDash("tokens of:N", legend=None),
                 tooltip=["step", "tokens of", "value"],
             )
-            .properties(width=170, height=HEIGHT, title=title)
+            .properties(width=150, height=HEIGHT, title=title)
         )
     return panels
 
@@ -156,7 +156,7 @@ def idle_shares(run: Run) -> Any:
         alt.Chart(idle)
         .mark_line(interpolate="step-after", strokeWidth=2)
         .encode(
-            x=alt.X("step_from:Q", axis=steps_axis()),
+            x=alt.X("step_from:Q", axis=steps_axis(), scale=alt.Scale(nice=False, zero=False)),
             y=alt.Y("share:Q", **percent("share of the time")),
             color=alt.Color(
                 "role:N",
