@@ -1,29 +1,27 @@
-"""Preference pairs on disk: what TRL trains on, and why each pair is there."""
+"""Preference pairs on disk: what DPO was trained on, and what each pair mends."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from posttrain.atomic import write_atomically
 from posttrain.types import PreferencePair
 
-PAIRS_NAME = "pairs.jsonl"
 
-
-def write_pairs(
-    directory: Path, pairs: Sequence[PreferencePair], records: Sequence[Mapping[str, Any]]
-) -> None:
-    """One line a pair into `directory`/pairs.jsonl: `prompt_id`, `domain`, `system` (null for
-    none), `corner_case`, `margin`, and the keys of its record (`prompt`, `chosen`, `rejected`)."""
-    with (directory / PAIRS_NAME).open("w", encoding="utf-8") as file:
-        for pair, record in zip(pairs, records, strict=True):
-            about = {
-                "prompt_id": pair.prompt.prompt_id,
-                "domain": pair.prompt.domain,
-                "system": pair.system,
-                "corner_case": pair.corner_case,
-                "margin": pair.margin,
-            }
-            file.write(json.dumps(about | dict(record)) + "\n")
+def write_pairs(path: Path, pairs: Sequence[PreferencePair]) -> None:
+    """One JSON line a pair: `prompt` (its turns), `chosen`, `rejected`, `corner_case`, `margin`, and
+    `system` where the pair has a system instruction."""
+    lines = [
+        {
+            "prompt": [message.as_dict() for message in pair.prompt.messages],
+            "chosen": pair.chosen,
+            "rejected": pair.rejected,
+            "corner_case": pair.corner_case,
+            "margin": pair.margin,
+        }
+        | ({} if pair.system is None else {"system": pair.system})
+        for pair in pairs
+    ]
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))

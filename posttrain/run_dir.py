@@ -6,7 +6,7 @@
     metrics.jsonl    one record per step (posttrain.metrics)
     prompts.parquet  every prompt of the run (posttrain.prompt_table)
     rollouts/        groups as they were trained or rejected
-    sft/ rl/ dpo/    checkpoints of a stage; dpo/pairs/ what DPO was trained on
+    sft/ rl/ dpo/    checkpoints of a stage; dpo/pairs.jsonl
     policy/          the result
     report.html
     lock             who drives the run, held with flock
@@ -75,7 +75,7 @@ class RunDir:
         self.prompts_path = path / "prompts.parquet"
         self.rollouts_dir = path / "rollouts"
         self.evals_dir = path / "evals"
-        self.pairs_dir = path / "dpo" / "pairs"
+        self.pairs_path = path / "dpo" / "pairs.jsonl"
         self.policy_dir = path / "policy"
         self.report_path = path / "report.html"
         self._lease: Lease | None = None

@@ -73,16 +73,14 @@ def test_pairs_are_counted_by_what_they_mend(tmp_path: Path) -> None:
     assert "| overlong | 1 | 0.250 |" in lines
     assert "| sums | 2 |" in lines
 
-    records = [{"prompt": [], "chosen": [], "rejected": []} for _ in pairs]
-    write_pairs(tmp_path, pairs, records)
+    write_pairs(tmp_path / "pairs.jsonl", pairs)
     first = json.loads((tmp_path / "pairs.jsonl").read_text().splitlines()[0])
     assert first == {
-        "prompt_id": "a1",
-        "domain": "sums",
-        "system": None,
+        "prompt": [{"role": "user", "content": "What is a1?"}],
+        "chosen": "#1",
+        "rejected": "#2",
         "corner_case": "wrong",
         "margin": 1.0,
-        **records[0],
     }
 
 

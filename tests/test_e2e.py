@@ -144,7 +144,7 @@ def test_the_run_can_be_looked_at_and_its_artifacts_say_what_they_are(finished, 
     assert run.verdicts["domain"].null_count() == 0
     assert run.steps.filter(run.steps["stage"] == "rl")["rollout_idle_share"].null_count() == 0
     assert len(run.pairs) == RunDir(run_dir).stages()["dpo"].metrics["pairs"]
-    for card in ("sft/policy", "rl/policy", "policy", "rollouts", "dpo/pairs"):
+    for card in ("sft/policy", "rl/policy", "policy", "rollouts", "dpo"):
         assert (run_dir / card / "README.md").read_text().startswith("---\n"), card
     assert "| all |" in (run_dir / "policy" / "README.md").read_text()
     if importlib.util.find_spec("vl_convert"):

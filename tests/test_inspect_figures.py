@@ -228,7 +228,7 @@ def test_teacher_weights_of_rl_and_of_sft() -> None:
         {
             "stage": ["sft", "rl"],
             "step": [10, 1],
-            "trainer/teacher/lambda": [0.9, None],
+            "trainer/distill/lambda": [0.9, None],
             "teacher/lambda": [None, 0.5],
         }
     )

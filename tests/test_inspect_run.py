@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,15 @@ import polars as pl
 import pytest
 from inspect_runs import SETTINGS, write_known_run
 
+from posttrain.data.prompts import content_hash
 from posttrain.errors import DataError, PosttrainError, RunDirError
 from posttrain.inspect import Run, describe, load_run, load_runs, stacked
 from posttrain.inspect.columns import FRAMES
 from posttrain.ledger import Ledger
+from posttrain.pair_table import write_pairs
+from posttrain.prompt_table import write_prompts
 from posttrain.run_dir import RunDir
+from posttrain.types import Message, PreferencePair, Prompt
 
 
 @pytest.fixture(scope="module")
@@ -150,20 +155,21 @@ def test_answers_are_read_when_they_are_asked_for(run: Run) -> None:
     ]
 
 
-def test_pairs_are_told_as_texts(fresh: RunDir) -> None:
-    pair = {
-        "prompt_id": "a1",
-        "domain": "sums",
-        "system": "brief",
-        "corner_case": "wrong",
-        "margin": 1.0,
-        "prompt": [{"role": "user", "content": "1+1"}],
-        "chosen": [{"role": "assistant", "content": "#2"}],
-        "rejected": [{"role": "assistant", "content": "#3"}],
-    }
-    fresh.pairs_dir.mkdir(parents=True)
-    (fresh.pairs_dir / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
-    assert load_run(fresh.path).pairs.rows() == [("a1", "sums", "brief", "wrong", 1.0, "#2", "#3")]
+def test_pairs_know_their_prompts(fresh: RunDir, tmp_path: Path) -> None:
+    turns = (Message(role="user", content="What is a2?"),)
+    asked = Prompt(
+        prompt_id=content_hash(turns), messages=turns, reference=None, domain="from the table"
+    )
+    write_prompts(fresh.prompts_path, train=[asked], held_out=[], sft_rows=[])
+    fresh.pairs_path.parent.mkdir()
+    texts = {"chosen": "#2", "rejected": "#3", "corner_case": "wrong"}
+    pair = PreferencePair(prompt=asked, system="brief", margin=1.0, **texts)
+    write_pairs(fresh.pairs_path, [pair, replace(pair, system=None)])
+    of_prompt = (asked.prompt_id, "from the table")
+    assert load_run(fresh.path).pairs.rows() == [
+        (*of_prompt, "brief", "wrong", 1.0, "#2", "#3"),
+        (*of_prompt, None, "wrong", 1.0, "#2", "#3"),
+    ]
 
 
 def test_what_trl_logged_becomes_steps(fresh: RunDir) -> None:
@@ -176,6 +182,11 @@ def test_what_trl_logged_becomes_steps(fresh: RunDir) -> None:
         (10, 0.5, None),
         (26, None, 0.4),
     ]
+    # A run that logged them as they came does not count them twice.
+    with fresh.metrics_path.open("a") as file:
+        file.write(json.dumps({"stage": "dpo", "step": 10, "loss": 0.25}) + "\n")
+    steps = load_run(fresh.path).steps.filter(pl.col("stage") == "dpo")
+    assert column(steps, "step", "trainer/loss") == [(10, 0.25)]
 
 
 class TestUnderWay:

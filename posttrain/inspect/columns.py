@@ -184,7 +184,7 @@ PAIRS = Frame(
         "domain": (pl.String, ""),
         "system": (pl.String, "name of the system instruction; null for none"),
         "corner_case": (pl.String, "what it mends: wrong, malformed, overlong, instruction"),
-        "margin": (pl.Float64, "difference of the rewards"),
+        "margin": (pl.Float64, "difference of the rewards; null if they were not scored"),
         "chosen": (pl.String, ""),
         "rejected": (pl.String, ""),
     },

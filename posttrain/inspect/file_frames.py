@@ -8,10 +8,10 @@ from typing import Any
 
 import polars as pl
 
+from posttrain.data.prompts import content_hash
 from posttrain.errors import DataError
 from posttrain.inspect.columns import ANSWERS, EVALS, PAIRS
-from posttrain.pair_table import PAIRS_NAME
-from posttrain.types import Outcome
+from posttrain.types import Message, Outcome
 
 PROMPT_SCHEMA = {
     **dict.fromkeys(("prompt_id", "domain", "text", "reference"), pl.String),
@@ -54,22 +54,26 @@ def _evaluated(stage: str, record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_pairs(directory: Path) -> pl.DataFrame:
-    """`pairs`, the answers as texts."""
-    path = directory / PAIRS_NAME
+def read_pairs(path: Path) -> pl.DataFrame:
+    """`pairs`, without the domains of their prompts, which the file does not hold."""
     if not path.exists():
         return PAIRS.empty()
     try:
         with path.open(encoding="utf-8") as file:
-            records = [json.loads(line) for line in file]
-        rows = [
-            {name: record[name] for name in PAIRS.columns if name not in ("chosen", "rejected")}
-            | {name: record[name][-1]["content"] for name in ("chosen", "rejected")}
-            for record in records
-        ]
+            rows = [_pair(json.loads(line)) for line in file]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} holds no pairs of this version: {error!r}") from error
     return pl.DataFrame(rows, schema=PAIRS.schema)
+
+
+def _pair(record: dict[str, Any]) -> dict[str, Any]:
+    turns = tuple(Message(role=turn["role"], content=turn["content"]) for turn in record["prompt"])
+    return {
+        "prompt_id": content_hash(turns),
+        "system": record.get("system"),
+        "margin": record.get("margin"),
+        **{name: record[name] for name in ("corner_case", "chosen", "rejected")},
+    }
 
 
 def answer_files(directory: Path) -> list[Path]:

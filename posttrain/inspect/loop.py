@@ -12,6 +12,9 @@ from posttrain.types import DrawOutcome
 ENDS = ("trainable", "all correct", "none correct", "stale", "errored")
 """How an answered or given-up group came out of the gate."""
 
+TEACHER = ("teacher/", "trainer/distill/")
+"""How the names of what a teacher's weights did begin, in RL and in SFT."""
+
 ROLES = {
     "learner_idle_share": "learner waits for groups",
     "rollout_idle_share": "nothing is generated or scored",
@@ -110,12 +113,13 @@ def over_time(steps: pl.DataFrame, name: str) -> float | None:
 
 
 def distillation(steps: pl.DataFrame) -> pl.DataFrame:
-    """What the co-distilling teacher's weights did: `stage`, `step`, `weight`, `value`."""
-    columns = [c for c in steps.columns if c.startswith(("teacher/", "trainer/teacher/"))]
+    """What the co-distilling teacher's weights did (λ, α, its priors, the gap to the student):
+    `stage`, `step`, `weight`, `value`."""
+    columns = [c for c in steps.columns if c.startswith(TEACHER)]
     return (
         steps.select("stage", "step", *columns)
         .unpivot(index=["stage", "step"], variable_name="weight")
         .drop_nulls("value")
-        .with_columns(pl.col("weight").str.replace(r"^(trainer/)?teacher/", ""))
+        .with_columns(pl.col("weight").str.replace(r"^(trainer/distill|teacher)/", ""))
         .sort("stage", "weight", "step")
     )

@@ -34,21 +34,27 @@ def surviving(records: Iterable[Record]) -> list[Record]:
 
 
 def steps_frame(records: Iterable[Record], stages: Mapping[str, StageRecord]) -> pl.DataFrame:
-    """`steps` from surviving records, and from what TRL logged in sft and dpo."""
-    rows = [_numbers(r) for r in records if "event" not in r and r.get("step") is not None]
-    for stage in TRAINED_BY_TRL:
+    """`steps` from surviving records, or where there are none for sft and dpo from what the
+    manifest holds of TRL's log."""
+    rows = [_row(r) for r in records if "event" not in r and r.get("step") is not None]
+    recorded = {row["stage"] for row in rows}
+    for stage in set(TRAINED_BY_TRL) - recorded:
         history = stages[stage].metrics.get("history", ()) if stage in stages else ()
-        rows += [
-            {"stage": stage, "step": log["step"]}
-            | {f"trainer/{k}": v for k, v in _numbers(log).items() if k != "step"}
-            for log in history
-            if log.get("step") is not None
-        ]
+        rows += [_row({"stage": stage, **log}) for log in history if log.get("step") is not None]
     if not rows:
         return STEPS.empty()
     further = {name: pl.Float64 for row in rows for name in row if name not in STEPS.columns}
     frame = pl.DataFrame(rows, schema={**STEPS.schema, **further}, strict=False)
     return frame.with_columns(pl.col("step_s").cum_sum().over("stage").alias("elapsed_s"))
+
+
+def _row(record: Record) -> dict[str, Any]:
+    """Without tables and texts, which have no column of numbers."""
+    numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+    stage = record["stage"]
+    if stage in TRAINED_BY_TRL:
+        numbers = {n if n == "step" else f"trainer/{n}": value for n, value in numbers.items()}
+    return {"stage": stage, **numbers}
 
 
 def rescreens_frame(records: Iterable[Record]) -> pl.DataFrame:
@@ -118,12 +124,3 @@ def _rows(
 def _summary(record: StageRecord) -> Record:
     found: Record = record.metrics.get("evaluation", {})
     return found
-
-
-def _numbers(record: Record) -> dict[str, Any]:
-    """Without tables and texts, which have no column of numbers."""
-    return {
-        name: value
-        for name, value in record.items()
-        if name == "stage" or isinstance(value, int | float)
-    }

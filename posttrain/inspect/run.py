@@ -120,8 +120,11 @@ def load_run(path: str | Path, *, on_error: OnError = "raise") -> Run:
         rescreens=rescreens_frame(records),
         evals=evals,
         accuracy=accuracy_frame(records, stages, steps),
-        pairs=problems.reading(
-            run_dir.pairs_dir, lambda: read_pairs(run_dir.pairs_dir), PAIRS.empty()
+        pairs=_with_domains(
+            problems.reading(
+                run_dir.pairs_path, lambda: read_pairs(run_dir.pairs_path), PAIRS.empty()
+            ),
+            prompts,
         ),
         answers=_answers(run_dir.rollouts_dir, problems),
         problems=tuple(problems.found),
@@ -214,10 +217,10 @@ def _prompts(
     return add_fates(joined, draws, verdicts).select(PROMPTS.names)
 
 
-def _with_domains(verdicts: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
+def _with_domains(frame: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
     domains = prompts.select("prompt_id", "domain")
     return (
-        verdicts.drop("domain")
+        frame.drop("domain")
         .join(domains, on="prompt_id", how="left", maintain_order="left")
-        .select(VERDICTS.names)
+        .select(frame.columns)
     )

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from posttrain.atomic import staged_directory
+from posttrain.atomic import write_atomically
 from posttrain.cards import pairs_card
 from posttrain.data.chat import conversation
 from posttrain.data.pairs import mine_pairs
@@ -48,9 +48,9 @@ async def dpo(context: StageContext, model: Path) -> dict[str, Any]:
         }
         for pair in pairs
     ]
-    with staged_directory(context.run.pairs_dir) as staged:
-        write_pairs(staged, pairs, records)
-        (staged / CARD_NAME).write_text(pairs_card(pairs, str(model)), encoding="utf-8")
+    write_pairs(context.run.pairs_path, pairs)
+    card = context.run.pairs_path.with_name(CARD_NAME)
+    write_atomically(card, pairs_card(pairs, str(model)))
     metrics = run_job(
         TrainingJob(
             kind="dpo",
