@@ -11,8 +11,8 @@ from posttrain.types import PreferencePair
 
 
 def write_pairs(path: Path, pairs: Sequence[PreferencePair]) -> None:
-    """One JSON line a pair: `prompt` (its turns), `chosen`, `rejected`, `corner_case`, `margin`, and
-    `system` where the pair has a system instruction."""
+    """One JSON line a pair: `prompt` (its turns), `chosen`, `rejected`, `corner_case`, `margin`,
+    and `system` where the pair has a system instruction."""
     lines = [
         {
             "prompt": [message.as_dict() for message in pair.prompt.messages],
