@@ -37,6 +37,14 @@ def write_policy_card(run: RunDir, stage: str) -> None:
             write_atomically(directory / CARD_NAME, card)
 
 
+def write_rollouts_card(
+    run: RunDir, metrics: Mapping[str, Any], settings: Mapping[str, Any]
+) -> None:
+    """Beside the answers of RL, if there are any; see `rollouts_card`."""
+    if run.rollouts_dir.exists():
+        write_atomically(run.rollouts_dir / CARD_NAME, rollouts_card(metrics, settings))
+
+
 def policy_card(
     config: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]], stage: str
 ) -> str:

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from curricula.sampler import DifficultySampler, UniformSampler, build_curriculum
-from posttrain.atomic import write_atomically
-from posttrain.cards import rollouts_card
+from posttrain.cards import write_rollouts_card
 from posttrain.errors import RunDirError
 from posttrain.online.accounting import Draw
 from posttrain.online.controller import Controller
 from posttrain.online.metrics import LoopSummary
 from posttrain.progress import say
-from posttrain.run_dir import CARD_NAME
 from posttrain.stages.context import StageContext
 from posttrain.stages.rl_after_step import STAGE, AfterStep
 from posttrain.stages.rl_beside import Beside
@@ -90,9 +88,7 @@ async def rl(context: StageContext, model: Path) -> dict[str, Any]:
     context.pools.serves_checkpoint(str(target))
     learner.stop()
     metrics = _metrics(summary)
-    if context.run.rollouts_dir.exists():
-        card = rollouts_card(metrics, settings.model_dump())
-        write_atomically(context.run.rollouts_dir / CARD_NAME, card)
+    write_rollouts_card(context.run, metrics, settings.model_dump())
     return metrics
 
 
