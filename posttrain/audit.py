@@ -165,8 +165,12 @@ class Judged:
 
     def describe(self) -> str:
         v = self.verdict
+        stage, _, version = v.critic.partition(":")
+        # Re-screening judges with a version of the stage's weights, not with a checkpoint.
+        how = f"{stage}: re-screened" if version else "judged"
+        by = f"with version {version}" if version else f"by {v.judge} with critic {v.critic}"
         return (
-            f"{_clock(self.at)} judged {v.label} by {v.judge} with critic {v.critic}:"
+            f"{_clock(self.at)} {how} {v.label} {by}:"
             f" {v.num_correct} of {v.num_samples} right ({v.decided_by})"
         )
 

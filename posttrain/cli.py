@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from posttrain.cli_inspect import inspect_command
 from posttrain.cli_plan import plan_command
 from posttrain.cli_prune import prune_command
 from posttrain.cli_reward import reward_command
@@ -105,13 +106,16 @@ def eval_command(
 @app.command("audit")
 def audit_command(
     run: Annotated[Path, typer.Argument(help="Directory of a run, or of prune.", metavar="RUN")],
-    prompt: Annotated[str | None, typer.Option(help="The history of one prompt, by id.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The life of one prompt, by id.")] = None,
+    texts: Annotated[
+        bool, typer.Option("--texts", help="With --prompt: what was asked and answered.")
+    ] = False,
 ) -> None:
-    """Prove that every draw of RUN ended exactly once, or tell one prompt's history.
+    """Prove that every draw of RUN ended exactly once, or tell one prompt's life.
 
     In a directory of `posttrain prune`, --prompt takes a row's number too.
     """
-    from posttrain.audit import audit, prompt_history
+    from posttrain.audit import audit
     from posttrain.prune.history import history, is_prune_dir
     from posttrain.run_dir import RunDir
 
@@ -123,11 +127,12 @@ def audit_command(
     run_dir = RunDir(run)
     run_dir.config()  # raises if this is no run
     if prompt is not None:
-        events = prompt_history(run_dir.ledger_path, prompt)
-        if not events:
+        from posttrain.inspect.timeline import timeline
+
+        lines = timeline(run_dir, prompt, texts=texts)
+        if not lines:
             raise DataError(f"--prompt {prompt}: {run} has never judged or drawn such a prompt")
-        for event in events:
-            print(event.describe())
+        print("\n".join(lines))
         return
     report = audit(run_dir.ledger_path)
     print(report.describe())
@@ -135,6 +140,7 @@ def audit_command(
         raise typer.Exit(StageError.exit_code)
 
 
+app.command("inspect")(inspect_command)
 app.command("plan")(plan_command)
 app.command("prune")(prune_command)
 app.command("reward")(reward_command)

@@ -141,9 +141,9 @@ class RewardPoolSettings(_Section):
 
 class ResourceSettings(_Section):
     """The pools. `judge` is the engine of a dedicated critic during RL, where one is asked for,
-    `teacher` holds a teacher while it is asked; `deadline_s` is how long a pool may take until it is
-    placed and ready. `gpu_gib` is the memory of one GPU where the run will be, for `posttrain plan`:
-    by default that of this machine's."""
+    `teacher` holds a teacher while it is asked; `deadline_s` is how long a pool may take until it
+    is placed and ready. `gpu_gib` is the memory of one GPU where the run will be, for `posttrain
+    plan`: by default that of this machine's."""
 
     rollout: RolloutPoolSettings = RolloutPoolSettings()
     judge: RolloutPoolSettings = RolloutPoolSettings()

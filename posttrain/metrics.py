@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from types import TracebackType
@@ -59,25 +59,36 @@ class MetricsLog:
         self.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(
+    path: Path, on_bad_line: Callable[[DataError], None] | None = None
+) -> list[dict[str, Any]]:
     """All whole records, oldest first; a last line still being written is left out.
 
     A resumed run has some steps twice: the later record is the one that counts. DataError names
-    the line that is no JSON object.
+    the line that is no JSON object; with `on_bad_line` it is handed there and the line left out.
     """
-    records = []
-    with path.open(encoding="utf-8") as file:
+    records: list[dict[str, Any]] = []
+    with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith("\n"):
                 break
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number} is no JSON ({error}); remove the line") from error
-            if not isinstance(record, dict):
-                raise DataError(f"{path}:{number} is no JSON object; remove the line")
-            records.append(record)
+                records.append(_record(line, f"{path}:{number}"))
+            except DataError as error:
+                if on_bad_line is None:
+                    raise
+                on_bad_line(error)
     return records
+
+
+def _record(line: str, place: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place} is no JSON ({error}); remove the line") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{place} is no JSON object; remove the line")
+    return record
 
 
 def to_json(record: Mapping[str, Any]) -> dict[str, Any]:

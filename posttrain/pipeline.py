@@ -16,16 +16,20 @@ from typing import Any
 
 from posttrain import config
 from posttrain.atomic import staged_directory, write_atomically
+from posttrain.cards import write_policy_card
 from posttrain.config import Settings
 from posttrain.data.instructions import InstructionMix
 from posttrain.dependencies import START
 from posttrain.errors import Interrupted, PosttrainError, StageError
 from posttrain.evaluation import PromptResult, evaluate, summarise
 from posttrain.inputs import STARTER_POLICY, Inputs
+from posttrain.inspect import load_run
+from posttrain.inspect.page import write_report
 from posttrain.ledger import Ledger
 from posttrain.metric_sinks import open_sinks
 from posttrain.metrics import MetricsLog
 from posttrain.progress import duration, say
+from posttrain.prompt_table import write_prompts
 from posttrain.remote_run import RemoteCopy, run_place
 from posttrain.rerun import Kind, Plan
 from posttrain.roles import demands
@@ -71,6 +75,7 @@ def run(settings: Settings, inputs: Inputs, *, fresh: bool) -> RunResult:
         else:
             with _pools(run_dir.path, settings) as pools:
                 _run_stages(run_dir, settings, inputs, plan, pools, copy)
+            _report(run_dir)
         _hand_over(run_dir, settings, inputs)
         if copy is not None:
             copy.push(None)
@@ -85,6 +90,12 @@ def _run_stages(
     pools: Pools,
     copy: RemoteCopy | None,
 ) -> None:
+    write_prompts(
+        run_dir.prompts_path,
+        train=inputs.train,
+        held_out=inputs.held_out,
+        sft_rows=inputs.sft_rows,
+    )
     ledger = Ledger(run_dir.ledger_path)
     metrics = MetricsLog(run_dir.metrics_path, open_sinks(settings.log, run_dir.path))
     context = StageContext(
@@ -113,6 +124,16 @@ def _run_stages(
         metrics.close()
 
 
+def _report(run_dir: RunDir) -> None:
+    """A run that is done is not failed by its report."""
+    try:
+        write_report(load_run(run_dir.path), run_dir.report_path)
+    except PosttrainError as error:
+        say(f"no report: {error}")
+    else:
+        say(f"report: {run_dir.report_path}")
+
+
 class _Runner:
     """Walks through the stages; owns which policy comes next and what screening found."""
 
@@ -132,6 +153,8 @@ class _Runner:
                 self._model = self._inputs.stage_models.get(name, self._model)
                 await self._stage(name)
                 await self._evaluation(name)
+            if name not in (START, "screen"):
+                write_policy_card(self._context.run, name)
             await self._context.keep()
 
     async def _stage(self, name: str) -> None:
@@ -203,7 +226,7 @@ class _Runner:
 
     async def _evaluation(self, name: str) -> None:
         context, wanted = self._context, self._plan.evaluations[name]
-        target = context.run.path / "evals" / f"{name}.json"
+        target = context.run.evals_dir / f"{name}.json"
         if context.run.evaluation_done(name, wanted):
             context.evaluations[self._model] = read_evaluation(target)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 
@@ -47,6 +48,8 @@ class Progress:
         when = f"{duration(elapsed)}" if last else f"{duration(left)} left"
         line = f"{self._label} {self._done}/{self._total} · {note + ' · ' if note else ''}{when}"
         if self._terminal:
+            # A line that wraps cannot be taken back.
+            line = line[: shutil.get_terminal_size().columns - 1]
             print(f"\r\x1b[K{line}", end="\n" if last else "", file=sys.stderr, flush=True)
         else:
             say(line)

@@ -10,6 +10,11 @@ from posttrain.atomic import PARTIAL
 from posttrain.types import DrawOutcome, RolloutGroup
 
 GROUPS_PER_FILE = 512
+COLUMNS = (
+    *("draw_id", "prompt_id", "domain", "system", "outcome", "text", "num_tokens"),
+    *("finish_reason", "reward", "correctness", "reward_outcome", "components"),
+    *("oldest_version", "newest_version"),
+)
 
 
 class RolloutLog:
@@ -44,10 +49,18 @@ class RolloutLog:
         self._directory.mkdir(exist_ok=True)
         target = self._directory / f"{self._attempt:03d}-{self._files:05d}.parquet"
         partial = target.with_name(f".{target.name}{PARTIAL}")
-        pq.write_table(pa.Table.from_pylist(self._rows), partial)
+        pq.write_table(pa.Table.from_pylist(self._rows, _schema()), partial)
         partial.rename(target)
         self._rows, self._groups = [], 0
         self._files += 1
+
+
+def _schema() -> Any:
+    """A column without a value in a whole file would otherwise have a type of its own there."""
+    import pyarrow as pa
+
+    others = {"num_tokens": pa.int64(), "reward": pa.float64(), "correctness": pa.float64()}
+    return pa.schema([(name, others.get(name, pa.string())) for name in COLUMNS])
 
 
 def rows_of(group: RolloutGroup, outcome: DrawOutcome) -> list[dict[str, Any]]:

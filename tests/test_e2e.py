@@ -2,6 +2,7 @@
 every stage a few steps long."""
 
 import hashlib
+import importlib.util
 import itertools
 import math
 import shutil
@@ -18,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.audit import audit
+from posttrain.inspect import load_run
 from posttrain.metrics import read_metrics
 from posttrain.run_dir import RunDir, hash_path
 from posttrain.stages.rl_checkpoint import RLCheckpoints, read_state
@@ -136,6 +138,21 @@ def test_the_table_stands_on_stdout_and_progress_on_stderr(finished, run_dir):
     assert str(RunDir(run_dir).policy_dir) in finished.stdout
     assert "rl 3/3" in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+def test_the_run_can_be_looked_at_and_its_artifacts_say_what_they_are(finished, run_dir):
+    run = load_run(run_dir)
+    assert run.prompts["in_held_out"].sum() == 16
+    assert run.verdicts["domain"].null_count() == 0
+    assert run.steps.filter(run.steps["stage"] == "rl")["rollout_idle_share"].null_count() == 0
+    assert len(run.pairs) == RunDir(run_dir).stages()["dpo"].metrics["pairs"]
+    for card in ("sft/policy", "rl/policy", "policy", "rollouts", "dpo"):
+        assert (run_dir / card / "README.md").read_text().startswith("---\n"), card
+    assert "| all |" in (run_dir / "policy" / "README.md").read_text()
+    if importlib.util.find_spec("vl_convert"):
+        assert (run_dir / "report.html").read_text().startswith("<!DOCTYPE html>")
+    else:
+        assert "no report" in finished.stderr
 
 
 def test_nothing_outlives_the_run(finished, scratch):

@@ -28,16 +28,18 @@ LAYERS = [
         "posttrain.teaching",
         "posttrain.online posttrain.evaluation posttrain.report posttrain.starter"
         " posttrain.ledger posttrain.audit posttrain.run_dir"
-        " posttrain.rollout_log posttrain.metric_sinks posttrain.dependencies"
-        " posttrain.model_shape posttrain.split",
+        " posttrain.rollout_log posttrain.prompt_table posttrain.pair_table"
+        " posttrain.metric_sinks"
+        " posttrain.dependencies posttrain.model_shape posttrain.split",
         "posttrain.workers",
         # Every component's settings come together, then what they name is read.
         "posttrain.config",
-        "posttrain.inputs posttrain.doctor posttrain.prune posttrain.roles posttrain.remote_run",
+        "posttrain.inputs posttrain.doctor posttrain.prune posttrain.roles posttrain.remote_run"
+        " posttrain.inspect posttrain.cards",
         "posttrain.rerun posttrain.memory",
         "posttrain.stages posttrain.reward_file posttrain.plan",
         "posttrain.pipeline posttrain.cli_prune posttrain.cli_reward posttrain.cli_plan"
-        " posttrain.cli_teach",
+        " posttrain.cli_teach posttrain.cli_inspect",
         "posttrain.cli",
     )
 ]
@@ -57,9 +59,10 @@ SLOW = CLUSTER | {
     "math_verify",
     "sympy",
     "polars",
+    "altair",
 }
 """Outside these units only inside functions."""
-SLOW_USERS = CLUSTER_USERS | {"posttrain.losses"}
+SLOW_USERS = CLUSTER_USERS | {"posttrain.losses", "posttrain.inspect"}
 SCRIPTS = {"posttrain.starter.train", "posttrain.starter.evaluate"}
 """Started by hand and imported by nothing of ours."""
 
@@ -204,6 +207,14 @@ def test_loads_nothing_slow(code: str) -> None:
     loaded = set(ast.literal_eval(run_python(code + show).stdout.splitlines()[-1]))
     assert "posttrain" in loaded
     assert not loaded & SLOW
+
+
+def test_a_run_is_looked_at_without_the_machinery_that_made_it() -> None:
+    code = "import posttrain.inspect.page, posttrain.inspect.charts, posttrain.inspect.terminal"
+    show = "\nimport sys; print(sorted({name.split('.')[0] for name in sys.modules}))"
+    loaded = set(ast.literal_eval(run_python(code + show).stdout.splitlines()[-1]))
+    assert {"polars", "altair"} <= loaded
+    assert not loaded & (SLOW - {"polars", "altair", "pyarrow"})
 
 
 def cpu_seconds(code: str) -> float:

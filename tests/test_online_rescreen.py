@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from online_fakes import CountingCurriculum, TextScorer, make_rollout, run_virtual
@@ -89,6 +91,8 @@ def test_easy_prompts_leave_and_dropped_ones_come_back_when_they_are_not() -> No
     assert report == RescreenReport(
         prompts=4, samples=64, discarded=0, dropped=1, restored=1, labels={"easy": 2, "medium": 2}
     )
+    # What metrics.jsonl gets: asdict turns a Counter into nonsense.
+    assert json.loads(json.dumps(asdict(report)))["labels"] == {"easy": 2, "medium": 2}
     assert [(d.prompt_id, d.action) for _, d in ledger.recorded] == [
         ("p0", Action.DROP),
         ("p1", Action.KEEP),

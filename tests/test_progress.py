@@ -95,6 +95,17 @@ def test_a_terminal_has_one_line_that_is_rewritten(
     assert capsys.readouterr().err == f"{erased}rl 2/4 · x · 0:00 left{erased}rl 4/4 · x · 0:00\n"
 
 
+def test_a_line_never_wraps_on_a_terminal(
+    clock: Clock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "20")
+    bar = Progress("rl", 1)
+    clock.now += 1
+    bar.advance("x" * 100)
+    assert capsys.readouterr().err == "\r\x1b[Krl 1/1 · " + "x" * 9 + "\n"
+
+
 def test_nothing_is_said_twice_within_the_interval(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 from online_fakes import make_group
 
 from posttrain import rollout_log
-from posttrain.rollout_log import RolloutLog
+from posttrain.rollout_log import RolloutLog, rows_of
 from posttrain.types import DrawOutcome, PolicyVersion
 
 
@@ -44,7 +44,17 @@ def test_every_answer_is_a_row(tmp_path: Path) -> None:
         "newest_version": "1.3",
     }
     assert (second["reward"], second["correctness"]) == (None, None)
+    assert list(first) == list(rows_of(group, DrawOutcome.TRAINED)[0])
     assert second["reward_outcome"] == "infrastructure"
+
+
+def test_files_have_one_schema_whatever_is_absent_in_one_of_them(tmp_path: Path) -> None:
+    log = RolloutLog(tmp_path, attempt=1)
+    for system, marks in ((None, "??"), ("brief", "10")):
+        log.append(make_group(marks, system=system), DrawOutcome.ERRORED)
+        log.flush()
+    first, second = (pq.read_schema(f) for f in sorted(tmp_path.iterdir()))
+    assert first.equals(second)
 
 
 def test_files_are_bounded_and_an_empty_flush_writes_none(

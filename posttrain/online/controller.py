@@ -34,6 +34,7 @@ from posttrain.online.metrics import (
     step_metrics,
     summarise_loop,
 )
+from posttrain.online.playing import Playing
 from posttrain.online.settings import LoopSettings
 from posttrain.online.starvation import StarvationWatch
 from posttrain.online.teaching import REWARDS_ALONE, GroupTeacher
@@ -136,7 +137,7 @@ class Controller:
         self._trainable: dict[str, RolloutGroup] = {}
         self._arrivals = Arrivals(ordered=settings.max_lag == 0)
         self._tasks = asyncio.TaskGroup()
-        self._playing: set[asyncio.Task[None]] = set()
+        self._playing = Playing(self._tasks)
         self._slot_freed = asyncio.Event()
         self._group_ready = asyncio.Event()
         self._interval = Interval()
@@ -190,9 +191,7 @@ class Controller:
             self._admission.admit(draw.draw_id)
             self._arrivals.expect(draw.draw_id)
             self._accounting.open(draw, drawn_at_step=self._version.step)
-            task = self._tasks.create_task(self._play(draw))
-            self._playing.add(task)
-            task.add_done_callback(self._playing.discard)
+            self._playing.start(self._play(draw))
 
     def _next_draw(self) -> Draw:
         if self._reissue:
@@ -364,6 +363,7 @@ class Controller:
             waiting=waited,
             learning=publishing_at - learning_at,
             publishing=published_at - publishing_at,
+            rollouts_idle=self._playing.take_idle_s(),
         )
         self._totals.add(batch.num_loss_tokens, interval, times, lesson)
         metrics = step_metrics(

@@ -155,7 +155,7 @@ class Rescreener:
             discarded=sum(discarded for _, discarded in judged),
             dropped=moved[Action.DROP],
             restored=moved[Action.KEEP],
-            labels=Counter(v.label.value for v in verdicts),
+            labels=dict(Counter(v.label.value for v in verdicts)),
         )
 
     async def _judge(self, prompt: Prompt, step: int) -> tuple[Verdict | None, int]:

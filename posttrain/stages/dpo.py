@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from posttrain.atomic import staged_directory, write_atomically
+from posttrain.cards import pairs_card
 from posttrain.data.chat import dpo_record
-from posttrain.data.pair_sets import pair_record
 from posttrain.errors import StarvationError
 from posttrain.evaluation import Estimate, metric_values, paired_difference
+from posttrain.pair_table import write_pairs
 from posttrain.progress import say
+from posttrain.run_dir import CARD_NAME
 from posttrain.stages.context import StageContext
 from posttrain.stages.held_out import measure_policy
 from posttrain.stages.pair_mining import mine
 from posttrain.stages.trl_job import keep_checkpoint
 from posttrain.stages.trl_stage import train
-from posttrain.types import PreferencePair
 
 STAGE: Final = "dpo"
 
@@ -39,7 +38,9 @@ async def dpo(context: StageContext, model: Path) -> dict[str, Any]:
         )
     by_case = dict(sorted(Counter(pair.corner_case for pair in pairs).items()))
     say(f"dpo: {len(pairs)} pairs {by_case}")
-    _write_pairs(context.run.stage_dir(STAGE) / "pairs.jsonl", pairs)
+    write_pairs(context.run.pairs_path, pairs)
+    card = context.run.pairs_path.with_name(CARD_NAME)
+    write_atomically(card, pairs_card(pairs, str(model)))
     mix = context.instruction_mix(0)
     records = [dpo_record(pair, mix.resolve(pair.system)) for pair in pairs]
     length = context.chat.length
@@ -86,9 +87,3 @@ def _keep_what_came_in(context: StageContext, model: Path, change: Estimate) -> 
     shutil.rmtree(context.run.stage_dir(STAGE) / "checkpoints")
     shutil.rmtree(context.adapter_of(STAGE), ignore_errors=True)  # of an interrupted attempt
     context.evaluations[target] = context.evaluations[model]
-
-
-def _write_pairs(target: Path, pairs: Sequence[PreferencePair]) -> None:
-    """For inspection, and to be given as `dpo.data` again."""
-    lines = (json.dumps(pair_record(pair), ensure_ascii=False) for pair in pairs)
-    write_atomically(target, "".join(f"{line}\n" for line in lines))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from curricula.sampler import DifficultySampler, UniformSampler, build_curriculum
+from posttrain.cards import write_rollouts_card
 from posttrain.errors import RunDirError
 from posttrain.online.accounting import Draw
 from posttrain.online.controller import Controller
@@ -98,7 +99,9 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
         await learner.save_adapter(context.adapter_of(STAGE))
     context.pools.serves_checkpoint(str(target))
     learner.stop()
-    return _metrics(summary)
+    metrics = _metrics(summary)
+    write_rollouts_card(context.run, metrics, settings.model_dump())
+    return metrics
 
 
 def _learner(context: StageContext, model: Path, checkpoint: Path | None) -> RemoteLearner:

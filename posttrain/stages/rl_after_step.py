@@ -7,6 +7,7 @@ from typing import Protocol
 
 from curricula.sampler import DifficultySampler, UniformSampler
 from posttrain.online.metrics import StepRecord
+from posttrain.online.status import status
 from posttrain.progress import Progress
 from posttrain.rollout_log import RolloutLog
 from posttrain.stages.context import StageContext
@@ -75,7 +76,7 @@ class AfterStep:
         )
         self._last = state, record.version
         self._write(record)
-        self._progress.advance(_note(record))
+        self._progress.advance(status(record.metrics))
         last = record.step == self._settings.num_steps
         if record.step % self._settings.checkpoint_every == 0 or last:
             await self._save(state, record.version)
@@ -111,11 +112,3 @@ class AfterStep:
         named = {"stage": STAGE, "step": record.step, "attempt": self._attempt}
         idle = {"engines_idle_share": self._generators.idle_share()}
         self._context.metrics.append(named | dict(record.metrics) | idle | pool)
-
-
-def _note(record: StepRecord) -> str:
-    metrics = record.metrics
-    names = {"pass@1": "pass@1", "zero_advantage_share": "no signal", "lag_max": "lag"}
-    return " · ".join(
-        f"{label} {metrics[key]:.2f}" for key, label in names.items() if key in metrics
-    )

@@ -1,0 +1,126 @@
+"""Steps, re-screenings and held-out curves, from metrics.jsonl and the manifest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import polars as pl
+
+from posttrain.inspect.columns import ACCURACY, RESCREENS, STAGES, STEPS
+from posttrain.run_dir import StageRecord
+
+Record = Mapping[str, Any]
+TRAINED_BY_TRL = ("sft", "dpo")
+
+
+def surviving(records: Iterable[Record]) -> list[Record]:
+    """Records in order, without those that a resumed attempt did again or went back behind.
+
+    An attempt that resumes from step N records N+1 next: whatever the earlier attempt recorded of
+    its own steps beyond N is off the lineage, whether it has been reached again yet or not.
+    """
+    kept: list[Record] = []
+    reached: dict[str, int] = {}
+    for record in records:
+        stage, step = record.get("stage"), record.get("step")
+        if isinstance(stage, str) and step is not None and "event" not in record:
+            if step <= reached.get(stage, 0):
+                kept = [r for r in kept if r.get("stage") != stage or r.get("step", 0) < step]
+            reached[stage] = step
+        kept.append(record)
+    return kept
+
+
+def steps_frame(records: Iterable[Record], stages: Mapping[str, StageRecord]) -> pl.DataFrame:
+    """`steps` from surviving records, or where there are none for sft and dpo from what the
+    manifest holds of TRL's log."""
+    rows = [_row(r) for r in records if "event" not in r and r.get("step") is not None]
+    recorded = {row["stage"] for row in rows}
+    for stage in set(TRAINED_BY_TRL) - recorded:
+        history = stages[stage].metrics.get("history", ()) if stage in stages else ()
+        rows += [_row({"stage": stage, **log}) for log in history if log.get("step") is not None]
+    if not rows:
+        return STEPS.empty()
+    further = {name: pl.Float64 for row in rows for name in row if name not in STEPS.columns}
+    frame = pl.DataFrame(rows, schema={**STEPS.schema, **further}, strict=False)
+    return frame.with_columns(pl.col("step_s").cum_sum().over("stage").alias("elapsed_s"))
+
+
+def _row(record: Record) -> dict[str, Any]:
+    """Without tables and texts, which have no column of numbers."""
+    numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+    stage = record["stage"]
+    if stage in TRAINED_BY_TRL:
+        numbers = {n if n == "step" else f"trainer/{n}": value for n, value in numbers.items()}
+    return {"stage": stage, **numbers}
+
+
+def rescreens_frame(records: Iterable[Record]) -> pl.DataFrame:
+    rows = [{k: r[k] for k in RESCREENS.columns} for r in records if r.get("event") == "rescreen"]
+    return pl.DataFrame(rows, schema=RESCREENS.schema)
+
+
+def stages_frame(stages: Mapping[str, StageRecord]) -> pl.DataFrame:
+    rows = [
+        {
+            "stage": name,
+            "state": record.state,
+            "seconds": record.seconds,
+            "pass@1": _summary(record).get("all", {}).get("pass@1", {}).get("mean"),
+            "metrics": json.dumps(
+                {k: v for k, v in record.metrics.items() if k not in ("evaluation", "history")}
+            ),
+        }
+        for name, record in stages.items()
+    ]
+    return pl.DataFrame(rows, schema=STAGES.schema)
+
+
+def accuracy_frame(
+    records: Iterable[Record], stages: Mapping[str, StageRecord], steps: pl.DataFrame
+) -> pl.DataFrame:
+    """`accuracy`: at the end of each stage, and during RL where it was evaluated.
+
+    `elapsed_s` counts the seconds of finished stages; a stage that failed and was done again
+    counts once.
+    """
+    rows: list[dict[str, Any]] = []
+    began: dict[str, float] = {}
+    elapsed = 0.0
+    for name, record in stages.items():
+        began[name] = elapsed
+        if record.seconds is not None:
+            elapsed += record.seconds
+            rows += _rows(_summary(record), name, None, elapsed)
+    loop_s = {
+        (stage, step): seconds
+        for stage, step, seconds in steps.select("stage", "step", "elapsed_s").iter_rows()
+    }
+    for event in records:
+        if event.get("event") == "evaluation":
+            at = (event["stage"], event["step"])
+            seconds = loop_s.get(at)
+            since = None if seconds is None else began.get(at[0], 0.0) + seconds
+            rows += _rows(event, *at, since)
+    return pl.DataFrame(rows, schema=ACCURACY.schema)
+
+
+def _rows(
+    summary: Record, stage: str, step: int | None, elapsed_s: float | None
+) -> list[dict[str, Any]]:
+    if "all" not in summary:
+        return []
+    by_domain = {"all": summary["all"], **summary["domains"]}
+    return [
+        {"stage": stage, "step": step, "elapsed_s": elapsed_s, "domain": domain, "metric": metric}
+        | dict(estimate)
+        for domain, metrics in by_domain.items()
+        for metric, estimate in metrics.items()
+    ]
+
+
+def _summary(record: StageRecord) -> Record:
+    found: Record = record.metrics.get("evaluation", {})
+    return found
