@@ -98,10 +98,12 @@ class Head:
 
     def submit(self, name: str, *arguments: str, check: bool = True) -> str:
         """What was said. The agent that takes jobs is up some seconds after `ray start`."""
+        began = time.monotonic()
         while True:
             done = self.job("submit", f"--submission-id={name}", *arguments, check=False)
             told = done.stdout + done.stderr
-            if "No available agent" not in told and "Failed to connect" not in told:
+            early = "No available agent" in told or "Failed to connect" in told
+            if not early or time.monotonic() - began > DEADLINE_S:
                 assert (done.returncode == 0) is check, told
                 return told
             time.sleep(2)
