@@ -85,7 +85,9 @@ class Head:
         self._node = psutil.Popen(
             [
                 *(str(BIN / "ray"), "start", "--head", "--block", f"--port={free_port()}"),
-                *(f"--dashboard-port={port}", "--num-cpus=2", f"--temp-dir={scratch}"),
+                *(f"--dashboard-port={port}", f"--dashboard-agent-listen-port={free_port()}"),
+                *(f"--ray-client-server-port={free_port()}", "--num-cpus=2"),
+                f"--temp-dir={scratch}",
             ],
             env=self._environment,
             stdout=subprocess.DEVNULL,
