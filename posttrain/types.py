@@ -319,6 +319,14 @@ class Generator(Protocol):
     async def generate(self, request: GenerationRequest) -> tuple[Rollout, ...]: ...
 
 
+class ObservedGenerator(Generator, Protocol):
+    """One that can say how far it is."""
+
+    async def tokens_written(self, request_id: str) -> int | None:
+        """Of the longest completion of a request that is being answered; None if none is."""
+        ...
+
+
 class Scorer(Protocol):
     """Scores the answers to one prompt, in order. An answer that could not be scored comes back
     with outcome `INFRASTRUCTURE`; it never raises for what an answer contains."""

@@ -177,6 +177,7 @@ class ScriptedGenerator:
     num_calls: int = 0
     requests: list[GenerationRequest] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
+    written: dict[str, int] = field(default_factory=dict)
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def generate(self, request: GenerationRequest) -> tuple[Rollout, ...]:
@@ -196,6 +197,9 @@ class ScriptedGenerator:
         marks = self.marks(call)
         assert len(marks) == request.num_rollouts
         return tuple(make_rollout(request.request_id, i, m, version) for i, m in enumerate(marks))
+
+    async def tokens_written(self, request_id: str) -> int | None:
+        return self.written.get(request_id)
 
 
 class TextScorer:

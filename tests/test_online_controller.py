@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from online_fakes import (
     CountingCurriculum,
     ScriptedGenerator,
+    TextScorer,
     TimedLearner,
     World,
     loop_settings,
     make_prompt,
+    make_rollout,
 )
 from pydantic import ValidationError
 
@@ -23,6 +26,8 @@ from posttrain.types import (
     DrawOutcome,
     PolicyVersion,
     Prompt,
+    Reward,
+    Rollout,
     SystemInstruction,
 )
 
@@ -149,7 +154,11 @@ def test_groups_are_trained_in_order_of_admission() -> None:
 def test_a_straggler_past_its_deadline_is_cancelled_and_stale() -> None:
     world = World(
         loop_settings(num_steps=2, draw_deadline_s=5.0),
-        ScriptedGenerator(marks=lambda n: "10", seconds=lambda n: 1000.0 if n == 0 else 1.0),
+        ScriptedGenerator(
+            marks=lambda n: "10",
+            seconds=lambda n: 1000.0 if n == 0 else 1.0,
+            written={"d1-0000000": 77},
+        ),
     )
     summary = world.run()
     assert world.ledger.ids(DrawOutcome.STALE) == ["d1-0000000"]
@@ -160,6 +169,31 @@ def test_a_straggler_past_its_deadline_is_cancelled_and_stale() -> None:
     # The others wait behind it until the deadline, not longer: 5 s, then two steps.
     assert summary.seconds == pytest.approx(7.0)
     assert world.records[0].metrics["draws/stale"] == 1
+    assert world.records[0].metrics["stale_length_mean"] == 77
+    assert "stale_length_mean" not in world.records[1].metrics
+
+
+def test_answers_whose_scores_are_late_count_as_long_as_they_are() -> None:
+    class LateOnce(TextScorer):
+        num_calls = 0
+
+        async def score(
+            self, prompt: Prompt, rollouts: Sequence[Rollout], system: SystemInstruction | None
+        ) -> tuple[Reward, ...]:
+            self.num_calls += 1
+            if self.num_calls == 1:
+                await asyncio.sleep(1000.0)
+            return await super().score(prompt, rollouts, system)
+
+    world = World(
+        loop_settings(num_steps=1, draw_deadline_s=5.0),
+        ScriptedGenerator(marks=lambda n: "10"),
+        scorer=LateOnce(),
+    )
+    world.run()
+    assert world.ledger.ids(DrawOutcome.STALE) == ["d1-0000000"]
+    length = len(make_rollout("d", 0, "1", PolicyVersion(1, 0)).completion_token_ids)
+    assert world.records[0].metrics["stale_length_max"] == length
 
 
 def test_what_is_in_flight_at_the_end_is_unused_before_the_last_record() -> None:

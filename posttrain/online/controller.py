@@ -42,11 +42,12 @@ from posttrain.types import (
     Curriculum,
     DrawOutcome,
     GenerationRequest,
-    Generator,
     Learner,
+    ObservedGenerator,
     PolicyVersion,
     Prompt,
     Publisher,
+    Rollout,
     RolloutGroup,
     Sampling,
     Scorer,
@@ -88,7 +89,7 @@ class Controller:
         settings: LoopSettings,
         *,
         curriculum: Curriculum,
-        generator: Generator,
+        generator: ObservedGenerator,
         scorer: Scorer,
         learner: Learner,
         publisher: Publisher,
@@ -222,22 +223,34 @@ class Controller:
             num_rollouts=self._settings.group_size,
             sampling=sampling,
         )
+        rollouts: tuple[Rollout, ...] = ()
+
+        async def work() -> RolloutGroup:
+            nonlocal rollouts
+            rollouts = await self._generator.generate(request)
+            return RolloutGroup(
+                draw_id=draw.draw_id,
+                prompt=draw.prompt,
+                system=draw.system.name if draw.system else None,
+                sampling=sampling,
+                rollouts=rollouts,
+                rewards=await self._scorer.score(draw.prompt, rollouts, draw.system),
+            )
+
+        working = asyncio.create_task(work())
         try:
-            async with asyncio.timeout(self._settings.draw_deadline_s) as deadline:
-                rollouts = await self._generator.generate(request)
-                rewards = await self._scorer.score(draw.prompt, rollouts, draw.system)
-        except TimeoutError:
-            if not deadline.expired():
-                raise
+            await asyncio.wait([working], timeout=self._settings.draw_deadline_s)
+            if working.done():
+                return working.result()
+            # What is cut off is biased towards long answers: only its length shows how much.
+            longest = max((len(r.completion_token_ids) for r in rollouts), default=None)
+            if longest is None:
+                longest = await self._generator.tokens_written(draw.draw_id)
+            if longest is not None:
+                self._interval.stale_lengths.append(longest)
             return None
-        return RolloutGroup(
-            draw_id=draw.draw_id,
-            prompt=draw.prompt,
-            system=draw.system.name if draw.system else None,
-            sampling=sampling,
-            rollouts=rollouts,
-            rewards=rewards,
-        )
+        finally:
+            working.cancel()
 
     def _sampling_of(self, draw: Draw) -> Sampling:
         # Seeded sampling costs an engine throughput, and buys nothing where time decides anyway.

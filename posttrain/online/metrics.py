@@ -40,10 +40,12 @@ class LoopSummary:
 @dataclass(slots=True)
 class Interval:
     """What came to the gate and which draws ended since the last step's record: how many by
-    (outcome, reason, domain); the reason of a trained one is empty."""
+    (outcome, reason, domain); the reason of a trained one is empty. `stale_lengths` holds the
+    longest completion of each draw that passed its deadline, as far as it was written."""
 
     groups: list[RolloutGroup] = field(default_factory=list)
     ended: Counter[tuple[DrawOutcome, str, str]] = field(default_factory=Counter)
+    stale_lengths: list[int] = field(default_factory=list)
 
     @property
     def generated_tokens(self) -> int:
@@ -167,6 +169,7 @@ def step_metrics(
     return {
         **answer_metrics(interval.groups),
         **({"zero_advantage_share": zero_advantage / gated} if gated else {}),
+        **_stale_lengths(interval.stale_lengths),
         "lag_max": max(lags),
         "lag_mean": fmean(lags),
         "trained_tokens": num_loss_tokens,
@@ -183,6 +186,12 @@ def step_metrics(
         **{f"learner/{name}": value for name, value in learner.items()},
         **{f"publish/{name}": value for name, value in publish.items()},
     }
+
+
+def _stale_lengths(lengths: Sequence[int]) -> dict[str, float]:
+    if not lengths:
+        return {}
+    return {"stale_length_mean": fmean(lengths), "stale_length_max": max(lengths)}
 
 
 def _ended_by(

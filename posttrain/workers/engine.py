@@ -62,7 +62,12 @@ def _engine_args(model: str, settings: EngineSettings) -> Any:
     }
     if not torch.cuda.is_available():
         backend = "uni" if settings.tensor_parallel == 1 else "mp"
-        arguments |= {"enforce_eager": True, "distributed_executor_backend": backend}
+        arguments |= {
+            "enforce_eager": True,
+            "distributed_executor_backend": backend,
+            # A prompt in pieces winds a seeded generator back, which a CPU generator cannot do.
+            "enable_chunked_prefill": False,
+        }
     return AsyncEngineArgs(**(arguments | settings.extra))
 
 
@@ -192,6 +197,17 @@ class VllmEngine:
             self._progress = progress
             self._progressed_at = time.monotonic()
         return time.monotonic() - self._progressed_at
+
+    def tokens_written(self, request_id: str) -> int | None:
+        """As `posttrain.types.ObservedGenerator` says. Completions that have ended while others of
+        their request have not do not count: vLLM has no record of them any more."""
+        states = self._request_states()
+        written = [
+            states[own_id].detokenizer.num_output_tokens()
+            for own_id in self._llm.output_processor.external_req_ids.get(request_id, ())
+            if own_id in states
+        ]
+        return max(written, default=None)
 
     def close(self) -> None:
         self._llm.shutdown()

@@ -94,6 +94,11 @@ class GeneratorPool:
             f"(resources.rollout.engine.max_restarts) and each was lost; the last: {lost}"
         ) from lost
 
+    async def tokens_written(self, request_id: str) -> int | None:
+        """As `posttrain.types.ObservedGenerator` says."""
+        asked = await asyncio.gather(*(r.tokens_written(request_id) for r in self._serving()))
+        return max((written for written in asked if written is not None), default=None)
+
     async def score_tokens(
         self, sequences: Sequence[Sequence[int]], label: str
     ) -> list[list[list[float]]]:

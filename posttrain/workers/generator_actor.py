@@ -53,6 +53,9 @@ class GeneratorActor:
         async with delivery.received() as file:
             return await _or_die(self._running.update_weights(file, version, published))
 
+    async def tokens_written(self, request_id: str) -> int | None:
+        return self._running.tokens_written(request_id)
+
     async def stalled_s(self) -> float:
         return await _or_die(self._running.stalled_s())
 

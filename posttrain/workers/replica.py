@@ -24,6 +24,9 @@ T = TypeVar("T")
 CHECKS_PER_DEADLINE = 4
 """How often a working engine's health is looked at within `hang_deadline_s`."""
 
+TOKENS_WRITTEN_S = 5.0
+"""For a figure that nobody should wait for."""
+
 
 class EngineLost(Exception):
     """The engine that was asked is gone; whatever it was asked can be asked again elsewhere."""
@@ -133,6 +136,15 @@ class Replica:
         if actor is self._actor:  # else it was lost after this answer
             self._failures.clear()
         return rollouts
+
+    async def tokens_written(self, request_id: str) -> int | None:
+        """None too if the engine cannot say."""
+        try:
+            async with asyncio.timeout(TOKENS_WRITTEN_S):
+                written: int | None = await self._actor.tokens_written.remote(request_id)
+                return written
+        except (TimeoutError, RayActorError):
+            return None
 
     async def score_tokens(
         self, sequences: Sequence[Sequence[int]], label: str
