@@ -137,13 +137,15 @@ class RewardPoolSettings(_Section):
 
 class ResourceSettings(_Section):
     """The pools. `judge` is the engine of a dedicated critic during RL, where one is asked for;
-    `deadline_s` is how long a pool may take until it is placed and ready."""
+    `deadline_s` is how long a pool may take until it is placed and ready. `gpu_gib` is the memory
+    of one GPU where the run will be, for `posttrain plan`: by default that of this machine's."""
 
     rollout: RolloutPoolSettings = RolloutPoolSettings()
     judge: RolloutPoolSettings = RolloutPoolSettings()
     learner: LearnerResources = LearnerResources()
     rewards: RewardPoolSettings = RewardPoolSettings()
     deadline_s: float = Field(default=300.0, gt=0)
+    gpu_gib: float | None = Field(default=None, gt=0)
 
 
 class Settings(_Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from posttrain.ledger import Ledger
 from posttrain.metric_sinks import open_sinks
 from posttrain.metrics import MetricsLog
 from posttrain.progress import duration, say
+from posttrain.remote_run import RemoteCopy, run_place
 from posttrain.rerun import Kind, Plan
 from posttrain.roles import demands
 from posttrain.run_dir import RunDir, hash_path
@@ -54,23 +56,34 @@ def run(settings: Settings, inputs: Inputs, *, fresh: bool) -> RunResult:
         StageError: a stage failed; what was finished before it stays.
     """
     plan = Plan.of(settings, inputs)
-    with RunDir.create_or_open(
-        Path(settings.run.dir).absolute(),
-        config.resolved(settings),
-        fresh,
-        {**plan.data, **plan.models},
-    ) as run_dir:
+    place = run_place(settings.run)
+    copy = RemoteCopy(place.url, place.path) if place.url is not None else None
+    with contextlib.ExitStack() as driving:
+        if copy is not None:
+            driving.enter_context(copy.driven(fresh=fresh))
+        run_dir = driving.enter_context(
+            RunDir.create_or_open(
+                place.path, config.resolved(settings), fresh, {**plan.data, **plan.models}
+            )
+        )
         if plan.is_done(run_dir):
-            say(f"every stage of {run_dir.path} is done")
+            say(f"every stage of {settings.run.dir} is done")
         else:
             with _pools(run_dir.path, settings) as pools:
-                _run_stages(run_dir, settings, inputs, plan, pools)
+                _run_stages(run_dir, settings, inputs, plan, pools, copy)
         _hand_over(run_dir, settings, inputs)
+        if copy is not None:
+            copy.push(None)
         return _result(run_dir, settings)
 
 
 def _run_stages(
-    run_dir: RunDir, settings: Settings, inputs: Inputs, plan: Plan, pools: Pools
+    run_dir: RunDir,
+    settings: Settings,
+    inputs: Inputs,
+    plan: Plan,
+    pools: Pools,
+    copy: RemoteCopy | None,
 ) -> None:
     ledger = Ledger(run_dir.ledger_path)
     metrics = MetricsLog(run_dir.metrics_path, open_sinks(settings.log, run_dir.path))
@@ -85,6 +98,7 @@ def _run_stages(
         held_out=inputs.held_out,
         sft_rows=inputs.sft_rows,
         pairs=inputs.pairs,
+        copy=copy,
     )
     try:
         asyncio.run(_Runner(context, inputs, plan).run())
@@ -111,10 +125,13 @@ class _Runner:
 
     async def run(self) -> None:
         for name in self._plan.tables:
-            self._model = self._inputs.stage_models.get(name, self._model)
-            await self._stage(name)
-            if name != "screen":
+            if name == "screen":  # its critic is nobody else's policy
+                await self._stage(name)
+            else:
+                self._model = self._inputs.stage_models.get(name, self._model)
+                await self._stage(name)
                 await self._evaluation(name)
+            await self._context.keep()
 
     async def _stage(self, name: str) -> None:
         run_dir, wanted = self._context.run, self._plan.tables[name]
@@ -135,8 +152,8 @@ class _Runner:
         """Whatever was begun under other settings is moved aside."""
         run_dir = self._context.run
         outlook = self._plan.state(run_dir, name)
-        if outlook.kind is Kind.GOES_ON:
-            say(f"{name}: goes on after {outlook.why}")
+        if outlook.kind is Kind.GOES_ON and outlook.why:
+            say(f"{name}: goes on with {outlook.why}")
         elif outlook.kind is Kind.AGAIN:
             say(f"{name}: runs again, for this has changed: {outlook.why}")
             left = run_dir.set_aside(name)
@@ -153,7 +170,8 @@ class _Runner:
         if name == "screen":
             from posttrain.stages.screen import screen
 
-            screened = await screen(context, self._model)
+            critic = self._inputs.stage_models.get(name, self._model)
+            screened = await screen(context, critic)
             kept = _kept_file(context.run)
             write_atomically(
                 kept, json.dumps({"critic": screened.critic, "rows": sorted(screened.kept_rows)})

@@ -16,6 +16,7 @@ from posttrain.dependencies import (
 )
 from posttrain.inputs import Inputs
 from posttrain.metrics import to_json
+from posttrain.remote_run import run_place
 from posttrain.run_dir import RunDir
 
 
@@ -81,3 +82,13 @@ class Plan:
         return all(run_dir.stage_done(name, table) for name, table in self.tables.items()) and all(
             run_dir.evaluation_done(name, table) for name, table in self.evaluations.items()
         )
+
+
+def outlook(settings: Settings, inputs: Inputs) -> list[str]:
+    """What the same settings would do now, stage by stage: `rl: runs again (rl.group_size: …)`.
+    What is at a URL and not here is not looked at."""
+    run_dir = RunDir(run_place(settings.run).path)
+    if not run_dir.is_run():
+        return list(settings.stages)
+    plan = Plan.of(settings, inputs)
+    return [f"{name}: {plan.state(run_dir, name).describe()}" for name in settings.stages]

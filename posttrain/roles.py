@@ -20,6 +20,10 @@ def demands(settings: Settings) -> list[Demand]:
     if has_own_critic(settings):
         judge = resources.judge
         roles.append(Demand(role="judge", count=judge.replicas, each=judge.actor))
+    judged = settings.rewards.judge
+    if judged is not None and judged.model is not None:
+        pool = resources.rewards.judge
+        roles.append(Demand(role="rewards.judge", count=pool.replicas, each=pool.actor))
     return roles
 
 

@@ -21,9 +21,12 @@ import yaml
 import posttrain
 from posttrain import doctor
 from posttrain.cli import main
+from posttrain.config import load, resolved
 from posttrain.doctor import Finding
 from posttrain.errors import Interrupted, PlacementError, RunDirError, SettingsError
+from posttrain.inputs import load_inputs
 from posttrain.ledger import Ledger
+from posttrain.rerun import Plan
 from posttrain.run_dir import RunDir
 from posttrain.types import DrawOutcome
 
@@ -162,6 +165,12 @@ def test_the_trap_of_these_tests_works(desk: Desk) -> None:
         (["sft.trainer.learning_rate=fast"], ["sft.trainer.learning_rate", "number", "'fast'"]),
         (["dpo.trainer.max_steps=1", "dpo.budget.steps=2"], ["both say how much"]),
         (["--no-such-option"], ["No such option", "--no-such-option"]),
+        (["stages=[rl, screen]"], ["stages: ['rl', 'screen'] screens for nobody"]),
+        (["stages=[sft, rl]", "rl.model=starter"], ["rl.model: rl would start from it, and nob"]),
+        (["stages=[rl]", "rl.model=./no/such"], ["rl.model: ", "./no/such"]),
+        (["run.dir=/proc/posttrain/run"], ["run.dir: nothing can be written to /proc"]),
+        (["run.dir=zorp://bucket/run"], ["run.dir: zorp://bucket/run", "zorp"]),
+        (["run.work_dir=/tmp/w"], ["run.work_dir: /tmp/w would hold nothing"]),
     ],
 )
 @pytest.mark.parametrize("mode", [[], ["--dry-run"], ["--json"]], ids=["run", "dry", "json"])
@@ -343,7 +352,13 @@ def test_dry_run_prints_the_plan(desk: Desk, tiny_policy: Path) -> None:
         "sft_rows": 0,
         "screening_answers_at_most": 2 * 16,
         "rl_trained_answers": 3 * 4 * 4,
-        "engines": 1,
+        "asked_for_at_once": [
+            "rollout 1 × (1 CPUs, 0 GPUs)",
+            "rewards 1 × (0 CPUs, 0 GPUs)",
+            "learner 1 × (1 CPUs, 0 GPUs)",
+        ],
+        "gib_on_each_device": ["rollout 1.0", "rl 0.0"],
+        "does_not_fit": [],
         "prompts_sharing_text": [],
     }
     changed = ["stages=[screen, rl]", "rl.num_steps=3"]
@@ -353,9 +368,66 @@ def test_dry_run_prints_the_plan(desk: Desk, tiny_policy: Path) -> None:
     assert len(done.out.splitlines()) == 1
     lines = desk.run(*changed, "--dry-run").out.splitlines()
     rows = {line[:28].strip().replace(" ", "_"): line[28:] for line in lines}
-    shown = {"stages": "screen, rl", "prompts_sharing_text": "none"}
+    shown = {
+        key: ", ".join(value) or "none" for key, value in plan.items() if isinstance(value, list)
+    }
     assert rows == {k: str(v) for k, v in plan.items()} | shown
     assert not desk.run_dir.exists()
+
+
+@pytest.mark.usefixtures("nothing_starts")
+def test_a_ray_job_takes_no_relative_directory(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    refused(desk.run("run.dir=runs/mine"), "run.dir: runs/mine is relative", "absolute path")
+
+
+@pytest.mark.usefixtures("nothing_starts")
+def test_a_stage_starts_from_a_checkpoint_of_the_same_model_only(
+    desk: Desk, tiny_policy: Path
+) -> None:
+    other = Path(shutil.copytree(tiny_policy, desk.path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))
+    told = (f"rl.model: {other} has hidden_size = 32 and the policy", "has 16")
+    refused(desk.run("stages=[screen, rl]", f"rl.model={other}"), *told)
+    assert desk.run("stages=[rl]", f"rl.model={tiny_policy}", "--dry-run").code == 0
+
+
+@pytest.mark.usefixtures("nothing_starts")
+def test_a_dry_run_says_what_a_change_runs_again(desk: Desk) -> None:
+    settings = load(Path(desk.config))
+    plan = Plan.of(settings, load_inputs(settings))
+    with RunDir.create_or_open(desk.run_dir, resolved(settings), fresh=False) as run:
+        for name in ("screen", "sft", "rl"):
+            run.begin_stage(name, plan.tables[name])
+            if name != "rl":
+                run.finish_stage(name, [], {}, 1.0)
+
+    def stages(*changed: str) -> list[str]:
+        done = desk.run(*changed, "--dry-run", "--json")
+        assert done.code == 0, done.err
+        told: list[str] = json.loads(done.out)["stages"]
+        return told
+
+    assert stages() == ["screen: done before", "sft: done before", "rl: goes on", "dpo: runs"]
+    assert stages("sft.trainer.max_steps=7") == [
+        "screen: done before",
+        "sft: runs again (sft.trainer: {} → (absent); sft.trainer.max_steps: (absent) → 7)",
+        "rl: runs again (the stage sft before it)",
+        "dpo: runs",
+    ]
+    assert stages("rl.num_steps=50")[2] == "rl: goes on (rl.num_steps: 5 → 50)"
+    # Without SFT its rows are not screened.
+    assert stages("stages=[screen, rl]") == [
+        "screen: runs again (the content of sft.data)",
+        "rl: runs again (the stage screen before it; the stage sft before it; the checkpoint "
+        "policy.model)",
+    ]
+    desk.write("sft.jsonl", task("3-1=?", "2") | {"completion": "two #2"})
+    assert stages()[:2] == [
+        "screen: runs again (the content of sft.data)",
+        "sft: runs again (the stage screen before it; the content of sft.data)",
+    ]
 
 
 def test_a_dry_run_loads_no_engine(desk: Desk) -> None:

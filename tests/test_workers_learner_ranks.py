@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM
 from posttrain.errors import (
     DivergenceError,
     EngineError,
-    PlacementError,
     SettingsError,
     StageError,
 )
@@ -239,7 +238,7 @@ def test_ranks_past_their_deadline_are_named_and_ended(cluster):
 def test_more_ranks_than_devices_are_refused_at_once(policy, cluster):
     began = time.monotonic()
     with pytest.raises(
-        PlacementError, match=r"64 × LearnerActor ask for 6400 CPUs .* has \d+ CPUs"
+        SettingsError, match=r"room for 0 of the 64 actors of learner.*There is: .* \d+ CPUs"
     ):
         start_learner(
             str(policy),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +14,7 @@ from posttrain.data.instructions import InstructionMix
 from posttrain.evaluation import PromptResult
 from posttrain.ledger import Ledger
 from posttrain.metrics import MetricsLog
+from posttrain.remote_run import RemoteCopy
 from posttrain.run_dir import RunDir
 from posttrain.types import PreferencePair, Prompt, SFTRow
 from posttrain.workers.pools import Pools
@@ -31,6 +34,7 @@ class StageContext:
     held_out: Sequence[Prompt]
     sft_rows: Sequence[SFTRow]
     pairs: Sequence[PreferencePair]
+    copy: RemoteCopy | None
     evaluations: dict[Path, list[PromptResult]] = field(default_factory=dict)
     """Of the policies that were measured on all held-out tasks (`posttrain.stages.held_out`)."""
 
@@ -41,6 +45,15 @@ class StageContext:
     def instruction_mix(self, salt: int) -> InstructionMix:
         """A mix of its own for each user, so that none changes what another draws."""
         return InstructionMix(self.settings.system_instructions, self.seed * 1000 + salt)
+
+    async def keep(self) -> None:
+        """Whatever is on disk by now goes to the run's URL, if it has one."""
+        if self.copy is None:
+            return
+        with tempfile.TemporaryDirectory() as directory:
+            snapshot = Path(directory) / "ledger.sqlite"
+            self.ledger.snapshot(snapshot)
+            await asyncio.to_thread(self.copy.push, snapshot)
 
     def policy_of(self, stage: str) -> Path:
         """Where a stage leaves its policy."""

@@ -18,6 +18,7 @@ from posttrain.stages.rl_checkpoint import LoopState, RLCheckpoints, read_state
 from posttrain.stages.rl_stop import StopWithCheckpoint
 from posttrain.types import GenerationRequest, Sampling
 from posttrain.workers.generator import GeneratorPool
+from posttrain.workers.learner_ranks import RemoteLearner
 from posttrain.workers.probe import ProbeSequence
 from posttrain.workers.publisher import WeightPublisher
 
@@ -34,17 +35,7 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
     state = read_state(checkpoint) if checkpoint is not None else None
     generators = await context.pools.serving(str(model))
     probes = await _probes(context, generators)
-    learner = context.pools.start_learner(
-        str(model),
-        settings.learner,
-        temperature=settings.temperature,
-        max_age=settings.max_lag,
-        max_tokens=settings.max_tokens,
-        num_steps=settings.num_steps,
-        seed=context.seed,
-        lora=context.settings.policy.lora,
-        checkpoint=checkpoint / "learner" if checkpoint is not None else None,
-    )
+    learner = _learner(context, model, checkpoint)
     publisher = WeightPublisher(
         learner,
         generators,
@@ -60,7 +51,9 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
     if state is not None:
         say(f"rl: goes on from step {first_step}, {len(reissue)} draws are drawn again")
     beside = await Beside.start(context, model, generators, curriculum, learner, probes)
-    after_step = AfterStep(context, model, attempt, first_step, curriculum, learner, beside)
+    after_step = AfterStep(
+        context, model, attempt, first_step, curriculum, learner, generators, beside
+    )
     stop = StopWithCheckpoint(learner, after_step, after_step.save_last)
     controller = Controller(
         settings,
@@ -93,6 +86,22 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
     context.pools.serves_checkpoint(str(target))
     learner.stop()
     return _metrics(summary)
+
+
+def _learner(context: StageContext, model: Path, checkpoint: Path | None) -> RemoteLearner:
+    """One that starts from `model`, or goes on from the stage's checkpoint."""
+    settings = context.settings.rl
+    return context.pools.start_learner(
+        str(model),
+        settings.learner,
+        temperature=settings.temperature,
+        max_age=settings.max_lag,
+        max_tokens=settings.max_tokens,
+        num_steps=settings.num_steps,
+        seed=context.seed,
+        lora=context.settings.policy.lora,
+        checkpoint=checkpoint / "learner" if checkpoint is not None else None,
+    )
 
 
 def _curriculum(

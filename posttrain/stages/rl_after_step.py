@@ -25,6 +25,12 @@ class Saver(Protocol):
     async def save_policy(self, directory: Path, tokenizer_path: str) -> None: ...
 
 
+class Engines(Protocol):
+    """What is asked of the engines here."""
+
+    def idle_share(self) -> float: ...
+
+
 class AfterStep:
     """The controller's `on_step`. Reads the state of the step before its first await, as that
     contract asks (see `posttrain.online.controller`)."""
@@ -37,6 +43,7 @@ class AfterStep:
         first_step: int,
         curriculum: DifficultySampler | UniformSampler,
         learner: Saver,
+        generators: Engines,
         beside: Beside,
     ) -> None:
         self._context = context
@@ -44,6 +51,8 @@ class AfterStep:
         self._attempt = attempt
         self._curriculum = curriculum
         self._learner = learner
+        self._generators = generators
+        generators.idle_share()  # what was before the first step is no part of it
         self._beside = beside
         settings = context.settings.rl
         self._settings = settings
@@ -90,6 +99,7 @@ class AfterStep:
             commit=lambda: self._context.ledger.commit_step(state.step),
         )
         self._saved_step = state.step
+        await self._context.keep()
 
     def _write(self, record: StepRecord) -> None:
         pool = {
@@ -98,7 +108,8 @@ class AfterStep:
             for bucket, count in buckets.items()
         }
         named = {"stage": STAGE, "step": record.step, "attempt": self._attempt}
-        self._context.metrics.append(named | dict(record.metrics) | pool)
+        idle = {"engines_idle_share": self._generators.idle_share()}
+        self._context.metrics.append(named | dict(record.metrics) | idle | pool)
 
 
 def _note(record: StepRecord) -> str:

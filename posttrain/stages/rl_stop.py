@@ -58,12 +58,17 @@ class StopWithCheckpoint:
         await self._asked.wait()
         await self._on_record.wait()
         step = await self._save()
-        done = "before its first step" if step is None else f"with a checkpoint of step {step}"
-        raise Interrupted(f"rl stopped by {self._requested} {done}; the same command goes on")
+        raise self._interrupted(
+            "before its first step" if step is None else f"with a checkpoint of step {step}"
+        )
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Meanwhile the first signal asks for an orderly end; the next one has its usual effect."""
+        """Meanwhile the first signal asks for an orderly end; the next one has its usual effect.
+
+        Raises:
+            Interrupted: the stage was just ending by itself when a signal came.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield  # signals are for another thread to handle
             return
@@ -72,18 +77,26 @@ class StopWithCheckpoint:
 
         def stop(number: int, _: Any) -> None:
             _handle(usual)
-            loop.call_soon_threadsafe(self._ask, signal.Signals(number).name)
+            self._requested = signal.Signals(number).name
+            loop.call_soon_threadsafe(self._ask)
 
         _handle(dict.fromkeys(usual, stop))
         try:
             yield
         finally:
             _handle(usual)
+        if self._requested is not None:
+            raise self._interrupted("after its last step")
 
-    def _ask(self, name: str) -> None:
-        say(f"{name}: stops after the step under way, with a checkpoint; again: stops at once")
-        self._requested = name
+    def _ask(self) -> None:
+        say(
+            f"{self._requested}: stops after the step under way, with a checkpoint; again: stops "
+            "at once"
+        )
         self._asked.set()
+
+    def _interrupted(self, when: str) -> Interrupted:
+        return Interrupted(f"rl stopped by {self._requested} {when}; the same command goes on")
 
 
 def _handle(handlers: Mapping[signal.Signals, Any]) -> None:

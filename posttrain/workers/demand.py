@@ -38,13 +38,16 @@ class Node:
         return f"{self.name} {self.cpus:g} CPUs and {self.gpus:g} GPUs"
 
     def holds(self, each: ActorResources) -> float:
-        """How many actors of that size it could hold, were it free."""
-        rooms = [
-            math.floor(have / need + 1e-9)
-            for need, have in ((each.cpus, self.cpus), (each.gpus, self.gpus))
-            if need
-        ]
-        return min(rooms, default=math.inf)
+        """How many actors of that size it could hold, were it free. A share of a GPU is a share of
+        one and the same."""
+        by_cpus = _times(each.cpus, self.cpus)
+        if 0 < each.gpus < 1:
+            return min(by_cpus, self.gpus * _times(each.gpus, 1.0))
+        return min(by_cpus, _times(each.gpus, self.gpus))
+
+
+def _times(need: float, have: float) -> float:
+    return math.floor(have / need + 1e-9) if need else math.inf
 
 
 def why_too_small(demands: Sequence[Demand], nodes: Sequence[Node]) -> str | None:
