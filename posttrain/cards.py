@@ -111,7 +111,7 @@ def pairs_card(pairs: Sequence[PreferencePair], policy: str) -> str:
             "| corner case | pairs | mean margin of the rewards |",
             "|---|---|---|",
             *(
-                f"| {case} | {count:,} | {_mean_margin(pairs, case):.3f} |"
+                f"| {case} | {count:,} | {_mean_margin(pairs, case)} |"
                 for case, count in cases.most_common()
             ),
             "",
@@ -194,6 +194,6 @@ def _data(config: Mapping[str, Any]) -> Iterator[str]:
     yield f"- fingerprints: {prints}"
 
 
-def _mean_margin(pairs: Sequence[PreferencePair], case: str) -> float:
-    margins = [pair.margin for pair in pairs if pair.corner_case == case]
-    return sum(margins) / len(margins)
+def _mean_margin(pairs: Sequence[PreferencePair], case: str) -> str:
+    margins = [p.margin for p in pairs if p.corner_case == case and p.margin is not None]
+    return f"{sum(margins) / len(margins):.3f}" if margins else "–"

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from posttrain.cli_inspect import inspect_command
+from posttrain.cli_plan import plan_command
 from posttrain.cli_prune import prune_command
 from posttrain.cli_reward import reward_command
+from posttrain.cli_teach import teach_command
 from posttrain.errors import DataError, Interrupted, PosttrainError, StageError
 
 if TYPE_CHECKING:
@@ -45,10 +47,12 @@ def run_command(
     as_json: Json = False,
 ) -> None:
     """Run the stages of CONFIG. The same command again resumes."""
+    from posttrain.remote_run import check_place
     from posttrain.stages.trl_settings import check_trainers
 
     settings, inputs = _prepare(config, overrides)
     check_trainers(settings)
+    check_place(settings.run)
     if dry_run:
         _emit(_plan(settings, inputs), as_json)
         return
@@ -72,7 +76,7 @@ def run_command(
 
     # A table that is piped into a file must not be cut to 80 columns.
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    print_report(result.evaluations, result.seconds, str(result.policy), console)
+    print_report(result.evaluations, result.seconds, str(result.policy), console, result.metrics)
 
 
 @app.command("eval")
@@ -137,8 +141,10 @@ def audit_command(
 
 
 app.command("inspect")(inspect_command)
+app.command("plan")(plan_command)
 app.command("prune")(prune_command)
 app.command("reward")(reward_command)
+app.command("teach")(teach_command)
 
 
 @app.command("doctor")
@@ -168,25 +174,36 @@ def _prepare(path: Path, overrides: list[str] | None) -> tuple[Settings, Inputs]
 def _plan(settings: Settings, inputs: Inputs) -> dict[str, Any]:
     """What a run would do, without doing it."""
     from posttrain.data.overlap import shared_texts
+    from posttrain.plan import examine, policy_shape
+    from posttrain.rerun import outlook
 
     rl = settings.rl
+    needs = examine(settings, policy_shape(str(inputs.model)))
     # DPO mines its pairs from the prompts of RL.
     sets = {"sft": [row.prompt for row in inputs.sft_rows], "rl and dpo": inputs.train}
     return {
-        "stages": settings.stages,
+        "stages": outlook(settings, inputs),
         "run": settings.run.dir,
         "policy": str(inputs.model),
+        "teacher": str(inputs.teacher or "none"),
         "train_prompts": len(inputs.train),
         "held_out_prompts": len(inputs.held_out),
         "sft_rows": len(inputs.sft_rows),
         "screening_answers_at_most": len(inputs.train) * settings.screen.judge.max_samples,
         "rl_trained_answers": rl.num_steps * rl.groups_per_step * rl.group_size,
-        "engines": settings.resources.rollout.replicas,
+        "asked_for_at_once": needs["demands"],
+        "gib_on_each_device": [_memory(role) for role in needs["roles"]],
+        "does_not_fit": needs["problems"],
         "prompts_sharing_text": [
             f"{pair}: {count}"
             for pair, count in shared_texts(sets | {"held_out": inputs.held_out}).items()
         ],
     }
+
+
+def _memory(role: dict[str, Any]) -> str:
+    there = "" if role["available"] is None else f" of {role['available']:.1f}"
+    return f"{role['role']} {role['needed']:.1f}{there}"
 
 
 def _emit(record: dict[str, Any], as_json: bool) -> None:

@@ -26,25 +26,27 @@ from curricula.sampler import CurriculumSettings
 from judges.judge import JudgeSettings
 from judges.selection import SelectionSettings
 from posttrain.data.instructions import InstructionSettings
-from posttrain.data.pairs import MiningSettings
 from posttrain.data.sources import SourceSettings
 from posttrain.errors import SettingsError
 from posttrain.evaluation import EvalSettings
 from posttrain.metric_sinks import LogSettings
 from posttrain.online.rescreen import RescreenSettings
 from posttrain.online.settings import LoopSettings
+from posttrain.online.teacher_settings import OnlineDistillationSettings
+from posttrain.stage_order import STAGES, StageName, check_stages
+from posttrain.teaching.settings import TeacherSettings, check_learning, needs_teacher
 from posttrain.workers.settings import (
     ActorResources,
     EngineSettings,
     LearnerResources,
     LearnerSettings,
+    LoraSettings,
     PublishSettings,
     RolloutPoolSettings,
+    TeacherPoolSettings,
 )
+from posttrain.workers.trainer_settings import DPOSettings, SFTSettings
 from rewards.shaping import RewardSettings
-
-StageName = Literal["screen", "sft", "rl", "dpo"]
-STAGES: tuple[StageName, ...] = get_args(StageName)
 
 Composed = TypeVar("Composed", bound=BaseModel)
 
@@ -54,9 +56,12 @@ class _Section(BaseModel):
 
 
 class RunSettings(_Section):
-    """`dir` is where everything goes; `seed` is the only source of randomness that is named."""
+    """`dir` is where everything goes: a path, or a URL that fsspec knows (see
+    `posttrain.remote_run`), which is worked on in `work_dir` and copied there. `seed` is the only
+    source of randomness that is named."""
 
-    dir: str
+    dir: str = Field(min_length=1)
+    work_dir: str | None = None
     seed: int = 0
 
 
@@ -65,11 +70,16 @@ class PolicySettings(_Section):
 
     `dtype` is that of SFT and DPO; engines and the online learner have their own, since a bf16
     engine under an fp32 learner is common (`resources.rollout.engine.dtype`, `rl.learner.dtype`).
+    With `lora` every stage trains an adapter on the policy that enters it, and the run leaves one
+    adapter, in PEFT's format, for the policy that it began with; with `merge_adapter` it leaves the
+    whole policy.
     """
 
     model: str
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_length: int = Field(default=2048, gt=0, description="tokens of prompt and answer")
+    lora: LoraSettings | None = None
+    merge_adapter: bool = False
 
 
 class TaskSettings(_Section):
@@ -80,24 +90,12 @@ class TaskSettings(_Section):
 
 
 class ScreenSettings(_Section):
-    """Difficulty screening: how the critic is sampled, what is dropped from the SFT set."""
+    """Difficulty screening: how the critic is sampled, what is dropped from the SFT set. `model` is
+    the critic, by default the policy that enters the stage."""
 
+    model: str | None = None
     judge: JudgeSettings = JudgeSettings()
     selection: SelectionSettings = SelectionSettings(drop_easiest=0.5)
-
-
-class TrainerSettings(_Section):
-    """`trainer` reaches TRL's own configuration unchanged, `deepspeed` the engine's."""
-
-    trainer: dict[str, Any] = {}
-    deepspeed: dict[str, Any] = {}
-    threads: int = Field(default=1, gt=0, description="CPU threads, without a GPU")
-
-
-class SFTSettings(TrainerSettings):
-    """Light supervised fine-tuning on the rows of `data` that screening kept."""
-
-    data: SourceSettings | None = None
 
 
 class TrainingEvalSettings(EvalSettings):
@@ -114,25 +112,22 @@ class TrainingEvalSettings(EvalSettings):
 class RLSettings(LoopSettings):
     """Asynchronous online RL: the loop's own settings, and those of its parts.
 
+    `model` is what the stage starts from, by default what the stage before it left.
     `keep_checkpoints` counts the newest ones; `export_every` so many steps the policy is also
-    written to `rl/export-N` in Hugging Face's format, and stays. That, `evaluation` and `rescreen`
-    are off unless given.
+    written to `rl/export-N` in Hugging Face's format, and stays. That, `evaluation`, `rescreen` and
+    a teacher's word (`distillation`) are off unless given.
     """
 
+    model: str | None = None
     checkpoint_every: int = Field(default=20, gt=0)
     keep_checkpoints: int = Field(default=2, gt=0)
     export_every: int | None = Field(default=None, gt=0)
     evaluation: TrainingEvalSettings | None = None
     rescreen: RescreenSettings | None = None
+    distillation: OnlineDistillationSettings | None = None
     learner: LearnerSettings = LearnerSettings()
     curriculum: CurriculumSettings = CurriculumSettings()
     publish: PublishSettings = PublishSettings()
-
-
-class DPOSettings(TrainerSettings):
-    """Light DPO on pairs mined from the policy that enters the stage."""
-
-    mining: MiningSettings = MiningSettings()
 
 
 class RewardPoolSettings(_Section):
@@ -145,14 +140,18 @@ class RewardPoolSettings(_Section):
 
 
 class ResourceSettings(_Section):
-    """The pools. `judge` is the engine of a dedicated critic during RL, where one is asked for;
-    `deadline_s` is how long a pool may take until it is placed and ready."""
+    """The pools. `judge` is the engine of a dedicated critic during RL, where one is asked for,
+    `teacher` holds a teacher while it is asked; `deadline_s` is how long a pool may take until it
+    is placed and ready. `gpu_gib` is the memory of one GPU where the run will be, for `posttrain
+    plan`: by default that of this machine's."""
 
     rollout: RolloutPoolSettings = RolloutPoolSettings()
     judge: RolloutPoolSettings = RolloutPoolSettings()
     learner: LearnerResources = LearnerResources()
+    teacher: TeacherPoolSettings = TeacherPoolSettings()
     rewards: RewardPoolSettings = RewardPoolSettings()
     deadline_s: float = Field(default=300.0, gt=0)
+    gpu_gib: float | None = Field(default=None, gt=0)
 
 
 class Settings(_Section):
@@ -167,6 +166,7 @@ class Settings(_Section):
     sft: SFTSettings = SFTSettings()
     rl: RLSettings = RLSettings()
     dpo: DPOSettings = DPOSettings()
+    teacher: TeacherSettings = TeacherSettings()
     rewards: RewardSettings = RewardSettings()
     resources: ResourceSettings = ResourceSettings()
     eval: EvalSettings = EvalSettings()
@@ -186,11 +186,7 @@ class Settings(_Section):
 
     @model_validator(mode="after")
     def _stages_make_sense(self) -> Self:
-        order = [STAGES.index(stage) for stage in self.stages]
-        if not order or order != sorted(set(order)):
-            raise ValueError(
-                f"stages: each at most once and in the order {', '.join(STAGES)}; got {self.stages}"
-            )
+        check_stages(self.stages, self.own_models)
         if "sft" in self.stages and self.sft.data is None:
             raise ValueError("sft.data: the stage sft has no input; name a source of rows")
         return self
@@ -203,6 +199,16 @@ class Settings(_Section):
                     f"{key} = {limit} leaves no room for a prompt in policy.max_length = "
                     f"{self.policy.max_length}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _an_adapter_leaves_experts_alone(self) -> Self:
+        if self.policy.lora is not None and self.rl.learner.expert_parallel > 1:
+            raise ValueError(
+                f"rl.learner.expert_parallel = {self.rl.learner.expert_parallel} divides experts "
+                "that policy.lora does not train; leave it at 1, and take rl.learner.zero_stage = "
+                "3 if they are large"
+            )
         return self
 
     @model_validator(mode="after")
@@ -224,6 +230,24 @@ class Settings(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _a_teacher_has_who_learns_from_it(self) -> Self:
+        sections = {"sft": self.sft.distillation, "rl": self.rl.distillation}
+        check_learning(self.teacher, sections, self.taught_stages)
+        return self
+
+    @property
+    def taught_stages(self) -> list[str]:
+        """Stages of this run in which a teacher is asked."""
+        sections = {"sft": self.sft.distillation, "rl": self.rl.distillation}
+        return [stage for stage in self.stages if needs_teacher(sections.get(stage))]
+
+    @property
+    def own_models(self) -> dict[str, str]:
+        """Stages of this run that start from a checkpoint of their own, and which."""
+        named = {stage: getattr(self, stage).model for stage in self.stages}
+        return {stage: model for stage, model in named.items() if model is not None}
+
     @property
     def max_answer_tokens(self) -> int:
         """The longest answer that any stage of this run asks for."""
@@ -237,7 +261,7 @@ class Settings(_Section):
             limits["rl.max_tokens"] = self.rl.max_tokens
             if self.rl.evaluation is not None:
                 limits["rl.evaluation.max_tokens"] = self.rl.evaluation.max_tokens
-        if "dpo" in self.stages:
+        if "dpo" in self.stages and self.dpo.mining is not None:
             limits["dpo.mining.max_tokens"] = self.dpo.mining.max_tokens
         return limits
 

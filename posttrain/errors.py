@@ -6,6 +6,7 @@ PosttrainError
 ├── ModelError           exit 2  a checkpoint that cannot be loaded or does not fit
 ├── RunDirError          exit 2  a directory that is no run, is locked or has other settings
 ├── SandboxError         exit 2  programs cannot be run safely on this machine
+├── StoreError           exit 2  teacher targets that were made with something else
 ├── StageError           exit 3  the run failed after it was started
 │   ├── EngineError          a generator died or did not answer in time
 │   ├── MismatchError        engine and learner disagree about log-probabilities
@@ -41,6 +42,10 @@ class RunDirError(PosttrainError):
 
 
 class SandboxError(PosttrainError):
+    exit_code = 2
+
+
+class StoreError(PosttrainError):
     exit_code = 2
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,37 +14,62 @@ from curricula.mixture import check_quotas
 from posttrain.config import Settings
 from posttrain.data.chat import ChatFormat
 from posttrain.data.instructions import InstructionMix
+from posttrain.data.pair_sets import load_pairs, pair_record
 from posttrain.data.prompts import check_disjoint
 from posttrain.data.sources import STARTER, load_prompts, load_sft_rows
 from posttrain.errors import DataError, ModelError
 from posttrain.metric_sinks import check_sinks
-from posttrain.types import Prompt, SFTRow
+from posttrain.run_dir import RunDir, fingerprint_directory
+from posttrain.teaching.identity import Teaching
+from posttrain.teaching.settings import TeacherSettings
+from posttrain.types import PreferencePair, Prompt, SFTRow
+from posttrain.workers.adapters import base_of, check_targets, is_adapter, merged_once
+from posttrain.workers.agreement import check_same_model, tokenizer_fingerprint
 from rewards.verifiers import check_references
 
 STARTER_POLICY = Path(__file__).parent / "starter" / "policy"
+STARTER_TEACHER = "starter-teacher"
+STARTER_TEACHER_DIR = Path(__file__).parent / "starter" / "teacher"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Policy and data of a run; `fingerprint` names their content."""
+    """Policy and data of a run; `stage_models` holds what stages start from instead of the policy
+    that the stage before them left, `teacher` is None where none is asked."""
 
     model: Path
+    stage_models: Mapping[str, Path]
     chat: ChatFormat
     train: list[Prompt]
     held_out: list[Prompt]
     sft_rows: list[SFTRow]
+    pairs: list[PreferencePair]
+    teacher: Path | None
 
     @property
-    def fingerprint(self) -> str:
-        content = json.dumps(
-            [
-                [_content(p) for p in self.train],
-                [_content(p) for p in self.held_out],
-                [[r.row_id, _content(r.prompt), r.completion, r.system] for r in self.sft_rows],
-            ],
-            sort_keys=True,
-        )
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+    def data(self) -> dict[str, str]:
+        """Fingerprints of the content of `train`, `held_out`, `sft` and `pairs`."""
+        return {
+            "train": _digest([_content(p) for p in self.train]),
+            "held_out": _digest([_content(p) for p in self.held_out]),
+            "sft": _digest(
+                [[r.row_id, _content(r.prompt), r.completion, r.system] for r in self.sft_rows]
+            ),
+            "pairs": _digest([pair_record(pair) for pair in self.pairs]),
+        }
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Fingerprints of `policy` and of the stages' own checkpoints."""
+        return {
+            "policy": fingerprint_directory(self.model),
+            **{stage: fingerprint_directory(path) for stage, path in self.stage_models.items()},
+            **({} if self.teacher is None else {"teacher": fingerprint_directory(self.teacher)}),
+        }
+
+
+def _digest(content: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _content(prompt: Prompt) -> list[Any]:
@@ -55,13 +80,20 @@ def load_inputs(settings: Settings) -> Inputs:
     """Reads policy and data and checks all that can be checked without a device.
 
     Raises:
-        SettingsError: a package that `log` asks for is missing.
-        ModelError: no readable checkpoint.
+        SettingsError: a package that `log` asks for is missing; an adapter cannot be put where
+            `policy.lora` says.
+        ModelError: no readable checkpoint, or a chat template that renders other than what was
+            said.
         DataError: a source is missing, empty or malformed; a held-out prompt is also trained on;
             a prompt is too long; a reference does not suit its verifier.
     """
     check_sinks(settings.log)
     model = locate_model(settings.policy.model)
+    if settings.policy.lora is not None:
+        check_targets(model, settings.policy.lora)
+    stage_models = {
+        stage: _model_of_stage(stage, name, model) for stage, name in settings.own_models.items()
+    }
     if settings.rewards.judge is not None and settings.rewards.judge.model is not None:
         judge = locate_model(settings.rewards.judge.model, "rewards.judge.model")
         ChatFormat(str(judge), "rewards.judge.model")
@@ -71,32 +103,115 @@ def load_inputs(settings: Settings) -> Inputs:
     wants_rows = settings.sft.data is not None and "sft" in settings.stages
     sft_rows = load_sft_rows(settings.sft.data) if wants_rows and settings.sft.data else []
     sft_prompts = [row.prompt for row in sft_rows]
-    check_disjoint([*train, *sft_prompts], held_out)
+    wants_pairs = settings.dpo.data is not None and "dpo" in settings.stages
+    pairs = load_pairs(settings.dpo.data) if wants_pairs and settings.dpo.data else []
+    check_disjoint([*train, *sft_prompts, *(pair.prompt for pair in pairs)], held_out)
     _check_references("tasks.train", train, settings)
     _check_references("tasks.held_out", held_out, settings)
     if "screen" in settings.stages:  # nothing else scores answers to them
         _check_references("sft.data", sft_prompts, settings)
     mix = InstructionMix(settings.system_instructions, seed=0)
     for row in sft_rows:
-        _check_instruction(row, mix)
+        _check_instruction(f"sft.data, {row.row_id}", row.system, mix)
+    for number, pair in enumerate(pairs, start=1):
+        _check_instruction(f"dpo.data, pair {number}", pair.system, mix)
     if "rl" in settings.stages and settings.rl.curriculum.quotas is not None:
         check_quotas(settings.rl.curriculum.quotas, Counter(p.domain for p in train))
     room = settings.policy.max_length - settings.max_answer_tokens
     chat.check_lengths([*train, *held_out, *sft_prompts], mix.by_name.values(), room)
+    chat.check_instructions(train[0], mix.by_name.values())
     chat.check_rows(sft_rows, mix, settings.policy.max_length)
-    return Inputs(model=model, chat=chat, train=train, held_out=held_out, sft_rows=sft_rows)
+    chat.check_pairs(pairs, mix, settings.policy.max_length)
+    return Inputs(
+        model=model,
+        stage_models=stage_models,
+        chat=chat,
+        train=train,
+        held_out=held_out,
+        sft_rows=sft_rows,
+        pairs=pairs,
+        teacher=_teacher(settings, chat),
+    )
+
+
+def _teacher(settings: Settings, chat: ChatFormat) -> Path | None:
+    """StoreError if the store was made with something else."""
+    name = settings.teacher.model
+    if name is None or not settings.taught_stages:
+        return None
+    teacher = locate_teacher(name, chat, settings.policy.model)
+    teaching_of(teacher, teacher, chat, settings.teacher, Path(settings.run.dir)).check_store()
+    return teacher
+
+
+def teaching_of(
+    teacher: Path, critic: Path, chat: ChatFormat, settings: TeacherSettings, run: Path
+) -> Teaching:
+    """`critic` is the frozen policy that labels are compared under. Unless `settings` name a store,
+    it lies in the directory `run`, one for each kind of targets."""
+    teaching = Teaching(
+        teacher=str(teacher),
+        teacher_fingerprint=fingerprint_directory(teacher),
+        critic=str(critic),
+        critic_fingerprint=fingerprint_directory(critic),
+        tokenizer=tokenizer_fingerprint(chat.tokenizer),
+        template=chat.template_hash,
+        targets=settings.targets,
+        store=Path(settings.store or "").absolute(),
+    )
+    if settings.store is not None:
+        return teaching
+    own = _digest([teaching.targets_identity])
+    return replace(teaching, store=run.absolute() / "teacher" / own)
+
+
+def locate_teacher(name: str, chat: ChatFormat, policy: str) -> Path:
+    """`starter-teacher`, or as `locate_model`. ModelError if it is no checkpoint, or its tokenizer
+    is not that of `policy`, which is `chat`'s: distributions over ids are compared."""
+    try:
+        path = locate_model(str(STARTER_TEACHER_DIR) if name == STARTER_TEACHER else name)
+        own = ChatFormat(str(path)).tokenizer
+    except ModelError as error:
+        raise ModelError(f"teacher.model: {str(error).removeprefix('policy.model: ')}") from error
+    ids, wanted = own.get_vocab(), chat.tokenizer.get_vocab()
+    if ids != wanted:
+        differing = sum(ids.get(token) != wanted.get(token) for token in {*ids, *wanted})
+        raise ModelError(
+            f"teacher.model = {name} and policy.model = {policy} have different tokenizers "
+            f"({differing} tokens have other ids, or none): a teacher's distribution is over ids, "
+            "so take one with the policy's tokenizer"
+        )
+    return path
+
+
+def _model_of_stage(stage: str, name: str, policy: Path) -> Path:
+    """ModelError if it is no checkpoint, or none of the policy's architecture and tokenizer."""
+    path = locate_model(name, f"{stage}.model")
+    try:
+        check_same_model(path, policy)
+    except ModelError as error:
+        raise ModelError(f"{stage}.model: {error}") from error
+    return path
 
 
 def locate_model(name: str, setting: str = "policy.model") -> Path:
-    """The directory of a checkpoint: `starter`, a path, or a hub name (downloaded once). `setting`
+    """The directory of a checkpoint: `starter`, a path (of a run: the policy that it left), a hub
+    name (downloaded once), or an adapter in PEFT's format (merged into its base once). `setting`
     is the one that names it, for the errors.
 
     Raises:
-        ModelError: there is no checkpoint that transformers can read.
+        ModelError: there is no checkpoint that transformers can read, or an adapter for another
+            base.
     """
     path = STARTER_POLICY if name == STARTER else Path(name)
+    if RunDir(path).is_run():
+        path = RunDir(path).policy_dir
+        if not path.is_dir():
+            raise ModelError(f"{setting}: the run {name} has left no policy yet; finish it first")
     if not path.is_dir():
         path = _download(name, setting)
+    if is_adapter(path):
+        return merged_once(path, locate_model(base_of(path), setting))
     from transformers import AutoConfig
 
     try:
@@ -129,11 +244,11 @@ def _check_references(key: str, prompts: Sequence[Prompt], settings: Settings) -
         raise DataError(f"{key}: {error}") from error
 
 
-def _check_instruction(row: SFTRow, mix: InstructionMix) -> None:
+def _check_instruction(place: str, name: str | None, mix: InstructionMix) -> None:
     try:
-        mix.resolve(row.system)
+        mix.resolve(name)
     except DataError as error:
-        raise DataError(f"sft.data, {row.row_id}: {error}") from error
+        raise DataError(f"{place}: {error}") from error
 
 
 def _download(name: str, setting: str) -> Path:

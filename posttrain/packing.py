@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,7 @@ def pack(
     micro_tokens: int,
     pad_token_id: int,
     current: PolicyVersion,
+    teacher_weight: float | None = None,
 ) -> TrainingBatch:
     """Pack `samples` by first-fit-decreasing; the same samples always give the same batch.
 
@@ -36,6 +38,8 @@ def pack(
 
     The split changes neither loss nor gradient: `num_loss_tokens` and `num_sequences` count the
     whole batch, and no sequence spans two micro-batches.
+
+    With a `teacher_weight`, the samples' `teacher_logprobs` are packed too.
     """
     assert samples, "an optimizer step needs at least one sample"
     # The log-probability of a sequence's first token would come from the sequence before it.
@@ -43,10 +47,12 @@ def pack(
     rows = _first_fit_decreasing(samples, row_tokens)
     return TrainingBatch(
         micro_batches=tuple(
-            _micro_batch(group, pad_token_id, current) for group in _group_rows(rows, micro_tokens)
+            _micro_batch(group, pad_token_id, current, taught=teacher_weight is not None)
+            for group in _group_rows(rows, micro_tokens)
         ),
         num_loss_tokens=int(sum(sample.loss_mask.sum() for sample in samples)),
         num_sequences=len(samples),
+        teacher_weight=teacher_weight,
     )
 
 
@@ -73,13 +79,15 @@ def deal(batch: TrainingBatch, num_ranks: int) -> tuple[TrainingBatch, ...]:
             micro_batches=tuple(micro_batches[rank::num_ranks]),
             num_loss_tokens=batch.num_loss_tokens,
             num_sequences=batch.num_sequences,
+            teacher_weight=batch.teacher_weight,
         )
         for rank in range(num_ranks)
     )
 
 
 def _rows(batch: MicroBatch, rows: slice) -> MicroBatch:
-    return MicroBatch(**{f.name: getattr(batch, f.name)[rows] for f in fields(MicroBatch)})
+    arrays: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(MicroBatch)}
+    return MicroBatch(**{name: a if a is None else a[rows] for name, a in arrays.items()})
 
 
 def _first_fit_decreasing(samples: Sequence[TrainingSample], row_tokens: int) -> list[Row]:
@@ -105,7 +113,9 @@ def _group_rows(rows: Sequence[Row], micro_tokens: int) -> Iterator[Sequence[Row
         start = end
 
 
-def _micro_batch(rows: Sequence[Row], pad_token_id: int, current: PolicyVersion) -> MicroBatch:
+def _micro_batch(
+    rows: Sequence[Row], pad_token_id: int, current: PolicyVersion, *, taught: bool
+) -> MicroBatch:
     shape = (len(rows), _round_up(max(_row_length(row) for row in rows)))
     token_ids = np.full(shape, pad_token_id, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
@@ -113,6 +123,7 @@ def _micro_batch(rows: Sequence[Row], pad_token_id: int, current: PolicyVersion)
     rollout_logprobs = np.zeros(shape, dtype=np.float32)
     advantages = np.zeros(shape, dtype=np.float32)
     ages = np.zeros(shape, dtype=np.int64)
+    teacher_logprobs = np.full(shape, np.nan, dtype=np.float32) if taught else None
     for r, row in enumerate(rows):
         start = 0
         for sample in row:
@@ -123,6 +134,8 @@ def _micro_batch(rows: Sequence[Row], pad_token_id: int, current: PolicyVersion)
             rollout_logprobs[r, here] = sample.rollout_logprobs
             advantages[r, here] = sample.advantages
             ages[r, here] = current.step - sample.oldest_version.step
+            if teacher_logprobs is not None and sample.teacher_logprobs is not None:
+                teacher_logprobs[r, here] = sample.teacher_logprobs
             start = here.stop
         position_ids[r, start:] = np.arange(shape[1] - start)
     return MicroBatch(
@@ -132,6 +145,7 @@ def _micro_batch(rows: Sequence[Row], pad_token_id: int, current: PolicyVersion)
         rollout_logprobs=rollout_logprobs,
         advantages=advantages,
         ages=ages,
+        teacher_logprobs=teacher_logprobs,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -18,9 +19,10 @@ from posttrain.atomic import staged_directory, write_atomically
 from posttrain.cards import write_policy_card
 from posttrain.config import Settings
 from posttrain.data.instructions import InstructionMix
+from posttrain.dependencies import START
 from posttrain.errors import Interrupted, PosttrainError, StageError
 from posttrain.evaluation import PromptResult, evaluate, summarise
-from posttrain.inputs import Inputs
+from posttrain.inputs import STARTER_POLICY, Inputs
 from posttrain.inspect import load_run
 from posttrain.inspect.page import write_report
 from posttrain.ledger import Ledger
@@ -28,12 +30,14 @@ from posttrain.metric_sinks import open_sinks
 from posttrain.metrics import MetricsLog
 from posttrain.progress import duration, say
 from posttrain.prompt_table import write_prompts
-from posttrain.run_dir import RunDir, fingerprint_directory
+from posttrain.remote_run import RemoteCopy, run_place
+from posttrain.rerun import Kind, Plan
+from posttrain.roles import demands
+from posttrain.run_dir import RunDir, hash_path
 from posttrain.stages.context import StageContext
+from posttrain.stages.held_out import measure_policy
+from posttrain.workers.adapters import is_adapter, stack_adapters
 from posttrain.workers.pools import Pools
-
-START = "start"
-"""The evaluation of the policy that comes in, recorded like a stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,27 +51,45 @@ class RunResult:
 
 
 def run(settings: Settings, inputs: Inputs, *, fresh: bool) -> RunResult:
-    """Runs what is not done yet. The same call again resumes.
+    """Runs what is not done yet, or rests on something that changed. The same call again resumes.
 
     Raises:
-        RunDirError: the directory holds something else, or another driver has it.
+        RunDirError: the directory holds something else, cannot be written, or another driver has
+            it.
+        SettingsError: the cluster is too small.
         StageError: a stage failed; what was finished before it stays.
     """
-    with RunDir.create_or_open(
-        Path(settings.run.dir).absolute(),
-        config.resolved(settings),
-        fresh,
-        {"data": inputs.fingerprint, "policy": fingerprint_directory(inputs.model)},
-    ) as run_dir:
-        if _pending(run_dir, settings, inputs):
-            _run_stages(run_dir, settings, inputs)
-            _report(run_dir)
+    plan = Plan.of(settings, inputs)
+    place = run_place(settings.run)
+    copy = RemoteCopy(place.url, place.path) if place.url is not None else None
+    with contextlib.ExitStack() as driving:
+        if copy is not None:
+            driving.enter_context(copy.driven(fresh=fresh))
+        run_dir = driving.enter_context(
+            RunDir.create_or_open(
+                place.path, config.resolved(settings), fresh, {**plan.data, **plan.models}
+            )
+        )
+        if plan.is_done(run_dir):
+            say(f"every stage of {settings.run.dir} is done")
         else:
-            say(f"every stage of {run_dir.path} is done")
-        return _result(run_dir)
+            with _pools(run_dir.path, settings) as pools:
+                _run_stages(run_dir, settings, inputs, plan, pools, copy)
+            _report(run_dir)
+        _hand_over(run_dir, settings, inputs)
+        if copy is not None:
+            copy.push(None)
+        return _result(run_dir, settings)
 
 
-def _run_stages(run_dir: RunDir, settings: Settings, inputs: Inputs) -> None:
+def _run_stages(
+    run_dir: RunDir,
+    settings: Settings,
+    inputs: Inputs,
+    plan: Plan,
+    pools: Pools,
+    copy: RemoteCopy | None,
+) -> None:
     write_prompts(
         run_dir.prompts_path,
         train=inputs.train,
@@ -76,20 +98,22 @@ def _run_stages(run_dir: RunDir, settings: Settings, inputs: Inputs) -> None:
     )
     ledger = Ledger(run_dir.ledger_path)
     metrics = MetricsLog(run_dir.metrics_path, open_sinks(settings.log, run_dir.path))
+    context = StageContext(
+        settings=settings,
+        run=run_dir,
+        ledger=ledger,
+        metrics=metrics,
+        pools=pools,
+        chat=inputs.chat,
+        train=inputs.train,
+        held_out=inputs.held_out,
+        sft_rows=inputs.sft_rows,
+        pairs=inputs.pairs,
+        copy=copy,
+        teacher=inputs.teacher,
+    )
     try:
-        with _pools(run_dir.path, settings) as pools:
-            context = StageContext(
-                settings=settings,
-                run=run_dir,
-                ledger=ledger,
-                metrics=metrics,
-                pools=pools,
-                chat=inputs.chat,
-                train=inputs.train,
-                held_out=inputs.held_out,
-                sft_rows=inputs.sft_rows,
-            )
-            asyncio.run(_Runner(context, inputs).run())
+        asyncio.run(_Runner(context, inputs, plan).run())
     except PosttrainError as error:
         if error.exit_code == StageError.exit_code or isinstance(error, Interrupted):
             raise
@@ -111,44 +135,55 @@ def _report(run_dir: RunDir) -> None:
 
 
 class _Runner:
-    """Walks through the stages; owns which policy comes next and which rows were kept."""
+    """Walks through the stages; owns which policy comes next and what screening found."""
 
-    def __init__(self, context: StageContext, inputs: Inputs) -> None:
+    def __init__(self, context: StageContext, inputs: Inputs, plan: Plan) -> None:
         self._context = context
         self._inputs = inputs
+        self._plan = plan
         self._model = inputs.model
         self._kept_rows: frozenset[str] | None = None
+        self._critic: str | None = None
 
     async def run(self) -> None:
-        *earlier, last = _names(self._context.settings)
-        for name in earlier:
-            await self._stage(name)
-        await self._stage(last, is_last=True)
+        for name in self._plan.tables:
+            if name == "screen":  # its critic is nobody else's policy
+                await self._stage(name)
+            else:
+                self._model = self._inputs.stage_models.get(name, self._model)
+                await self._stage(name)
+                await self._evaluation(name)
+            if name not in (START, "screen"):
+                write_policy_card(self._context.run, name)
+            await self._context.keep()
 
-    async def _stage(self, name: str, *, is_last: bool = False) -> None:
-        run_dir = self._context.run
-        fingerprint = _fingerprint(name, self._inputs)
-        if run_dir.stage_done(name, fingerprint):
+    async def _stage(self, name: str) -> None:
+        run_dir, wanted = self._context.run, self._plan.tables[name]
+        if run_dir.stage_done(name, wanted):
             say(f"{name}: done before")
-            self._take_over(name)
-            return
-        run_dir.begin_stage(name, fingerprint)
-        began = time.perf_counter()
-        metrics, artifacts = await self._work(name)
+        else:
+            self._make_way(name)
+            run_dir.begin_stage(name, wanted)
+            began = time.perf_counter()
+            metrics, artifacts = await self._work(name)
+            seconds = time.perf_counter() - began
+            run_dir.finish_stage(name, artifacts, metrics, seconds)
+            self._context.metrics.append({"stage": name, "event": "done", "seconds": seconds})
+            say(f"{name}: {duration(seconds)}")
         self._take_over(name)
-        if name != "screen":
-            artifacts.append(await self._evaluate(name))
-            metrics["evaluation"] = _summary(artifacts[-1], self._context.settings)
-        if is_last:
-            with staged_directory(run_dir.policy_dir) as staged:
-                shutil.copytree(self._model, staged, dirs_exist_ok=True)
-            artifacts.append(run_dir.policy_dir)
-        seconds = time.perf_counter() - began
-        run_dir.finish_stage(name, artifacts, metrics, seconds)
-        if name not in (START, "screen"):
-            write_policy_card(run_dir, name)
-        self._context.metrics.append({"stage": name, "event": "done", "seconds": seconds})
-        say(f"{name}: {duration(seconds)}")
+
+    def _make_way(self, name: str) -> None:
+        """Whatever was begun under other settings is moved aside."""
+        run_dir = self._context.run
+        outlook = self._plan.state(run_dir, name)
+        if outlook.kind is Kind.GOES_ON and outlook.why:
+            say(f"{name}: goes on with {outlook.why}")
+        elif outlook.kind is Kind.AGAIN:
+            say(f"{name}: runs again, for this has changed: {outlook.why}")
+            left = run_dir.set_aside(name)
+            if left is not None:
+                say(f"{name}: what it had left is in {left}; delete it when you need it no more")
+            self._context.metrics.append({"stage": name, "event": "again", "changed": outlook.why})
 
     async def _work(self, name: str) -> tuple[dict[str, Any], list[Path]]:
         """The stage itself: its metrics and what it left on disk."""
@@ -159,9 +194,12 @@ class _Runner:
         if name == "screen":
             from posttrain.stages.screen import screen
 
-            screened = await screen(context, self._model)
+            critic = self._inputs.stage_models.get(name, self._model)
+            screened = await screen(context, critic)
             kept = _kept_file(context.run)
-            write_atomically(kept, json.dumps(sorted(screened.kept_rows)))
+            write_atomically(
+                kept, json.dumps({"critic": screened.critic, "rows": sorted(screened.kept_rows)})
+            )
             return screened.metrics, [kept]
         policy = context.policy_of(name)
         if policy.exists():  # left by an interrupted attempt at this stage
@@ -169,38 +207,40 @@ class _Runner:
         if name == "sft":
             from posttrain.stages.sft import sft
 
-            return sft(context, self._model, self._kept_rows), [policy]
+            return await sft(context, self._model, self._kept_rows), context.left_by(name)
         if name == "rl":
             from posttrain.stages.rl import rl
 
-            return await rl(context, self._model), [policy]
+            return await rl(context, self._model, self._critic), context.left_by(name)
         from posttrain.stages.dpo import dpo
 
-        return await dpo(context, self._model), [policy]
+        return await dpo(context, self._model), context.left_by(name)
 
     def _take_over(self, name: str) -> None:
         """What a finished stage hands to the next."""
         if name == "screen":
-            kept = _kept_file(self._context.run).read_text()
-            self._kept_rows = frozenset(json.loads(kept))
+            kept = json.loads(_kept_file(self._context.run).read_text())
+            self._critic, self._kept_rows = kept["critic"], frozenset(kept["rows"])
         elif name != START:
             self._model = self._context.policy_of(name)
 
-    async def _evaluate(self, name: str) -> Path:
-        context = self._context
-        results = await evaluate(
-            context.held_out,
-            generator=await context.pools.serving(str(self._model)),
-            scorer=context.pools.scorer,
-            encode=context.chat.encode,
-            instructions=list(context.instruction_mix(0).by_name.values()),
-            settings=context.settings.eval,
-            label=name,
-        )
+    async def _evaluation(self, name: str) -> None:
+        context, wanted = self._context, self._plan.evaluations[name]
         target = context.run.evals_dir / f"{name}.json"
+        if context.run.evaluation_done(name, wanted):
+            context.evaluations[self._model] = read_evaluation(target)
+            return
+        began = time.perf_counter()
+        results = await measure_policy(context, self._model, name)
         target.parent.mkdir(exist_ok=True)
         write_atomically(target, json.dumps([asdict(result) for result in results]))
-        return target
+        context.run.record_evaluation(
+            name,
+            wanted,
+            artifact=target,
+            summary=summarise(results, context.settings.eval.k),
+            seconds=time.perf_counter() - began,
+        )
 
 
 def evaluate_models(
@@ -210,7 +250,8 @@ def evaluate_models(
 
     All have the tokenizer and the architecture of the first: the engines change weights.
     """
-    with _pools(Path.cwd() / f"eval-{os.getpid()}", settings) as pools:
+    serving_only = settings.model_copy(update={"stages": []})
+    with _pools(Path.cwd() / f"eval-{os.getpid()}", serving_only) as pools:
 
         async def measure(model: Path, label: str) -> list[PromptResult]:
             return await evaluate(
@@ -235,27 +276,6 @@ def read_evaluation(path: Path) -> list[PromptResult]:
     return [PromptResult(**record) for record in json.loads(path.read_text())]
 
 
-def _summary(path: Path, settings: Settings) -> dict[str, Any]:
-    return summarise(read_evaluation(path), settings.eval.k)
-
-
-def _names(settings: Settings) -> list[str]:
-    return [START, *settings.stages]
-
-
-def _pending(run_dir: RunDir, settings: Settings, inputs: Inputs) -> list[str]:
-    return [
-        name
-        for name in _names(settings)
-        if not run_dir.stage_done(name, _fingerprint(name, inputs))
-    ]
-
-
-def _fingerprint(name: str, inputs: Inputs) -> str:
-    """Of the data that a stage rests on; the run directory itself refuses other settings."""
-    return hashlib.sha256(f"{name} {inputs.fingerprint}".encode()).hexdigest()[:16]
-
-
 def _kept_file(run_dir: RunDir) -> Path:
     return run_dir.stage_dir("screen") / "kept_rows.json"
 
@@ -272,12 +292,48 @@ def _pools(owner: Path, settings: Settings) -> Pools:
         reward_workers=resources.rewards.workers,
         reward_judge=resources.rewards.judge,
         reward_actor=resources.rewards.actor,
+        demands=demands(settings),
         deadline_s=resources.deadline_s,
     )
 
 
-def _result(run_dir: RunDir) -> RunResult:
-    stages = run_dir.stages()
+def _hand_over(run_dir: RunDir, settings: Settings, inputs: Inputs) -> None:
+    """The policy of the last stage that trained becomes the run's, or the adapters of all."""
+    trained = [name for name in settings.stages if name != "screen"]
+    base, adapters = _adapters(run_dir, settings, inputs)
+    # What began with an adapter has a base that lies in a cache: it would not be found elsewhere.
+    if (
+        adapters
+        and not settings.policy.merge_adapter
+        and not is_adapter(Path(settings.policy.model))
+    ):
+        from_hub = base == inputs.model and not Path(settings.policy.model).exists()
+        named = settings.policy.model if from_hub and base != STARTER_POLICY else str(base)
+        stack_adapters(adapters, base, named, run_dir.policy_dir)
+        return
+    last = run_dir.stage_dir(trained[-1]) / "policy" if trained else inputs.model
+    if run_dir.policy_dir.exists() and hash_path(run_dir.policy_dir) == hash_path(last):
+        return
+    with staged_directory(run_dir.policy_dir) as staged:
+        shutil.copytree(last, staged, dirs_exist_ok=True)
+
+
+def _adapters(run_dir: RunDir, settings: Settings, inputs: Inputs) -> tuple[Path, list[Path]]:
+    """The policy that the last unbroken row of stages began with, and the adapters that they left
+    on it, in order."""
+    base, adapters = inputs.model, list[Path]()
+    for name in settings.stages:
+        if name in inputs.stage_models:
+            base, adapters = inputs.stage_models[name], []
+        adapter = run_dir.stage_dir(name) / "adapter"
+        if adapter.is_dir():
+            adapters.append(adapter)
+    return base, adapters
+
+
+def _result(run_dir: RunDir, settings: Settings) -> RunResult:
+    recorded = run_dir.stages()
+    stages = {name: recorded[name] for name in (START, *settings.stages)}
     return RunResult(
         policy=run_dir.policy_dir,
         evaluations={

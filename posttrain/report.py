@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -25,24 +27,61 @@ def print_report(
     seconds: Mapping[str, float],
     policy: str,
     console: Console,
+    metrics: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Accuracy by domain after each stage, where the time went, and how to use the result.
+    """Accuracy by domain after each stage, what SFT and DPO came to, where the time went, and how
+    to use the result.
 
     Args:
         evaluations: stage -> `posttrain.evaluation.summarise`.
         seconds: stage -> how long it took, its evaluation included.
+        metrics: stage -> what the stage itself recorded.
     """
     _print_tables({TITLES[stage]: summary for stage, summary in evaluations.items()}, console)
+    for note in [*_sft_notes(metrics.get("sft", {})), *_dpo_notes(metrics.get("dpo", {}))]:
+        console.print(note, highlight=False, markup=False)
     spent = " · ".join(f"{TITLES[name]} {duration(s)}" for name, s in seconds.items())
     console.print(f"Time: {spent} · in all {duration(sum(seconds.values()))}")
     console.print(
         f"\nThe policy: {policy}\n"
         f"  transformers: AutoModelForCausalLM.from_pretrained({policy!r})\n"
-        f"  vLLM:         vllm serve {policy}",
+        f"  vLLM:         {_serve(policy)}",
         soft_wrap=True,
         highlight=False,
         markup=False,
     )
+
+
+def _serve(policy: str) -> str:
+    adapter = Path(policy) / "adapter_config.json"
+    if not adapter.is_file():
+        return f"vllm serve {policy}"
+    config = json.loads(adapter.read_text(encoding="utf-8"))
+    room = max(8, 1 << (config["r"] - 1).bit_length())  # vLLM takes powers of two only
+    return (
+        f"vllm serve {config['base_model_name_or_path']} --enable-lora "
+        f"--max-lora-rank {room} --lora-modules policy={policy}"
+    )
+
+
+def _sft_notes(sft: Mapping[str, Any]) -> list[str]:
+    if "checkpoints" not in sft:
+        return []
+    saved = {step: row for step, row in sft["checkpoints"].items() if step != "entered"}
+    over = [step for step, row in saved.items() if row["over_constrained"]]
+    chosen = f"SFT: step {sft['kept_step']} of {', '.join(saved)} was kept"
+    return [f"{chosen}; over-constrained (pass@k fell): {', '.join(over) or 'none'}"]
+
+
+def _dpo_notes(dpo: Mapping[str, Any]) -> list[str]:
+    if "pairs_by_case" not in dpo:
+        return []
+    cases = " · ".join(f"{case} {count}" for case, count in dpo["pairs_by_case"].items())
+    notes = [f"DPO: {dpo['pairs']} pairs, by the corner case they mend: {cases}"]
+    if not dpo["kept"]:
+        change = dpo["pass@1_change"]
+        notes.append(f"DPO: undone, for held-out pass@1 had changed by {change:+.3f}")
+    return notes
 
 
 def print_evaluation(summary: Mapping[str, Any], console: Console) -> None:

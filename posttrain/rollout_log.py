@@ -84,3 +84,20 @@ def rows_of(group: RolloutGroup, outcome: DrawOutcome) -> list[dict[str, Any]]:
         }
         for rollout, reward in zip(group.rollouts, group.rewards, strict=True)
     ]
+
+
+def newest_groups(directory: Path, count: int) -> list[list[dict[str, Any]]]:
+    """The rows of the `count` groups that were written last, each group's together, newest first.
+    Fewer if there are no more."""
+    import pyarrow.parquet as pq
+
+    groups: list[list[dict[str, Any]]] = []
+    for file in sorted(directory.glob("*.parquet"), reverse=True):
+        rows = pq.read_table(file).to_pylist()
+        by_draw: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            by_draw.setdefault(row["draw_id"], []).append(row)
+        groups += reversed(by_draw.values())
+        if len(groups) >= count:
+            break
+    return groups[:count]

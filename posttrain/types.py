@@ -265,6 +265,7 @@ class TrainingSample:
     """One sequence for the learner, every array `[T]` (prompt and completion tokens).
 
     `loss_mask` is 1 on completion tokens. `rollout_logprobs` and `advantages` are 0 where it is 0.
+    `teacher_logprobs` are NaN there; None where no teacher was asked, or none answered in time.
     """
 
     token_ids: IntArray
@@ -272,6 +273,7 @@ class TrainingSample:
     rollout_logprobs: FloatArray
     advantages: FloatArray
     oldest_version: PolicyVersion
+    teacher_logprobs: FloatArray | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -280,6 +282,7 @@ class MicroBatch:
 
     `position_ids` restart at 0 where a sequence starts; padding forms a sequence of its own at the
     end of a row. Token t's log-probability, mask and advantage stand at index t (not shifted).
+    `teacher_logprobs` are NaN where there are none; None without a teacher.
     """
 
     token_ids: IntArray
@@ -288,28 +291,32 @@ class MicroBatch:
     rollout_logprobs: FloatArray
     advantages: FloatArray
     ages: IntArray
+    teacher_logprobs: FloatArray | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainingBatch:
     """What one optimizer step trains on. `num_loss_tokens` is the denominator of every
-    micro-batch's loss, fixed before the split, so that the split changes nothing."""
+    micro-batch's loss, fixed before the split, so that the split changes nothing.
+    `teacher_weight` λ weighs log q − log π_θ beside the advantages; None without a teacher."""
 
     micro_batches: tuple[MicroBatch, ...]
     num_loss_tokens: int
     num_sequences: int
+    teacher_weight: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreferencePair:
-    """Chosen against rejected completion of one prompt; `corner_case` says what it mends."""
+    """Chosen against rejected completion of one prompt; `corner_case` says what it mends, `margin`
+    by how much the chosen one was rewarded more (None: they were not scored)."""
 
     prompt: Prompt
     system: str | None
     chosen: str
     rejected: str
     corner_case: str
-    margin: float
+    margin: float | None
 
 
 class Generator(Protocol):

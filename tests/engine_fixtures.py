@@ -131,6 +131,7 @@ def stack(request, cluster, tmp_path_factory):
         max_tokens=40,
         num_steps=100,
         seed=0,
+        lora=None,
         checkpoint=None,
         resources=LearnerResources(cpus=0.25),
         deadline_s=240,

@@ -14,15 +14,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import yaml
 
 import posttrain
 from posttrain import doctor
 from posttrain.cli import main
+from posttrain.config import load, resolved
 from posttrain.doctor import Finding
 from posttrain.errors import Interrupted, PlacementError, RunDirError, SettingsError
+from posttrain.inputs import load_inputs
 from posttrain.ledger import Ledger
+from posttrain.rerun import Plan
 from posttrain.run_dir import RunDir
 from posttrain.types import DrawOutcome
 
@@ -150,7 +154,23 @@ def test_the_trap_of_these_tests_works(desk: Desk) -> None:
         (["policy.max_length=20"], ["'1+1=?' has 20 tokens", "leaves 4 beside the answer"]),
         (["rewards.default_verifier=guess"], ["tasks.train: 2 prompts", "'guess'", "exact"]),
         (["system_instructions=[]"], ["sft.data, sft.jsonl:1", "'brief'"]),
+        (
+            ["policy.lora={}", "rl.learner.expert_parallel=2"],
+            ["rl.learner.expert_parallel = 2 divides experts that policy.lora does not train"],
+        ),
+        (["rl.learner.lora={}"], ["rl.learner.lora: unknown setting", "policy.lora?"]),
+        (["policy.lora.target_modules=[gates]"], ["policy.lora.target_modules = ('gates',)"]),
+        (["dpo.mining=null"], ["without mining and without data there are no pairs"]),
+        (["sft.trainer.lerning_rate=1"], ["sft.trainer.lerning_rate", "learning_rate?"]),
+        (["sft.trainer.learning_rate=fast"], ["sft.trainer.learning_rate", "number", "'fast'"]),
+        (["dpo.trainer.max_steps=1", "dpo.budget.steps=2"], ["both say how much"]),
         (["--no-such-option"], ["No such option", "--no-such-option"]),
+        (["stages=[rl, screen]"], ["stages: ['rl', 'screen'] screens for nobody"]),
+        (["stages=[sft, rl]", "rl.model=starter"], ["rl.model: rl would start from it, and nob"]),
+        (["stages=[rl]", "rl.model=./no/such"], ["rl.model: ", "./no/such"]),
+        (["run.dir=/proc/posttrain/run"], ["run.dir: nothing can be written to /proc"]),
+        (["run.dir=zorp://bucket/run"], ["run.dir: zorp://bucket/run", "zorp"]),
+        (["run.work_dir=/tmp/w"], ["run.work_dir: /tmp/w would hold nothing"]),
     ],
 )
 @pytest.mark.parametrize("mode", [[], ["--dry-run"], ["--json"]], ids=["run", "dry", "json"])
@@ -173,7 +193,11 @@ def test_bad_settings_start_nothing(
         ("sft.jsonl", [task("a")], ["sft.jsonl, line 1: column 'completion' is missing"]),
         ("held_out.jsonl", [task("a"), task("a", "3")], ["'a' has two answers, '2' and '3'"]),
         ("held_out.jsonl", [task("1+1=?")], ["tasks.held_out: 1 of its prompts", "'1+1=?'"]),
-        ("held_out.jsonl", [task("3-1=?")], ["also in tasks.train or sft.data", "'3-1=?'"]),
+        (
+            "held_out.jsonl",
+            [task("3-1=?")],
+            ["also in tasks.train, sft.data or dpo.data", "'3-1=?'"],
+        ),
         ("held_out.jsonl", [task("a", 7)], ["tasks.held_out: 1 prompts", "a string, got 7"]),
         ("sft.jsonl", [{"question": "a", "completion": "#"}], ["sft.data: 1 prompts", "None"]),
     ],
@@ -183,6 +207,68 @@ def test_bad_data_starts_nothing(
 ) -> None:
     desk.write(file, *rows)
     refused(desk.run(), *said)
+    assert not desk.run_dir.exists()
+
+
+PAIR = {"prompt": "1+1=?", "chosen": "#2", "rejected": "#3"}
+
+
+@pytest.mark.usefixtures("nothing_starts")
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([PAIR, {"prompt": "1", "chosen": "#1"}], ["line 2: column 'rejected' is missing"]),
+        ([PAIR | {"rejected": "#2"}], ["line 1: chosen and rejected are identical"]),
+        ([PAIR, PAIR], ["line 2: the same two answers", "line 1"]),
+        ([PAIR | {"prompt": "0+2=?"}], ["tasks.held_out: 1 of its prompts", "'0+2=?'"]),
+        ([PAIR | {"system": "loud"}], ["dpo.data, pair 1", "'loud'", "brief"]),
+        ([PAIR | {"chosen": "#" * 60}], ["dpo.data, chosen of pair 1 has 68 tokens"]),
+        ([], ["dpo.data:", "pairs.jsonl has no pairs"]),
+    ],
+)
+def test_bad_pairs_start_nothing(desk: Desk, rows: list[dict[str, Any]], said: list[str]) -> None:
+    file = desk.write("pairs.jsonl", *rows)
+    refused(desk.run(f"dpo.data.source={file}"), *said)
+    assert not desk.run_dir.exists()
+
+
+@pytest.mark.usefixtures("nothing_starts")
+def test_pairs_of_ones_own_are_enough(desk: Desk) -> None:
+    file = desk.write("pairs.jsonl", PAIR)
+    assert desk.run(f"dpo.data.source={file}", "dpo.mining=null", "--dry-run").code == 0
+
+
+@pytest.mark.usefixtures("nothing_starts")
+def test_a_template_that_drops_turns_starts_nothing(
+    desk: Desk, tiny_policy: Path, tmp_path: Path
+) -> None:
+    policy = tmp_path / "forgetful"
+    shutil.copytree(tiny_policy, policy)
+    template = policy / "chat_template.jinja"
+    template.write_text(template.read_text().replace("in messages", "in messages[-2:]"))
+    refused(desk.run(f"policy.model={policy}"), "its chat template drops or changes a turn")
+    assert not desk.run_dir.exists()
+
+
+@pytest.mark.usefixtures("nothing_starts")
+def test_an_adapter_for_another_base_starts_nothing(
+    desk: Desk, tiny_policy: Path, tmp_path: Path
+) -> None:
+    from safetensors.numpy import save_file
+
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"base_model_name_or_path": str(tiny_policy), "peft_type": "LORA", "r": 2}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    place = "base_model.model.model.layers.0.self_attn.q_proj"
+    save_file(
+        {
+            f"{place}.lora_A.weight": np.zeros((2, 99), np.float32),
+            f"{place}.lora_B.weight": np.zeros((16, 2), np.float32),
+        },
+        adapter / "adapter_model.safetensors",
+    )
+    refused(desk.run(f"policy.model={adapter}"), "q_proj has 16 × 99", "it is for another base")
     assert not desk.run_dir.exists()
 
 
@@ -266,7 +352,13 @@ def test_dry_run_prints_the_plan(desk: Desk, tiny_policy: Path) -> None:
         "sft_rows": 0,
         "screening_answers_at_most": 2 * 16,
         "rl_trained_answers": 3 * 4 * 4,
-        "engines": 1,
+        "asked_for_at_once": [
+            "rollout 1 × (1 CPUs, 0 GPUs)",
+            "rewards 1 × (0 CPUs, 0 GPUs)",
+            "learner 1 × (1 CPUs, 0 GPUs)",
+        ],
+        "gib_on_each_device": ["rollout 1.0", "rl 0.0"],
+        "does_not_fit": [],
         "prompts_sharing_text": [],
     }
     changed = ["stages=[screen, rl]", "rl.num_steps=3"]
@@ -276,9 +368,66 @@ def test_dry_run_prints_the_plan(desk: Desk, tiny_policy: Path) -> None:
     assert len(done.out.splitlines()) == 1
     lines = desk.run(*changed, "--dry-run").out.splitlines()
     rows = {line[:28].strip().replace(" ", "_"): line[28:] for line in lines}
-    shown = {"stages": "screen, rl", "prompts_sharing_text": "none"}
+    shown = {
+        key: ", ".join(value) or "none" for key, value in plan.items() if isinstance(value, list)
+    }
     assert rows == {k: str(v) for k, v in plan.items()} | shown
     assert not desk.run_dir.exists()
+
+
+@pytest.mark.usefixtures("nothing_starts")
+def test_a_ray_job_takes_no_relative_directory(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    refused(desk.run("run.dir=runs/mine"), "run.dir: runs/mine is relative", "absolute path")
+
+
+@pytest.mark.usefixtures("nothing_starts")
+def test_a_stage_starts_from_a_checkpoint_of_the_same_model_only(
+    desk: Desk, tiny_policy: Path
+) -> None:
+    other = Path(shutil.copytree(tiny_policy, desk.path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))
+    told = (f"rl.model: {other} has hidden_size = 32 and the policy", "has 16")
+    refused(desk.run("stages=[screen, rl]", f"rl.model={other}"), *told)
+    assert desk.run("stages=[rl]", f"rl.model={tiny_policy}", "--dry-run").code == 0
+
+
+@pytest.mark.usefixtures("nothing_starts")
+def test_a_dry_run_says_what_a_change_runs_again(desk: Desk) -> None:
+    settings = load(Path(desk.config))
+    plan = Plan.of(settings, load_inputs(settings))
+    with RunDir.create_or_open(desk.run_dir, resolved(settings), fresh=False) as run:
+        for name in ("screen", "sft", "rl"):
+            run.begin_stage(name, plan.tables[name])
+            if name != "rl":
+                run.finish_stage(name, [], {}, 1.0)
+
+    def stages(*changed: str) -> list[str]:
+        done = desk.run(*changed, "--dry-run", "--json")
+        assert done.code == 0, done.err
+        told: list[str] = json.loads(done.out)["stages"]
+        return told
+
+    assert stages() == ["screen: done before", "sft: done before", "rl: goes on", "dpo: runs"]
+    assert stages("sft.trainer.max_steps=7") == [
+        "screen: done before",
+        "sft: runs again (sft.trainer: {} → (absent); sft.trainer.max_steps: (absent) → 7)",
+        "rl: runs again (the stage sft before it)",
+        "dpo: runs",
+    ]
+    assert stages("rl.num_steps=50")[2] == "rl: goes on (rl.num_steps: 5 → 50)"
+    # Without SFT its rows are not screened.
+    assert stages("stages=[screen, rl]") == [
+        "screen: runs again (the content of sft.data)",
+        "rl: runs again (the stage screen before it; the stage sft before it; the checkpoint "
+        "policy.model)",
+    ]
+    desk.write("sft.jsonl", task("3-1=?", "2") | {"completion": "two #2"})
+    assert stages()[:2] == [
+        "screen: runs again (the content of sft.data)",
+        "sft: runs again (the stage screen before it; the content of sft.data)",
+    ]
 
 
 def test_a_dry_run_loads_no_engine(desk: Desk) -> None:

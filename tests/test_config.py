@@ -100,7 +100,7 @@ def test_resolved_settings_read_back_as_the_same(minimal: Path, tmp_path: Path) 
         ("rl.dtype=float32", "Did you mean rl.learner.dtype?"),
         ("sft.data.sorce=x", "Did you mean sft.data.source?"),
         ("tasks.train=[{source: x, sise: 3}]", "tasks.train.0.sise: unknown setting. Did you mean"),
-        ("run.zzz=1", "run.zzz: unknown setting. Known here: dir, seed."),
+        ("run.zzz=1", "run.zzz: unknown setting. Known here: dir, seed, work_dir."),
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one(
@@ -159,9 +159,11 @@ def test_what_has_no_default_must_be_set(minimal: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["stages=[rl, sft]"], "stages: each at most once and in the order"),
-        (["stages=[rl, rl]"], "stages: each at most once"),
-        (["stages=[]"], "stages: each at most once"),
+        (["stages=[rl, rl]"], "stages: each of screen, sft, rl, dpo at most once"),
+        (["stages=[]"], "stages: each of screen, sft, rl, dpo at most once and at least one"),
+        (["stages=[rl, screen]"], "stages: ['rl', 'screen'] screens for nobody"),
+        (["stages=[screen, dpo]"], "stages: ['screen', 'dpo'] screens for nobody"),
+        (["rl.model=x"], "rl.model: rl would start from it, and nobody would use the policy that"),
         (["sft.data="], "sft.data: the stage sft has no input"),
         (["eval.max_tokens=1024"], "eval.max_tokens = 1024 leaves no room for a prompt in policy"),
         (["rl.max_tokens=2000"], "rl.max_tokens = 2000"),
@@ -193,6 +195,26 @@ def test_settings_that_contradict_each_other(
     minimal: Path, overrides: list[str], said: str
 ) -> None:
     assert said in complaint(minimal, *overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["stages=[rl, sft]"],
+        ["stages=[dpo, rl]"],
+        ["stages=[sft, screen, rl]"],
+        ["stages=[screen]"],
+        ["stages=[screen, rl]", "rl.model=x", "screen.model=y"],
+        ["stages=[screen, sft, rl, dpo]", "screen.model=y", "sft.model=x"],
+        ["stages=[dpo]", "dpo.model=x", "rl.model=not-used"],
+    ],
+)
+def test_stages_come_in_any_order_in_which_each_is_of_use(
+    minimal: Path, overrides: list[str]
+) -> None:
+    settings = load(minimal, overrides)
+    assert f"stages=[{', '.join(settings.stages)}]" == overrides[0]
+    assert set(settings.own_models) <= set(settings.stages)
 
 
 def test_a_stage_that_is_left_out_needs_no_input(minimal: Path) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.data.chat import ChatFormat, conversation, sft_record
+from posttrain.data.chat import ChatFormat, conversation, dpo_record, sft_record
 from posttrain.data.instructions import InstructionMix, InstructionSettings
 from posttrain.data.prompts import make_prompt
 from posttrain.errors import DataError, ModelError
-from posttrain.types import Prompt, SFTRow, SystemInstruction
+from posttrain.types import PreferencePair, Prompt, SFTRow, SystemInstruction
 
 BRIEF = SystemInstruction(name="brief", text="Answer only.")
 
@@ -168,3 +168,103 @@ def test_a_row_that_training_would_cut_is_refused(chat: ChatFormat) -> None:
     chat.check_rows([plain, instructed], mix, 23)
     with pytest.raises(DataError, match=r"row brief has 23 tokens.*22"):
         chat.check_rows([plain, instructed], mix, 22)
+
+
+TURNS = [
+    {"role": "user", "content": "first"},
+    {"role": "assistant", "content": "second"},
+    {"role": "user", "content": "third"},
+]
+
+
+def with_template(policy: Path, template: str) -> ChatFormat:
+    (policy / "chat_template.jinja").write_text(template)
+    return ChatFormat(str(policy))
+
+
+def test_what_is_rendered_is_what_was_said(chat: ChatFormat) -> None:
+    chat.check_round_trip(TURNS, "fourth", "here")
+    chat.check_round_trip(TURNS, " with <end> inside\n", "here")
+    chat.check_instructions(ask("1+1=?"), [BRIEF])
+
+
+SAY = "{{- '<' + m['role'] + '>' + m['content'] -}}"
+STOP = "{%- if m['role'] == 'assistant' -%}{{- '<end>' -}}{%- endif -%}"
+ASK = "{%- if add_generation_prompt -%}{{- '<assistant>' -}}{%- endif -%}"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        # Only the last question and its answer.
+        (
+            "{%- for m in messages[-2:] -%}" + SAY + STOP + "{%- endfor -%}" + ASK,
+            r"drops or changes a turn: user says 'first'.*\(here\)",
+        ),
+        (
+            "{%- for m in messages if m['role'] != 'assistant' or loop.last -%}"
+            + SAY
+            + STOP
+            + "{%- endfor -%}"
+            + ASK,
+            "assistant says 'second'",
+        ),
+        # As templates do that hide what was thought.
+        (
+            "{%- for m in messages -%}{{- '<' + m['role'] + '>' + m['content'].split('=')[-1] -}}"
+            + STOP
+            + "{%- endfor -%}"
+            + ASK,
+            "assistant says '1=fourth'",
+        ),
+        (
+            "{%- for m in messages -%}" + SAY + STOP + "{%- endfor -%}",
+            "renders a prompt otherwise|no beginning",
+        ),
+        (
+            "{%- for m in messages -%}" + SAY + "{%- endfor -%}" + ASK,
+            "does not end an answer: behind it stands ''",
+        ),
+        (
+            "{%- if not add_generation_prompt -%}{{- '<system>' -}}{%- endif -%}"
+            "{%- for m in messages -%}" + SAY + STOP + "{%- endfor -%}" + ASK,
+            "renders a prompt otherwise than in front of its answer",
+        ),
+    ],
+    ids=["first turns", "answers", "thoughts", "no question mark", "no end", "another beginning"],
+)
+def test_a_template_that_renders_something_else_is_refused(
+    damaged: Path, template: str, said: str
+) -> None:
+    chat = with_template(damaged, template)
+    with pytest.raises(ModelError, match=said) as caught:
+        chat.check_round_trip(TURNS, "1=fourth", "here")
+    assert str(caught.value).startswith("policy.model: its chat template ")
+
+
+def test_a_template_that_ignores_system_messages_is_refused(damaged: Path) -> None:
+    chat = with_template(
+        damaged,
+        "{%- for m in messages if m['role'] != 'system' -%}" + SAY + STOP + "{%- endfor -%}" + ASK,
+    )
+    with pytest.raises(
+        ModelError, match=r"system says 'Answer only\.'.*system_instructions 'brief'"
+    ):
+        chat.check_instructions(ask("1+1=?"), [BRIEF])
+
+
+def test_pairs_are_measured_and_rendered_like_rows(chat: ChatFormat) -> None:
+    mix = InstructionMix([InstructionSettings(name="brief", text="Answer only.")], seed=0)
+    pair = PreferencePair(
+        prompt=ask("1+1=?"),
+        system="brief",
+        chosen="#2",
+        rejected="#345",
+        corner_case="wrong",
+        margin=None,
+    )
+    assert dpo_record(pair, BRIEF)["rejected"] == [{"role": "assistant", "content": "#345"}]
+    # 13 for the system message, 6 for the question, <assistant>, 4 characters, <end>.
+    chat.check_pairs([pair], mix, 25)
+    with pytest.raises(DataError, match=r"rejected of pair 1 has 25 tokens .* 24"):
+        chat.check_pairs([pair], mix, 24)

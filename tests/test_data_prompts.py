@@ -50,5 +50,6 @@ def test_contamination_is_counted_and_shown() -> None:
     with pytest.raises(DataError) as caught:
         check_disjoint(train, held_out)
     assert str(caught.value).startswith(
-        "tasks.held_out: 6 of its prompts are also in tasks.train or sft.data, e.g. 'f', 'e', 'd'."
+        "tasks.held_out: 6 of its prompts are also in tasks.train, sft.data or dpo.data, e.g. 'f', "
+        "'e', 'd'."
     )

@@ -145,10 +145,11 @@ def test_a_malformed_row_is_named_by_file_and_line(
 
 
 def test_a_source_that_is_not_there(tmp_path: Path) -> None:
-    for source in (tmp_path / "no.jsonl", tmp_path):
-        with pytest.raises(DataError) as caught:
-            tasks(source)
-        assert str(caught.value).startswith(f"{source} is no file. A source is 'starter', 'r")
+    with pytest.raises(DataError) as caught:
+        tasks(tmp_path / "no.jsonl")
+    assert str(caught.value).startswith(f"{tmp_path / 'no.jsonl'} is no file. A source is")
+    with pytest.raises(DataError, match="is neither a file nor a data set that can be loaded"):
+        tasks(tmp_path)
 
 
 def test_empty_sources_are_named_by_their_key(tmp_path: Path) -> None:
@@ -179,6 +180,91 @@ def test_the_starter_mixes_with_files(tmp_path: Path, monkeypatch: pytest.Monkey
     starter = SourceSettings(source="starter", size=2, seed=5)
     prompts = load_prompts([starter, SourceSettings(source=str(path))], "held_out")
     assert [p.messages[0].content for p in prompts] == ["held_out 5 0", "held_out 5 1", "mine"]
+
+
+GSM8K = [
+    {"question": "3 hens, 4 eggs each?", "answer": "3 * 4 = <<3*4=12>>12\n#### 12"},
+    {"question": "5 & 6?", "answer": "5 + 6 = 11 #### no\n#### 1,100"},
+]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv", "directory", "saved"])
+def test_what_is_shaped_like_gsm8k_is_read_from_any_kind_of_file(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    table = datasets.Dataset.from_list(GSM8K)
+    source = {
+        "jsonl": tmp_path / "gsm.jsonl",
+        "parquet": tmp_path / "gsm.parquet",
+        "csv": tmp_path / "gsm.csv",
+        "directory": tmp_path / "gsm",
+        "saved": tmp_path / "gsm",
+    }[kind]
+    if kind == "jsonl":
+        write(source, *GSM8K)
+    elif kind == "saved":
+        table.save_to_disk(source)
+    elif kind == "csv":
+        table.to_csv(source)
+    else:
+        parquet = source / "train.parquet" if kind == "directory" else source
+        parquet.parent.mkdir(exist_ok=True)
+        table.to_parquet(parquet)
+    settings = SourceSettings(source=str(source), answer_after="####")
+    assert load_prompts([settings], "train") == [
+        make_prompt("3 hens, 4 eggs each?", reference="12", domain="gsm"),
+        make_prompt("5 & 6?", reference="1,100", domain="gsm"),
+    ]
+    same = SourceSettings(source=str(source), answer_after="####", columns={"completion": "answer"})
+    first, _ = load_sft_rows(same)
+    assert first.completion == GSM8K[0]["answer"]
+    assert first.prompt.reference == "12"
+
+
+def test_one_of_several_splits_is_named(tmp_path: Path) -> None:
+    import datasets
+
+    for split, row in zip(("train", "test"), GSM8K, strict=True):
+        (tmp_path / "gsm").mkdir(exist_ok=True)
+        datasets.Dataset.from_list([row]).to_parquet(tmp_path / "gsm" / f"{split}.parquet")
+    source = str(tmp_path / "gsm")
+    (prompt,) = load_prompts([SourceSettings(source=source, split="test")], "held_out")
+    assert prompt.messages[0].content == "5 & 6?"
+    for split, said in ((None, "several splits; name one"), ("dev", "no split 'dev'")):
+        with pytest.raises(DataError, match=rf"{said} as `split`: train, test"):
+            load_prompts([SourceSettings(source=source, split=split)], "train")
+
+
+def test_columns_that_are_called_otherwise(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"problem": "1+1", "solution": "2", "answer": "wrong"})
+    columns = {"question": "problem", "answer": "solution"}
+    (prompt,) = load_prompts([SourceSettings(source=str(path), columns=columns)], "train")
+    assert (prompt.messages[0].content, prompt.reference) == ("1+1", "2")
+    with pytest.raises(DataError, match=r"line 1: column 'text', the 'question' of `columns`"):
+        load_prompts([SourceSettings(source=str(path), columns={"question": "text"})], "train")
+
+
+def test_an_answer_without_its_mark_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", task("q", "#### 1"), task("r", "I do not know"))
+    with pytest.raises(DataError, match=r"line 2: nothing stands behind '####' in the answer 'I "):
+        load_prompts([SourceSettings(source=str(path), answer_after="####")], "train")
+
+
+def test_a_name_on_the_hub_is_loaded_with_its_subset(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load_dataset(name: str, subset: str | None) -> Any:
+        assert (name, subset) == ("openai/gsm8k", "main")
+        return datasets.DatasetDict({"train": datasets.Dataset.from_list(GSM8K)})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    settings = SourceSettings(
+        source="openai/gsm8k", subset="main", split="train", answer_after="####", size=1
+    )
+    (prompt,) = load_prompts([settings], "train")
+    assert (prompt.reference, prompt.domain) == ("12", "gsm8k")
 
 
 def gym(family: str, split: Split, *, size: int = 20, **settings: object) -> list[Prompt]:

@@ -23,18 +23,23 @@ LAYERS = [
         "posttrain.types posttrain.errors",
         # What is computed and what stands on disk, each on its own.
         "judges rewards curricula posttrain.losses posttrain.data"
-        " posttrain.advantages posttrain.packing posttrain.progress"
-        " posttrain.atomic posttrain.metrics posttrain.ledger_schema",
+        " posttrain.advantages posttrain.packing posttrain.progress posttrain.stage_order"
+        " posttrain.atomic posttrain.metrics posttrain.ledger_schema posttrain.lease",
+        "posttrain.teaching",
         "posttrain.online posttrain.evaluation posttrain.report posttrain.starter"
         " posttrain.ledger posttrain.audit posttrain.run_dir"
         " posttrain.rollout_log posttrain.prompt_table posttrain.pair_table"
-        " posttrain.metric_sinks",
+        " posttrain.metric_sinks"
+        " posttrain.dependencies posttrain.model_shape posttrain.split",
         "posttrain.workers",
         # Every component's settings come together, then what they name is read.
         "posttrain.config",
-        "posttrain.inputs posttrain.doctor posttrain.prune posttrain.inspect posttrain.cards",
-        "posttrain.stages posttrain.reward_file",
-        "posttrain.pipeline posttrain.cli_prune posttrain.cli_reward posttrain.cli_inspect",
+        "posttrain.inputs posttrain.doctor posttrain.prune posttrain.roles posttrain.remote_run"
+        " posttrain.inspect posttrain.cards",
+        "posttrain.rerun posttrain.memory",
+        "posttrain.stages posttrain.reward_file posttrain.plan",
+        "posttrain.pipeline posttrain.cli_prune posttrain.cli_reward posttrain.cli_plan"
+        " posttrain.cli_teach posttrain.cli_inspect",
         "posttrain.cli",
     )
 ]

@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 from online_fakes import make_group
 
-from posttrain.online.metrics import Interval, StepTimes, answer_metrics, lag_of, step_metrics
+from posttrain.online.lag import lag_of
+from posttrain.online.metrics import Interval, StepTimes, answer_metrics, step_metrics
 from posttrain.types import DrawOutcome, PolicyVersion
 
 TIMES = StepTimes(interval=4.0, waiting=1.0, learning=2.0, publishing=0.5, rollouts_idle=0.4)
@@ -91,6 +92,7 @@ def test_step_record() -> None:
         outstanding=3,
         learner={"loss": 0.5},
         publish={"pause_s": 0.25},
+        teacher={"weight": 0.125},
     )
     assert metrics == {
         **answer_metrics(interval.groups),
@@ -118,6 +120,7 @@ def test_step_record() -> None:
         "trained/words": 1,
         "learner/loss": 0.5,
         "publish/pause_s": 0.25,
+        "teacher/weight": 0.125,
     }
 
 
@@ -131,6 +134,7 @@ def test_a_step_whose_groups_all_came_earlier_has_no_pass_rate() -> None:
         outstanding=0,
         learner={},
         publish={},
+        teacher={},
     )
     assert "pass@1" not in metrics
     assert "zero_advantage_share" not in metrics

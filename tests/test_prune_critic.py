@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from posttrain.errors import ModelError
-from posttrain.stages.prune import critic_model, locate_critic, merge_adapter
+from posttrain.stages.prune import critic_model, locate_critic
+from posttrain.workers.adapters import merge_adapter
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,8 @@ def test_an_adapter_is_found_with_its_base_and_merged(
 
     files = locate_critic(str(adapter))
     assert (files.base, files.adapter) == (tiny_policy, adapter)
-    merge_adapter(files, tmp_path / "merged")
+    assert files.adapter is not None
+    merge_adapter(files.base, files.adapter, tmp_path / "merged", files.tokenizer)
     lora = load_file(adapter / "adapter_model.safetensors")
     (down,) = (w for name, w in lora.items() if "lora_A" in name)
     (up,) = (w for name, w in lora.items() if "lora_B" in name)
@@ -65,7 +67,9 @@ def test_the_fingerprint_is_of_both(adapter: Path, tiny_policy: Path, tmp_path: 
     assert critic_model(str(other)).fingerprint != both.fingerprint
 
 
-def test_an_adapter_that_names_no_base_or_does_not_fit(adapter: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_names_no_base_or_does_not_fit(
+    adapter: Path, tiny_policy: Path, tmp_path: Path
+) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match=r"adapter_config\.json names no base model"):
         locate_critic(str(tmp_path))
@@ -78,4 +82,4 @@ def test_an_adapter_that_names_no_base_or_does_not_fit(adapter: Path, tmp_path: 
     weights = adapter / "adapter_model.safetensors"
     (tmp_path / "adapter_model.safetensors").write_bytes(weights.read_bytes())
     with pytest.raises(ModelError, match="does not fit"):
-        merge_adapter(locate_critic(str(tmp_path)), tmp_path / "merged")
+        merge_adapter(tiny_policy, tmp_path, tmp_path / "merged", tiny_policy)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,9 +46,14 @@ def evaluations() -> dict[str, dict[str, Any]]:
     }
 
 
-def render(evaluations: dict[str, Any], width: int = 160, policy: str = "/runs/x/policy") -> str:
+def render(
+    evaluations: dict[str, Any],
+    width: int = 160,
+    policy: str = "/runs/x/policy",
+    metrics: dict[str, Any] | None = None,
+) -> str:
     console = Console(width=width, file=io.StringIO(), force_terminal=False)
-    print_report(evaluations, SECONDS, policy, console)
+    print_report(evaluations, SECONDS, policy, console, metrics or {})
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -170,3 +177,39 @@ def test_one_evaluation_has_one_column(evaluations: dict[str, Any]) -> None:
     assert rows_of(text, "Held-out pass@1")["strings"] == [shown(mean_of(2, 1, 0))]
     assert ["domain", "policy"] in [line.split() for line in text.splitlines()]
     assert "The policy:" not in text
+
+
+def test_what_sft_kept_and_what_dpo_mended_is_said(evaluations: dict[str, Any]) -> None:
+    saved = {"accuracy": 0.5, "reach": 0.9, "over_constrained": False}
+    sft = {
+        "kept_step": 8,
+        "checkpoints": {
+            "entered": {"accuracy": 0.4, "reach": 0.9},
+            "4": saved,
+            "8": saved,
+            "12": saved | {"over_constrained": True},
+        },
+    }
+    dpo = {
+        "pairs": 52,
+        "pairs_by_case": {"overlong": 12, "wrong": 40},
+        "kept": False,
+        "pass@1_change": -0.031,
+    }
+    text = render(evaluations, metrics={"sft": sft, "dpo": dpo})
+    assert "SFT: step 8 of 4, 8, 12 was kept; over-constrained (pass@k fell): 12\n" in text
+    assert "DPO: 52 pairs, by the corner case they mend: overlong 12 · wrong 40\n" in text
+    assert "DPO: undone, for held-out pass@1 had changed by -0.031\n" in text
+    light = render(evaluations, metrics={"sft": {"rows": 3}, "dpo": dpo | {"kept": True}})
+    assert "SFT: step" not in light
+    assert "undone" not in light
+
+
+def test_an_adapter_is_served_on_its_base(evaluations: dict[str, Any], tmp_path: Path) -> None:
+    config = {"base_model_name_or_path": "someone/base", "r": 48}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    text = render(evaluations, policy=str(tmp_path))
+    assert (
+        f"vllm serve someone/base --enable-lora --max-lora-rank 64 --lora-modules policy={tmp_path}"
+        in text
+    )

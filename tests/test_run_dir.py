@@ -23,6 +23,8 @@ SETTINGS = {
     "log": {"wandb": False},
 }
 
+F1 = {"rl.lr": 1e-05, "data.train": "ab12"}
+
 
 def changed(**sections):
     return {key: {**SETTINGS[key], **new} for key, new in sections.items()}
@@ -54,37 +56,23 @@ class TestSettings:
         assert config["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
         assert RunDir(tmp_path / "r").config() == config
 
-    def test_the_same_run_opens_again(self, tmp_path):
-        again = {**SETTINGS, **changed(log={"wandb": True}, run={"dir": "/elsewhere"})}
-        for settings in (SETTINGS, again, SETTINGS):
-            RunDir.create_or_open(tmp_path / "r", settings, fresh=False).close()
-        assert RunDir(tmp_path / "r").config()["settings"] == SETTINGS
-
-    def test_other_settings_are_refused_key_by_key(self, tmp_path):
-        RunDir.create_or_open(tmp_path / "r", SETTINGS, fresh=False).close()
-        other = {**SETTINGS, **changed(rl={"lr": 2e-05, "gate": {}, "extra": None})}
-        with pytest.raises(RunDirError) as caught:
-            RunDir.create_or_open(tmp_path / "r", other, fresh=False)
-        message = str(caught.value)
-        assert "rl.lr: 1e-05 → 2e-05" in message
-        assert "rl.gate.kind: 'spread' → '(absent)'" in message
-        assert "rl.extra" in message
-        assert "--fresh" in message
-        assert "group_size" not in message
-        assert "run.seed" not in message
-
-    def test_other_inputs_are_refused(self, tmp_path):
-        old = {"train.jsonl": "ab12"}
-        RunDir.create_or_open(tmp_path / "r", SETTINGS, fresh=False, inputs=old).close()
-        with pytest.raises(RunDirError, match=r"inputs\.train\.jsonl: 'ab12' → 'cd34'"):
-            RunDir.create_or_open(
-                tmp_path / "r", SETTINGS, fresh=False, inputs={"train.jsonl": "cd34"}
-            )
+    def test_the_latest_settings_and_inputs_are_the_ones_on_disk(self, tmp_path):
+        other = {**SETTINGS, **changed(rl={"lr": 2e-05})}
+        for settings, inputs in ((SETTINGS, {"a": "1"}), (other, {"a": "2"})):
+            with RunDir.create_or_open(tmp_path / "r", settings, False, inputs) as run:
+                run.begin_stage("rl", {"rl.lr": 1})
+            config = RunDir(tmp_path / "r").config()
+            assert (config["settings"], config["inputs"]) == (settings, inputs)
+        assert RunDir(tmp_path / "r").stages()["rl"].depends_on == {"rl.lr": 1}
 
     def test_a_refused_run_is_not_kept_locked(self, tmp_path):
         RunDir.create_or_open(tmp_path / "r", SETTINGS, fresh=False).close()
-        with pytest.raises(RunDirError):
+        config = tmp_path / "r" / "config.yaml"
+        whole = config.read_text()
+        config.write_text(whole.replace("posttrain run 2", "posttrain run 1"))
+        with pytest.raises(RunDirError, match="not written by this version"):
             RunDir.create_or_open(tmp_path / "r", {}, fresh=False)
+        config.write_text(whole)
         RunDir.create_or_open(tmp_path / "r", SETTINGS, fresh=False).close()
 
     def test_a_damaged_config_is_named(self, tmp_path):
@@ -99,7 +87,7 @@ class TestFresh:
     def test_deletes_a_run_of_ours(self, tmp_path):
         path = tmp_path / "r"
         with RunDir.create_or_open(path, SETTINGS, fresh=False) as run:
-            run.begin_stage("screen", "f1")
+            run.begin_stage("screen", F1)
             (path / "rl" / "checkpoint-3").mkdir(parents=True)
             (path / "rl" / "checkpoint-3" / "weights").write_text("old")
         with RunDir.create_or_open(path, {"run": {"seed": 8}}, fresh=True) as run:
@@ -119,6 +107,18 @@ class TestFresh:
         (tmp_path / "file").write_text("mine")
         with pytest.raises(RunDirError, match="no run of posttrain"):
             RunDir.create_or_open(tmp_path / "file", SETTINGS, fresh=True)
+
+    @pytest.mark.parametrize("below", ["file/run", "file/a/b"])
+    def test_a_path_that_cannot_be_written_is_named(self, tmp_path, below):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(RunDirError, match=r"run\.dir: nothing can be written to .*file"):
+            RunDir.create_or_open(tmp_path / below, SETTINGS, fresh=False)
+
+    def test_a_read_only_place_is_named_and_nothing_is_left(self, tmp_path):
+        with pytest.raises(RunDirError, match=r"nothing can be written to /proc "):
+            RunDir.create_or_open(Path("/proc/posttrain/run"), SETTINGS, fresh=False)
+        RunDir(tmp_path / "a" / "b").check_usable()
+        assert list(tmp_path.iterdir()) == []
 
     def test_an_interrupted_deletion_can_only_be_repeated(self, tmp_path):
         path = tmp_path / "r"
@@ -182,27 +182,27 @@ class TestLease:
 
 class TestManifest:
     def test_a_stage_is_begun_finished_and_trusted(self, run):
-        assert run.stage_done("screen", "f1") is False
-        run.begin_stage("screen", "f1")
+        assert run.stage_done("screen", F1) is False
+        run.begin_stage("screen", F1)
         assert run.stages()["screen"].state == "running"
         assert run.stages()["screen"].seconds is None
-        assert run.stage_done("screen", "f1") is False
-        run.begin_stage("screen", "f1")  # after an interruption
+        assert run.stage_done("screen", F1) is False
+        run.begin_stage("screen", F1)  # after an interruption
         kept = run.path / "screen" / "kept.jsonl"
         kept.parent.mkdir()
         kept.write_text("[1]\n")
         run.finish_stage("screen", [kept], {"kept": 3, "loss": float("nan")}, 1.5)
-        assert run.stage_done("screen", "f1") is True
+        assert run.stage_done("screen", F1) is True
         record = RunDir(run.path).stages()["screen"]
         assert record.artifacts == {"screen/kept.jsonl": hashlib.sha256(b"[1]\n").hexdigest()}
         assert record.metrics == {"kept": 3, "loss": None, "non_finite": ["loss"]}
-        assert (record.state, record.seconds, record.inputs_fingerprint) == ("done", 1.5, "f1")
+        assert (record.state, record.seconds, record.depends_on) == ("done", 1.5, F1)
 
     def test_stages_keep_their_order(self, run):
         for name in ("screen", "sft", "rl"):
-            run.begin_stage(name, "f")
+            run.begin_stage(name, F1)
             run.finish_stage(name, [], {}, 0.0)
-        run.begin_stage("dpo", "f")
+        run.begin_stage("dpo", F1)
         states = {"screen": "done", "sft": "done", "rl": "done", "dpo": "running"}
         manifest = json.loads(run.manifest_path.read_text())
         assert [(n, s["state"]) for n, s in manifest["stages"].items()] == list(states.items())
@@ -220,23 +220,52 @@ class TestManifest:
         with staged_directory(run.policy_dir) as policy:
             (policy / "config.json").write_text("{}")
             (policy / "model.safetensors").write_bytes(b"\0")
-        run.begin_stage("sft", "f1")
+        run.begin_stage("sft", F1)
         run.finish_stage("sft", [run.policy_dir], {}, 2.0)
-        assert run.stage_done("sft", "f1")
+        assert run.stage_done("sft", F1)
         harm(run.policy_dir)
         with pytest.raises(RunDirError, match=f"policy.* stage sft, {what}"):
-            run.stage_done("sft", "f1")
+            run.stage_done("sft", F1)
 
     @pytest.mark.parametrize("finished", [False, True])
-    def test_other_inputs_are_reported(self, run, finished):
-        run.begin_stage("sft", "f1")
+    def test_what_rested_on_something_else_is_not_done(self, run, finished):
+        run.begin_stage("sft", F1)
         if finished:
             run.finish_stage("sft", [], {}, 2.0)
-        with pytest.raises(RunDirError, match="begun with other inputs"):
-            run.stage_done("sft", "f2")
+        assert run.stage_done("sft", {"rl.lr": 2}) is False
+        assert run.stage_done("sft", F1) is finished
+
+    def test_an_evaluation_has_a_rest_of_its_own(self, run):
+        run.begin_stage("sft", F1)
+        run.finish_stage("sft", [], {"rows": 3}, 2.0)
+        assert run.evaluation_done("sft", {"eval.k": 1}) is False
+        results = run.path / "evals.json"
+        for k, seconds in ((1, 5.0), (2, 7.5)):
+            results.write_text(f"[{k}]")
+            run.record_evaluation(
+                "sft", {"eval.k": k}, artifact=results, summary={"all": k}, seconds=seconds - 2.0
+            )
+            assert run.evaluation_done("sft", {"eval.k": k})
+            assert run.stage_done("sft", F1)
+            record = run.stages()["sft"]
+            assert record.metrics == {"rows": 3, "evaluation": {"all": k}}
+        assert record.seconds == 2.0 + 3.0 + 5.5
+        assert run.evaluation_done("sft", {"eval.k": 1}) is False
+
+    def test_what_is_set_aside_makes_room_and_keeps_its_numbers(self, run):
+        assert run.set_aside("rl") is None
+        for number in (1, 2):
+            run.begin_stage("rl", F1)
+            run.stage_dir("rl").mkdir()
+            (run.stage_dir("rl") / "weights").write_text(str(number))
+            target = run.set_aside("rl")
+            assert target == run.path / "superseded" / f"rl-{number}"
+            assert (target / "weights").read_text() == str(number)
+            assert not run.stage_dir("rl").exists()
+            assert run.stages() == {}
 
     def test_artifacts_lie_in_the_run(self, run, tmp_path):
-        run.begin_stage("sft", "f1")
+        run.begin_stage("sft", F1)
         with pytest.raises(ValueError, match="not in the subpath"):
             run.finish_stage("sft", [tmp_path / "elsewhere"], {}, 2.0)
         assert run.stages()["sft"].state == "running"

@@ -10,13 +10,21 @@ import time
 import psutil
 import pytest
 import ray
+from ray.exceptions import RayActorError
 
 from posttrain.data.prompts import make_prompt
-from posttrain.errors import DataError, ModelError, PlacementError, StageError
+from posttrain.errors import DataError, ModelError, PlacementError, SettingsError, StageError
 from posttrain.inputs import STARTER_POLICY
 from posttrain.types import Message, Outcome, PolicyVersion, Prompt, Rollout, VersionSpan
-from posttrain.workers.cluster import start_actor, stop_actor
+from posttrain.workers.cluster import (
+    create_actor,
+    refuse_more_than_there_is,
+    start_actor,
+    stop_actor,
+)
+from posttrain.workers.demand import Demand
 from posttrain.workers.learner_ranks import start_learner
+from posttrain.workers.placement import Reservation
 from posttrain.workers.scoring import RewardWorkers
 from posttrain.workers.settings import (
     ActorResources,
@@ -107,6 +115,7 @@ def test_an_unreadable_model_is_bad_input_and_names_its_path(cluster, tmp_path):
             max_tokens=40,
             num_steps=1,
             seed=0,
+            lora=None,
             checkpoint=None,
             resources=LearnerResources(cpus=0.25),
             deadline_s=60,
@@ -178,6 +187,63 @@ async def test_a_judge_served_by_engines_of_the_run(cluster):
     assert (reward.value, reward.outcome) == (None, Outcome.INFRASTRUCTURE)
     assert re.fullmatch(r"the judge's reply .* no JSON object \(2 attempts\)", reward.explanation)
     assert psutil.wait_procs([engine], timeout=20)[1] == []
+
+
+def test_ranks_are_placed_together_or_not_at_all(cluster):
+    class Here:
+        def ready(self):
+            pass
+
+    began = time.monotonic()
+    free = ray.available_resources()["CPU"]
+    everything = ray.cluster_resources()["CPU"]
+    half = ActorResources(cpus=everything / 2)
+    with pytest.raises(PlacementError) as caught:
+        Reservation("three halves", half, count=3, deadline_s=1.0)
+    assert time.monotonic() - began < 20
+    assert f"three halves asked for {half.cpus:g} CPUs" in str(caught.value)
+    assert "on 1 nodes" in str(caught.value)
+    # Nothing is held by what could not be placed as a whole.
+    reserved = Reservation("some", ActorResources(cpus=free / 2), count=2, deadline_s=60)
+    assert ray.available_resources().get("CPU", 0) < 0.01
+    handle = create_actor(
+        Here, resources=ActorResources(cpus=free / 2), environment={}, place=reserved.place(1)
+    )
+    assert ray.get(handle.ready.remote(), timeout=60) is None
+    reserved.release()
+    with pytest.raises(RayActorError):
+        ray.get(handle.ready.remote(), timeout=60)
+    while ray.available_resources().get("CPU", 0) < free - 0.01:
+        time.sleep(0.1)
+
+
+def test_more_than_the_whole_cluster_has_is_bad_input(cluster):
+    asked = [Demand(role="rollout", count=3, each=ActorResources(cpus=1000))]
+    with pytest.raises(SettingsError) as caught:
+        refuse_more_than_there_is(asked)
+    message = str(caught.value)
+    assert "room for 0 of the 3 actors of rollout" in message
+    assert f"{ray.cluster_resources()['CPU']:g} CPUs and 0 GPUs" in message
+    refuse_more_than_there_is([Demand(role="rollout", count=1, each=SMALL)])
+
+
+def test_a_ray_that_never_comes_up_is_not_waited_for():
+    """Where a process of Ray's dies at the wrong moment, `ray.init` waits in code of its own."""
+    script = """
+import sys, time
+import ray
+from posttrain.workers.cluster import connect
+ray.init = lambda **_: time.sleep(60)
+connect(deadline_s=1.0)
+print("never", flush=True)
+"""
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=90
+    )
+    assert time.monotonic() - began < 45
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "Ray on this machine was not up after 1 s" in done.stderr
 
 
 def test_a_signal_reaches_the_handler_of_whoever_connects():

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.engine
 FULL = LearnerSettings(
     learning_rate=1e-2, loss=LossSettings(kl_coefficient=0.1), logprob_chunk_tokens=16
 )
-LORA = FULL.model_copy(update={"lora": LoraSettings(r=4, alpha=8)})
+LORA = LoraSettings(r=4, alpha=8)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def trained_bytes(hosts):
 
 
 def test_what_leaves_is_merged_and_what_is_trained_stays(one_rank, policy, tmp_path):
-    learner = one_rank.begin(policy, LORA)
+    learner = one_rank.begin(policy, FULL, lora=LORA)
     base = read_checkpoint(policy)
     assert largest_difference(published(learner, tmp_path / "untrained"), base) == 0
     train(learner, range(3))
@@ -72,9 +72,9 @@ def test_what_leaves_is_merged_and_what_is_trained_stays(one_rank, policy, tmp_p
     assert changed == {name for name in base if name.split(".")[-2] in linear}
 
 
-@pytest.mark.parametrize("settings", [LORA, FULL], ids=["adapter", "full"])
-def test_the_reference_is_the_policy_that_entered(one_rank, policy, tmp_path, settings):
-    learner = one_rank.begin(policy, settings)
+@pytest.mark.parametrize("lora", [LORA, None], ids=["adapter", "full"])
+def test_the_reference_is_the_policy_that_entered(one_rank, policy, tmp_path, lora):
+    learner = one_rank.begin(policy, FULL, lora=lora)
     first, *_ = train(learner, range(2))
     assert first["ref_kl"] == 0
     weights = published(learner, tmp_path / "weights")
@@ -110,5 +110,5 @@ def k3_by_hand(policy, weights, samples):
 )
 def test_an_adapter_that_cannot_be_placed_is_refused(one_rank, policy, target, message):
     lora = LoraSettings(target_modules=(target,))
-    with pytest.raises(SettingsError, match=rf"rl.learner.lora.target_modules.*{message}"):
-        one_rank.begin(policy, LORA.model_copy(update={"lora": lora}))
+    with pytest.raises(SettingsError, match=rf"policy.lora.target_modules.*{message}"):
+        one_rank.begin(policy, FULL, lora=lora)

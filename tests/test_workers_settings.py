@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from posttrain.workers.settings import LearnerResources, LearnerSettings, LoraSettings, merged
+from posttrain.workers.settings import LearnerResources, merged
 
 
 def test_a_nested_table_changes_only_what_it_names() -> None:
@@ -23,8 +23,3 @@ def test_ranks_may_not_share_a_gpu_and_may_share_a_core() -> None:
     assert LearnerResources(gpus=0.5).gpus == 0.5
     with pytest.raises(ValidationError, match=r"2 ranks with 0\.5 GPUs each would share one"):
         LearnerResources(gpus=0.5, ranks=2)
-
-
-def test_an_adapter_does_not_divide_experts() -> None:
-    with pytest.raises(ValidationError, match=r"expert_parallel = 2 divides experts that lora"):
-        LearnerSettings(lora=LoraSettings(), expert_parallel=2)

@@ -20,6 +20,10 @@ class MiningSettings(BaseModel):
     followed shows nowhere else. A pair is *overlong* when the
     rejected answer has at least `overlong_ratio` times the tokens of the chosen one; *wrong*
     keeps the longer answer below `matched_ratio` times the shorter, so that length teaches nothing.
+
+    Of the newest groups that online RL left on disk `stored_groups` are looked at, too. They were
+    written by earlier policies: a pair of theirs is taken only if the policy that DPO starts from
+    finds both answers likely, per token no less than all but the share `unlikely` of its own.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,6 +38,8 @@ class MiningSettings(BaseModel):
     temperature: float = Field(default=1.0, gt=0)
     max_tokens: int = Field(default=512, gt=0)
     concurrency: int = Field(default=64, gt=0)
+    stored_groups: int = Field(default=0, ge=0)
+    unlikely: float = Field(default=0.05, ge=0, lt=1)
 
 
 class Candidate(NamedTuple):

@@ -53,7 +53,7 @@ def check_disjoint(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
     if shared:
         examples = ", ".join(repr(p.messages[-1].content) for p in shared[:3])
         raise DataError(
-            f"tasks.held_out: {len(shared)} of its prompts are also in tasks.train or sft.data, "
-            f"e.g. {examples}. Remove them from one side: accuracy on what was trained on says "
-            "nothing."
+            f"tasks.held_out: {len(shared)} of its prompts are also in tasks.train, sft.data or "
+            f"dpo.data, e.g. {examples}. Remove them from one side: accuracy on what was trained "
+            "on says nothing."
         )

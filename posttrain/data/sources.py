@@ -1,8 +1,8 @@
-"""Where tasks and supervised rows come from: the starter's generators, reasoning-gym, or files.
+"""Where tasks and supervised rows come from: the starter, reasoning-gym, files, or the hub.
 
-A file of tasks is JSON lines with `question`, `answer`, and optionally `domain` and `verifier`; a
-file of supervised rows is JSON lines with `question`, `completion` and optionally `answer`,
-`domain`, `verifier`, `system`.
+A task has `question`, `answer`, and optionally `domain` and `verifier`; a supervised row has
+`question`, `completion` and optionally `answer`, `domain`, `verifier`, `system`. Columns that are
+called otherwise are named in `columns`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from posttrain.data.gym import gym_prompts
 from posttrain.data.prompts import Split, make_prompt
+from posttrain.data.tables import is_table, read_table
 from posttrain.errors import DataError
 from posttrain.types import Prompt, SFTRow
 
@@ -23,16 +24,33 @@ STARTER = "starter"
 REASONING_GYM = "reasoning_gym"
 
 
+# fmt: off
+Column = Literal[
+    "question", "answer", "completion", "domain", "verifier", "system",
+    "prompt", "chosen", "rejected",
+]
+# fmt: on
+
+
 class SourceSettings(BaseModel):
-    """`source` is `starter`, `reasoning_gym` or the path of a JSONL file. `size` cuts a file, or
-    says how many tasks are made; `seed` is that of what is made. `family` and its `settings` are
-    reasoning-gym's."""
+    """`source` is `starter`, `reasoning_gym`, a file (JSON lines, Parquet, CSV), a directory of a
+    data set, or a name on the hub, of which `subset` and `split` say more. `size` cuts it, or says
+    how many tasks are made; `seed` is that of what is made. `family` and its `settings` are
+    reasoning-gym's.
+
+    `columns` gives the source's names for ours. With `answer_after` the answer is what stands
+    behind the last occurrence of that text, as in GSM8K's `… #### 72`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str = Field(min_length=1)
+    subset: str | None = None
+    split: str | None = None
     size: int | None = Field(default=None, gt=0)
     seed: int = 0
+    columns: dict[Column, str] = {}
+    answer_after: str | None = Field(default=None, min_length=1)
     family: str | None = Field(default=None, min_length=1)
     settings: dict[str, Any] = {}
 
@@ -75,8 +93,8 @@ def load_sft_rows(settings: SourceSettings) -> list[SFTRow]:
     if settings.source == REASONING_GYM:
         raise DataError("sft.data: reasoning_gym has questions and answers, but no completions")
     rows = []
-    for number, record in _records(settings):
-        place = f"{settings.source}, line {number}"
+    for number, record in read_records(settings):
+        place = _place(settings, number)
         rows.append(
             SFTRow(
                 row_id=f"{Path(settings.source).name}:{number}",
@@ -100,8 +118,8 @@ def _prompts(settings: SourceSettings, split: Split) -> list[Prompt]:
             settings.family, settings.settings, split, _size(settings), settings.seed
         )
     prompts = []
-    for number, record in _records(settings):
-        place = f"{settings.source}, line {number}"
+    for number, record in read_records(settings):
+        place = _place(settings, number)
         if record.get("answer") is None:
             raise DataError(f"{place}: column 'answer' is missing. Columns there: {sorted(record)}")
         prompts.append(_prompt(record, settings.source, place))
@@ -116,17 +134,53 @@ def _size(settings: SourceSettings) -> int:
     return settings.size
 
 
-def _records(settings: SourceSettings) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    path = Path(settings.source)
+def read_records(settings: SourceSettings) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """(number from 1, row with our names for its columns). Raises DataError, naming source and
+    line."""
+    table = is_table(settings.source)
+    rows = (
+        read_table(settings.source, subset=settings.subset, split=settings.split)
+        if table
+        else _read_lines(settings.source)
+    )
+    for number, row in rows:
+        if settings.size is not None and number > settings.size:
+            return
+        renamed = dict(row)
+        for ours, theirs in settings.columns.items():
+            if theirs not in row:
+                raise DataError(
+                    f"{_place(settings, number)}: column {theirs!r}, the {ours!r} of `columns`, is "
+                    f"missing. Columns there: {sorted(row)}"
+                )
+            renamed[ours] = row[theirs]
+        if settings.answer_after is not None and renamed.get("answer") is not None:
+            renamed["answer"] = _answer(
+                renamed["answer"], settings.answer_after, _place(settings, number)
+            )
+        yield number, renamed
+
+
+def _answer(whole: object, mark: str, place: str) -> str:
+    _, found, answer = str(whole).rpartition(mark)
+    if not found or not answer.strip():
+        raise DataError(f"{place}: nothing stands behind {mark!r} in the answer {whole!r}")
+    return answer.strip()
+
+
+def _place(settings: SourceSettings, number: int) -> str:
+    return f"{settings.source}, {'row' if is_table(settings.source) else 'line'} {number}"
+
+
+def _read_lines(source: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    path = Path(source)
     if not path.is_file():
         raise DataError(
-            f"{settings.source} is no file. A source is 'starter', 'reasoning_gym' or the path of "
-            "a JSONL file."
+            f"{source} is no file. A source is 'starter', 'reasoning_gym', a file (JSON lines, "
+            "Parquet, CSV), the directory of a data set, or a name on the hub."
         )
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if settings.size is not None and number > settings.size:
-                return
             try:
                 record = json.loads(line.decode("utf-8").rstrip())
             except UnicodeDecodeError as error:

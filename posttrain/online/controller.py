@@ -2,6 +2,7 @@
 
 ::
 
+                                                ┌─▶ teacher ─────────────┐
     curriculum ─▶ slot ─▶ generate ─▶ score ─▶ gate ─▶ order of admission ─▶ train ─▶ publish
         ▲          ▲                            │                                        │
         │          ├──────────── ended ─────────┤                                        │
@@ -19,25 +20,24 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
-from posttrain.advantages import group_to_samples
-from posttrain.errors import EngineError
 from posttrain.online.accounting import Accounting, Draw, DrawLedger, stable_seed
 from posttrain.online.admission import Admission
 from posttrain.online.arrivals import Arrivals
 from posttrain.online.gate import Reason, classify
+from posttrain.online.lag import checked_lag
 from posttrain.online.metrics import (
     Interval,
     LoopSummary,
     StepRecord,
     StepTimes,
     Totals,
-    lag_of,
     step_metrics,
     summarise_loop,
 )
 from posttrain.online.playing import Playing
 from posttrain.online.settings import LoopSettings
 from posttrain.online.starvation import StarvationWatch
+from posttrain.online.teaching import REWARDS_ALONE, GroupTeacher
 from posttrain.packing import pack
 from posttrain.types import (
     Curriculum,
@@ -80,6 +80,7 @@ class Controller:
             generation goes on meanwhile, except with `max_lag` 0.
         on_group: told of every group with answers when its draw ends.
         beside: loops that run until the stage ends: evaluation, re-screening.
+        teacher: reads admitted groups while they wait for their turn.
 
     Before the first draw the learner's weights are published as (attempt, first_step): whatever
     the generators hold from before, every rollout then names a version of this attempt.
@@ -106,6 +107,7 @@ class Controller:
         on_step: Callable[[StepRecord], Awaitable[None]] | None = None,
         on_group: Callable[[RolloutGroup, DrawOutcome], None] | None = None,
         beside: Sequence[Callable[[], Coroutine[Any, Any, None]]] = (),
+        teacher: GroupTeacher = REWARDS_ALONE,
     ) -> None:
         self._settings = settings
         self._curriculum = curriculum
@@ -118,6 +120,7 @@ class Controller:
         self._pad_token_id = pad_token_id
         self._on_step = on_step
         self._beside = beside
+        self._teacher = teacher
         self._seed = seed
         self._version = PolicyVersion(attempt, first_step)
         self._first_step = first_step
@@ -266,12 +269,13 @@ class Controller:
             self._curriculum.observe(
                 group.prompt.prompt_id, group.num_scored, group.num_correct, self._version.step
             )
-        ended = classify(group)
+        ended = classify(group, needs_contrast=self._teacher.reward_weight > 0)
         if ended is not None:
             self._end(group.draw_id, ended.outcome, ended.reason, group=group)
             return
         self._starvation.trainable()
         self._trainable[group.draw_id] = group
+        self._teacher.begin(group, self._tasks)
         self._admission.ready(group.draw_id)
         self._group_ready.set()
 
@@ -329,13 +333,17 @@ class Controller:
     ) -> StepRecord:
         """From groups to served weights. No await follows the new version, see `on_step`."""
         trained_under = self._version
-        self._check_lag(groups)
+        bound = self._admission.lag_bound
+        lags = [checked_lag(group, trained_under, bound) for group in groups]
+        self._totals.max_lag = max(self._totals.max_lag, *lags)
+        lesson = await self._teacher.lesson(groups)
         batch = pack(
-            [s for g in groups for s in group_to_samples(g, self._settings.advantage)],
+            lesson.samples(groups, self._settings.advantage),
             row_tokens=self._settings.row_tokens,
             micro_tokens=self._settings.micro_tokens,
             pad_token_id=self._pad_token_id,
             current=trained_under,
+            teacher_weight=lesson.weight,
         )
         learning_at = _now()
         learner_metrics = await self._learner.step(batch)
@@ -357,9 +365,7 @@ class Controller:
             publishing=published_at - publishing_at,
             rollouts_idle=self._playing.take_idle_s(),
         )
-        self._totals.trained_tokens += batch.num_loss_tokens
-        self._totals.generated_tokens += interval.generated_tokens
-        self._totals.learning_seconds += times.learning
+        self._totals.add(batch.num_loss_tokens, interval, times, lesson)
         metrics = step_metrics(
             interval,
             trained=groups,
@@ -369,26 +375,15 @@ class Controller:
             outstanding=self._admission.num_waiting,
             learner=learner_metrics,
             publish=publish_metrics,
+            teacher=lesson.metrics,
         )
         return StepRecord(
             step=version.step, version=version, num_draws=self._num_draws, metrics=metrics
         )
 
-    def _check_lag(self, groups: list[RolloutGroup]) -> None:
-        for group in groups:
-            oldest = group.oldest_version
-            lag = lag_of(group, self._version)
-            if oldest.attempt != self._version.attempt or not 0 <= lag <= self._admission.lag_bound:
-                raise EngineError(
-                    f"draw {group.draw_id} was written by version {oldest}, but the learner is at "
-                    f"{self._version} and the lag bound is {self._admission.lag_bound}: a "
-                    "generator served weights that had been replaced; restart it and publish again"
-                )
-            self._totals.max_lag = max(self._totals.max_lag, lag)
-
     async def _end_stage(self, endless: Sequence[asyncio.Task[None]]) -> None:
         """Cancels what is in flight; it ends as unused, before the last step is recorded."""
-        tasks = [*endless, *self._playing]
+        tasks = [*endless, *self._playing, *self._teacher.pending]
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)

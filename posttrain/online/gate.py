@@ -27,8 +27,9 @@ class Ended:
     reason: Reason
 
 
-def classify(group: RolloutGroup) -> Ended | None:
-    """None for a trainable group, otherwise how its draw ends.
+def classify(group: RolloutGroup, *, needs_contrast: bool = True) -> Ended | None:
+    """None for a trainable group, otherwise how its draw ends. Without `needs_contrast` (a teacher
+    says what to learn, no reward does) equal scores are no reason to end.
 
     Reads raw correctness alone: length and format terms differ within almost every group and
     would let through prompts from which nothing about correctness can be learnt. Equality is
@@ -36,7 +37,8 @@ def classify(group: RolloutGroup) -> Ended | None:
     """
     if group.num_scored < 2:
         return Ended(outcome=DrawOutcome.ERRORED, reason=Reason.UNSCORED)
-    if is_zero_advantage([r.correctness for r in group.rewards if r.correctness is not None]):
+    scores = [r.correctness for r in group.rewards if r.correctness is not None]
+    if needs_contrast and is_zero_advantage(scores):
         all_correct = group.num_correct == group.num_scored
         reason = Reason.ALL_CORRECT if all_correct else Reason.NONE_CORRECT
         return Ended(outcome=DrawOutcome.ZERO_ADVANTAGE, reason=reason)

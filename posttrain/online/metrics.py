@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
+from posttrain.online.lag import lag_of
+from posttrain.online.teaching import Lesson
 from posttrain.types import DrawOutcome, Outcome, PolicyVersion, RolloutGroup
 
 
@@ -35,6 +37,7 @@ class LoopSummary:
     generated_tokens: int
     max_lag: int
     learning_seconds: float
+    teacher: TeacherTotals | None
 
 
 @dataclass(slots=True)
@@ -54,6 +57,14 @@ class Interval:
 
 
 @dataclass(slots=True)
+class TeacherTotals:
+    """How long steps waited for the teacher, and how many groups were trained without its word."""
+
+    waited_seconds: float = 0.0
+    late_groups: int = 0
+
+
+@dataclass(slots=True)
 class Totals:
     """Sums over the attempt, for the summary."""
 
@@ -61,6 +72,20 @@ class Totals:
     generated_tokens: int = 0
     max_lag: int = 0
     learning_seconds: float = 0.0
+    teacher: TeacherTotals | None = None
+
+    def add(
+        self, trained_tokens: int, interval: Interval, times: StepTimes, lesson: Lesson
+    ) -> None:
+        """One step."""
+        self.trained_tokens += trained_tokens
+        self.generated_tokens += interval.generated_tokens
+        self.learning_seconds += times.learning
+        if lesson.weight is None:
+            return
+        self.teacher = self.teacher or TeacherTotals()
+        self.teacher.waited_seconds += lesson.metrics["wait_s"]
+        self.teacher.late_groups += int(lesson.metrics["late"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,12 +129,8 @@ def summarise_loop(
         generated_tokens=totals.generated_tokens,
         max_lag=totals.max_lag,
         learning_seconds=totals.learning_seconds,
+        teacher=totals.teacher,
     )
-
-
-def lag_of(group: RolloutGroup, current: PolicyVersion) -> int:
-    """Optimizer steps between the weights being trained and those of the group's oldest token."""
-    return current.step - group.oldest_version.step
 
 
 def answer_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
@@ -157,6 +178,7 @@ def step_metrics(
     outstanding: int,
     learner: Mapping[str, float],
     publish: Mapping[str, float],
+    teacher: Mapping[str, float],
 ) -> dict[str, float]:
     """The flat record of one step that trained `trained` under the weights `current`.
 
@@ -189,6 +211,7 @@ def step_metrics(
         **{f"trained/{domain}": count for domain, count in sorted(domains.items())},
         **{f"learner/{name}": value for name, value in learner.items()},
         **{f"publish/{name}": value for name, value in publish.items()},
+        **{f"teacher/{name}": value for name, value in teacher.items()},
     }
 
 

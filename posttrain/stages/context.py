@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from posttrain.config import Settings
 from posttrain.data.chat import ChatFormat
 from posttrain.data.instructions import InstructionMix
+from posttrain.evaluation import PromptResult
 from posttrain.ledger import Ledger
 from posttrain.metrics import MetricsLog
+from posttrain.remote_run import RemoteCopy
 from posttrain.run_dir import RunDir
-from posttrain.types import Prompt, SFTRow
+from posttrain.types import PreferencePair, Prompt, SFTRow
 from posttrain.workers.pools import Pools
 
 
@@ -29,6 +33,11 @@ class StageContext:
     train: Sequence[Prompt]
     held_out: Sequence[Prompt]
     sft_rows: Sequence[SFTRow]
+    pairs: Sequence[PreferencePair]
+    copy: RemoteCopy | None
+    teacher: Path | None
+    evaluations: dict[Path, list[PromptResult]] = field(default_factory=dict)
+    """Of the policies that were measured on all held-out tasks (`posttrain.stages.held_out`)."""
 
     @property
     def seed(self) -> int:
@@ -38,6 +47,24 @@ class StageContext:
         """A mix of its own for each user, so that none changes what another draws."""
         return InstructionMix(self.settings.system_instructions, self.seed * 1000 + salt)
 
+    async def keep(self) -> None:
+        """Whatever is on disk by now goes to the run's URL, if it has one."""
+        if self.copy is None:
+            return
+        with tempfile.TemporaryDirectory() as directory:
+            snapshot = Path(directory) / "ledger.sqlite"
+            self.ledger.snapshot(snapshot)
+            await asyncio.to_thread(self.copy.push, snapshot)
+
     def policy_of(self, stage: str) -> Path:
         """Where a stage leaves its policy."""
         return self.run.stage_dir(stage) / "policy"
+
+    def adapter_of(self, stage: str) -> Path:
+        """Where a stage that trains an adapter leaves it, besides the merged policy."""
+        return self.run.stage_dir(stage) / "adapter"
+
+    def left_by(self, stage: str) -> list[Path]:
+        """What a stage has left, as its artifacts."""
+        policy, adapter = self.policy_of(stage), self.adapter_of(stage)
+        return [policy, adapter] if adapter.is_dir() else [policy]

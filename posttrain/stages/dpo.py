@@ -1,117 +1,89 @@
-"""Light DPO on corner cases, with pairs mined from the policy that enters the stage."""
+"""Light DPO on corner cases: pairs that the policy itself shows, and pairs of one's own."""
 
 from __future__ import annotations
 
-import asyncio
-import random
+import shutil
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from posttrain.atomic import write_atomically
+from posttrain.atomic import staged_directory, write_atomically
 from posttrain.cards import pairs_card
-from posttrain.data.chat import conversation
-from posttrain.data.pairs import mine_pairs
+from posttrain.data.chat import dpo_record
 from posttrain.errors import StarvationError
+from posttrain.evaluation import Estimate, metric_values, paired_difference
 from posttrain.pair_table import write_pairs
-from posttrain.progress import Progress, say
+from posttrain.progress import say
 from posttrain.run_dir import CARD_NAME
 from posttrain.stages.context import StageContext
-from posttrain.stages.trl_job import TrainingJob, run_job
-from posttrain.types import (
-    GenerationRequest,
-    PreferencePair,
-    Prompt,
-    RolloutGroup,
-    Sampling,
-    SystemInstruction,
-)
+from posttrain.stages.held_out import measure_policy
+from posttrain.stages.pair_mining import mine
+from posttrain.stages.trl_job import keep_checkpoint
+from posttrain.stages.trl_stage import train
+
+STAGE: Final = "dpo"
 
 
 async def dpo(context: StageContext, model: Path) -> dict[str, Any]:
-    """Mines pairs from `model`, which is also the reference, trains, leaves the policy."""
+    """Trains on the pairs, with `model` as the reference, and leaves the policy, or `model` again
+    if held-out accuracy would have fallen too far."""
     settings = context.settings.dpo
-    pairs = await _mine(context, model)
+    pairs = list(context.pairs)
+    if settings.mining is not None:
+        pairs += await mine(context, model, settings.mining)
     if not pairs:
         raise StarvationError(
             "dpo: no pair found in the mining pass. Raise dpo.mining.num_prompts or samples, or "
             "leave dpo out of stages: there may be nothing to mend."
         )
-    by_case = dict(Counter(pair.corner_case for pair in pairs))
+    by_case = dict(sorted(Counter(pair.corner_case for pair in pairs).items()))
     say(f"dpo: {len(pairs)} pairs {by_case}")
-    mix = context.instruction_mix(0)
-    records = [
-        {
-            "prompt": conversation(pair.prompt, mix.resolve(pair.system)),
-            "chosen": [{"role": "assistant", "content": pair.chosen}],
-            "rejected": [{"role": "assistant", "content": pair.rejected}],
-        }
-        for pair in pairs
-    ]
     write_pairs(context.run.pairs_path, pairs)
     card = context.run.pairs_path.with_name(CARD_NAME)
     write_atomically(card, pairs_card(pairs, str(model)))
-    metrics = run_job(
-        TrainingJob(
-            kind="dpo",
-            model=str(model),
-            records=records,
-            trainer={
-                "max_length": context.settings.policy.max_length,
-                # The reference is the policy that comes in: asked once, not once a step.
-                "precompute_ref_log_probs": True,
-            }
-            | settings.trainer,
-            deepspeed=settings.deepspeed,
-            output=str(context.policy_of("dpo")),
-            seed=context.seed,
-            threads=settings.threads,
-            dtype=context.settings.policy.dtype,
-        ),
-        resources=context.settings.resources.learner,
-        scratch=context.run.stage_dir("dpo") / "ray",
+    mix = context.instruction_mix(0)
+    records = [dpo_record(pair, mix.resolve(pair.system)) for pair in pairs]
+    length = context.chat.length
+    job, trained = train(
+        context,
+        STAGE,
+        settings,
+        model,
+        records,
+        tokens=sum(length([*r["prompt"], *r[c]]) for r in records for c in ("chosen", "rejected")),
+        # The reference is the policy that comes in: asked once, not once a step.
+        trainer={"precompute_ref_log_probs": True},
     )
-    return {"pairs": len(pairs), "pairs_by_case": by_case} | metrics
+    ((step, policy),) = trained.policies.items()
+    change = await _change(context, model, policy)
+    kept = change.mean >= -settings.guard.max_fall
+    if kept:
+        keep_checkpoint(job, step)
+        context.evaluations[context.policy_of(STAGE)] = context.evaluations[policy]
+    else:
+        _keep_what_came_in(context, model, change)
+    metrics = {"pairs": len(pairs), "pairs_by_case": by_case, "kept": kept}
+    return metrics | {"pass@1_change": change.mean} | dict(trained.metrics)
 
 
-async def _mine(context: StageContext, model: Path) -> list[PreferencePair]:
-    settings = context.settings.dpo.mining
-    generators = await context.pools.serving(str(model))
-    scorer = context.pools.scorer
-    count = min(settings.num_prompts, len(context.train))
-    rng = random.Random(context.seed)
-    prompts = rng.sample(list(context.train), count)
-    instructions = list(context.instruction_mix(0).by_name.values())
-    systems: list[SystemInstruction | None] = [
-        rng.choice(instructions)
-        if instructions and rng.random() < settings.instructed_share
-        else None
-        for _ in prompts
-    ]
-    sampling = Sampling(max_tokens=settings.max_tokens, temperature=settings.temperature)
-    gate = asyncio.Semaphore(settings.concurrency)
-    progress = Progress("mine pairs", count)
+async def _change(context: StageContext, model: Path, policy: Path) -> Estimate:
+    """Held-out pass@1 after DPO minus before, prompt by prompt."""
+    before = await measure_policy(context, model, "dpo-entered")
+    after = await measure_policy(context, policy, STAGE)
+    first, second = (metric_values(results, [1])["pass@1"] for results in (before, after))
+    return paired_difference(first, second)
 
-    async def one(prompt: Prompt, system: SystemInstruction | None) -> list[PreferencePair]:
-        async with gate:
-            request = GenerationRequest(
-                request_id=f"mine-{prompt.prompt_id}",
-                prompt_token_ids=context.chat.encode(prompt, system),
-                num_rollouts=settings.samples,
-                sampling=sampling,
-            )
-            rollouts = await generators.generate(request)
-            rewards = await scorer.score(prompt, rollouts, system)
-        progress.advance()
-        group = RolloutGroup(
-            draw_id=request.request_id,
-            prompt=prompt,
-            system=system.name if system else None,
-            sampling=sampling,
-            rollouts=rollouts,
-            rewards=rewards,
-        )
-        return mine_pairs(group, settings)
 
-    mined = await asyncio.gather(*(map(one, prompts, systems)))
-    return [pair for pairs in mined for pair in pairs]
+def _keep_what_came_in(context: StageContext, model: Path, change: Estimate) -> None:
+    limit = context.settings.dpo.guard.max_fall
+    say(
+        f"dpo: held-out pass@1 fell by {-change.mean:.3f}, more than dpo.guard.max_fall = "
+        f"{limit:g}; the policy that came in stays. Lower dpo.budget, raise dpo.trainer.beta, or "
+        "look at dpo/pairs.jsonl"
+    )
+    target = context.policy_of(STAGE)
+    with staged_directory(target) as staged:
+        shutil.copytree(model, staged, dirs_exist_ok=True)
+    shutil.rmtree(context.run.stage_dir(STAGE) / "checkpoints")
+    shutil.rmtree(context.adapter_of(STAGE), ignore_errors=True)  # of an interrupted attempt
+    context.evaluations[target] = context.evaluations[model]

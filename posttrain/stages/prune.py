@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from posttrain.inputs import locate_model
 from posttrain.prune.critic import Critic, CriticModel, OpenCritic
 from posttrain.prune.settings import PruneSettings
 from posttrain.run_dir import fingerprint_directory
+from posttrain.workers.adapters import base_of, check_adapter, is_adapter, merge_adapter
+from posttrain.workers.demand import Demand
 from posttrain.workers.pools import Pools
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,14 +48,12 @@ def locate_critic(name: str) -> CriticFiles:
 
     Raises ModelError if nothing can be read there, or the adapter does not say what it is for.
     """
-    adapter = Path(name) / ADAPTER_CONFIG
-    if not adapter.is_file():
+    adapter = Path(name)
+    if not is_adapter(adapter):
         return CriticFiles(base=locate_model(name), adapter=None)
-    try:
-        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError) as error:
-        raise ModelError(f"{adapter} names no base model: {error!r}") from error
-    return CriticFiles(base=locate_model(str(base)), adapter=Path(name))
+    base = locate_model(base_of(adapter))
+    check_adapter(adapter, base)
+    return CriticFiles(base=base, adapter=adapter)
 
 
 def critic_model(name: str) -> CriticModel:
@@ -80,7 +77,7 @@ def critic_opener(settings: PruneSettings, out: Path) -> OpenCritic:
             model = files.base
             if files.adapter is not None:
                 model = pools.scratch / "merged"
-                merge_adapter(files, model)
+                merge_adapter(files.base, files.adapter, model, files.tokenizer)
             generators = await pools.serving(str(model))
 
             async def score_tokens(
@@ -92,23 +89,6 @@ def critic_opener(settings: PruneSettings, out: Path) -> OpenCritic:
             yield Critic(generator=generators, scorer=pools.scorer, score_tokens=score_tokens)
 
     return open_critic
-
-
-def merge_adapter(files: CriticFiles, target: Path) -> None:
-    """Writes base and adapter as one checkpoint. Raises ModelError if they do not fit."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    assert files.adapter is not None
-    base = AutoModelForCausalLM.from_pretrained(files.base, dtype="auto", trust_remote_code=False)
-    try:
-        merged = PeftModel.from_pretrained(base, str(files.adapter)).merge_and_unload()
-    except (ValueError, RuntimeError, OSError) as error:
-        raise ModelError(
-            f"the adapter {files.adapter} does not fit {files.base}: {error}"
-        ) from error
-    merged.save_pretrained(target)
-    ChatFormat(str(files.tokenizer)).tokenizer.save_pretrained(target)
 
 
 def _pools(settings: PruneSettings, out: Path) -> Pools:
@@ -123,5 +103,9 @@ def _pools(settings: PruneSettings, out: Path) -> Pools:
         reward_workers=resources.rewards.workers,
         reward_judge=resources.rewards.judge,
         reward_actor=resources.rewards.actor,
+        demands=[
+            Demand(role="critic", count=rollout.replicas, each=rollout.actor),
+            Demand(role="rewards", count=1, each=resources.rewards.actor),
+        ],
         deadline_s=resources.deadline_s,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,39 +13,36 @@ from posttrain.errors import RunDirError
 from posttrain.online.accounting import Draw
 from posttrain.online.controller import Controller
 from posttrain.online.metrics import LoopSummary
+from posttrain.online.teaching import REWARDS_ALONE, GroupTeacher, OnlineTeacher
 from posttrain.progress import say
 from posttrain.stages.context import StageContext
 from posttrain.stages.rl_after_step import STAGE, AfterStep
 from posttrain.stages.rl_beside import Beside
 from posttrain.stages.rl_checkpoint import LoopState, RLCheckpoints, read_state
+from posttrain.stages.rl_stop import StopWithCheckpoint
 from posttrain.types import GenerationRequest, Sampling
 from posttrain.workers.generator import GeneratorPool
+from posttrain.workers.learner_ranks import RemoteLearner
 from posttrain.workers.probe import ProbeSequence
 from posttrain.workers.publisher import WeightPublisher
+from posttrain.workers.teacher_pool import TeacherPool
 
 NUM_PROBES = 16
+SLOW_TEACHER = 0.05
+"""Share of the loop's time that steps may wait for the teacher without a word about it."""
 
 
-async def rl(context: StageContext, model: Path) -> dict[str, Any]:
+async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str, Any]:
     """Trains from the checkpoint `model`, or goes on from the stage's own last checkpoint.
 
-    The curriculum starts from the ledger's verdicts.
+    The curriculum starts from the ledger's verdicts by `critic`; None: nothing was screened.
     """
     settings = context.settings.rl
     checkpoint = RLCheckpoints(context.run.stage_dir(STAGE), settings.keep_checkpoints).latest()
     state = read_state(checkpoint) if checkpoint is not None else None
     generators = await context.pools.serving(str(model))
     probes = await _probes(context, generators)
-    learner = context.pools.start_learner(
-        str(model),
-        settings.learner,
-        temperature=settings.temperature,
-        max_age=settings.max_lag,
-        max_tokens=settings.max_tokens,
-        num_steps=settings.num_steps,
-        seed=context.seed,
-        checkpoint=checkpoint / "learner" if checkpoint is not None else None,
-    )
+    learner = _learner(context, model, checkpoint)
     publisher = WeightPublisher(
         learner,
         generators,
@@ -52,20 +51,24 @@ async def rl(context: StageContext, model: Path) -> dict[str, Any]:
         probes=probes,
         settings=settings.publish,
     )
-    curriculum = _curriculum(context, state)
+    curriculum = _curriculum(context, state, critic)
     first_step = state.step if state is not None else 0
     attempt = context.ledger.open_attempt(STAGE, from_step=first_step)
     reissue = _open_draws(context, attempt)
     if state is not None:
         say(f"rl: goes on from step {first_step}, {len(reissue)} draws are drawn again")
     beside = await Beside.start(context, model, generators, curriculum, learner, probes)
-    after_step = AfterStep(context, model, attempt, first_step, curriculum, learner, beside)
+    after_step = AfterStep(
+        context, model, attempt, first_step, curriculum, learner, generators, beside
+    )
+    teacher, reading = _teacher(context, state)
+    stop = StopWithCheckpoint(learner, after_step, after_step.save_last)
     controller = Controller(
         settings,
         curriculum=curriculum,
         generator=generators,
         scorer=context.pools.scorer,
-        learner=learner,
+        learner=stop,
         publisher=publisher,
         ledger=context.ledger,
         encode=context.chat.encode,
@@ -76,15 +79,24 @@ async def rl(context: StageContext, model: Path) -> dict[str, Any]:
         first_step=first_step,
         first_draw=state.num_draws if state is not None else 0,
         reissue=reissue,
-        on_step=after_step,
+        on_step=stop.after_step,
         on_group=after_step.rollouts.append,
-        beside=beside.loops,
+        beside=[*beside.loops, stop.run],
+        teacher=teacher,
     )
-    summary = await controller.run()
+    try:
+        with stop.listening():
+            summary = await controller.run()
+    finally:
+        if reading is not None:
+            reading.stop()
+    _say_whether_the_teacher_kept_up(summary)
     after_step.rollouts.flush()
     beside.stop()
     target = context.policy_of(STAGE)
     await learner.save_policy(target, str(model))
+    if context.settings.policy.lora is not None:
+        await learner.save_adapter(context.adapter_of(STAGE))
     context.pools.serves_checkpoint(str(target))
     learner.stop()
     metrics = _metrics(summary)
@@ -92,13 +104,56 @@ async def rl(context: StageContext, model: Path) -> dict[str, Any]:
     return metrics
 
 
-def _curriculum(
+def _learner(context: StageContext, model: Path, checkpoint: Path | None) -> RemoteLearner:
+    """One that starts from `model`, or goes on from the stage's checkpoint."""
+    settings = context.settings.rl
+    return context.pools.start_learner(
+        str(model),
+        settings.learner,
+        temperature=settings.temperature,
+        max_age=settings.max_lag,
+        max_tokens=settings.max_tokens,
+        num_steps=settings.num_steps,
+        seed=context.seed,
+        lora=context.settings.policy.lora,
+        checkpoint=checkpoint / "learner" if checkpoint is not None else None,
+    )
+
+
+def _teacher(
     context: StageContext, state: LoopState | None
+) -> tuple[GroupTeacher, TeacherPool | None]:
+    """Who reads admitted groups, and its actors, which whoever asked for them stops."""
+    settings = context.settings
+    if settings.rl.distillation is None:
+        return REWARDS_ALONE, None
+    assert context.teacher is not None
+    resources = settings.resources
+    pool = TeacherPool(str(context.teacher), resources.teacher, resources.deadline_s)
+    score = partial(pool.score, temperature=settings.rl.temperature)
+    lead = None if state is None else state.teacher_lead
+    return OnlineTeacher(settings.rl.distillation, score, lead), pool
+
+
+def _say_whether_the_teacher_kept_up(summary: LoopSummary) -> None:
+    if summary.teacher is None:
+        return
+    share = summary.teacher.waited_seconds / summary.seconds
+    if share > SLOW_TEACHER or summary.teacher.late_groups:
+        say(
+            f"rl: the teacher was not fast enough: steps waited {share:.0%} of the time for it, "
+            f"and {summary.teacher.late_groups} groups were trained without it. Give it more "
+            "(resources.teacher.replicas, threads, or a GPU), or lower rl.distillation.deadline_s"
+        )
+
+
+def _curriculum(
+    context: StageContext, state: LoopState | None, critic: str | None
 ) -> DifficultySampler | UniformSampler:
     settings = context.settings.rl
     curriculum = build_curriculum(
         context.train,
-        context.ledger.verdicts(),
+        context.ledger.verdicts(critic) if critic is not None else [],
         settings.curriculum,
         settings.group_size,
         context.seed,
@@ -159,4 +214,5 @@ def _metrics(summary: LoopSummary) -> dict[str, Any]:
         "max_lag": summary.max_lag,
         "loop_seconds": summary.seconds,
         "learning_seconds": summary.learning_seconds,
+        **({} if summary.teacher is None else {"teacher": asdict(summary.teacher)}),
     }

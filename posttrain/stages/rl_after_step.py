@@ -26,6 +26,12 @@ class Saver(Protocol):
     async def save_policy(self, directory: Path, tokenizer_path: str) -> None: ...
 
 
+class Engines(Protocol):
+    """What is asked of the engines here."""
+
+    def idle_share(self) -> float: ...
+
+
 class AfterStep:
     """The controller's `on_step`. Reads the state of the step before its first await, as that
     contract asks (see `posttrain.online.controller`)."""
@@ -38,6 +44,7 @@ class AfterStep:
         first_step: int,
         curriculum: DifficultySampler | UniformSampler,
         learner: Saver,
+        generators: Engines,
         beside: Beside,
     ) -> None:
         self._context = context
@@ -45,21 +52,33 @@ class AfterStep:
         self._attempt = attempt
         self._curriculum = curriculum
         self._learner = learner
+        self._generators = generators
+        generators.idle_share()  # what was before the first step is no part of it
         self._beside = beside
         settings = context.settings.rl
         self._settings = settings
         self._checkpoints = RLCheckpoints(context.run.stage_dir(STAGE), settings.keep_checkpoints)
         self._progress = Progress(STAGE, settings.num_steps, done=first_step)
+        self._last: tuple[LoopState, PolicyVersion] | None = None
+        self._saved_step = first_step
         self.rollouts = RolloutLog(context.run.rollouts_dir, attempt)
 
     async def __call__(self, record: StepRecord) -> None:
         if self._settings.max_lag == 0:
             # Nothing is drawn meanwhile, so what it changes is the same in every run.
             await self._beside.rescreen_now(record.version)
-        state = self._state(record)
+        # Kept at every step: by the time that a signal comes, the curriculum has moved on.
+        state = LoopState(
+            step=record.step,
+            num_draws=record.num_draws,
+            curriculum=self._curriculum.state_dict(),
+            teacher_lead=record.metrics.get("teacher/lead"),
+        )
+        self._last = state, record.version
         self._write(record)
         self._progress.advance(status(record.metrics))
-        if state is not None:
+        last = record.step == self._settings.num_steps
+        if record.step % self._settings.checkpoint_every == 0 or last:
             await self._save(state, record.version)
         every = self._settings.export_every
         if every is not None and record.step % every == 0:
@@ -67,16 +86,12 @@ class AfterStep:
             await self._learner.save_policy(export, str(self._model))
         await self._beside.reached(record.version)
 
-    def _state(self, record: StepRecord) -> LoopState | None:
-        """For a checkpoint, if one is due."""
-        last = record.step == self._settings.num_steps
-        if record.step % self._settings.checkpoint_every and not last:
-            return None
-        return LoopState(
-            step=record.step,
-            num_draws=record.num_draws,
-            curriculum=self._curriculum.state_dict(),
-        )
+    async def save_last(self) -> int | None:
+        """A checkpoint of the last step on record, while the learner's weights are still those;
+        returns its step, None before the first of all."""
+        if self._last is not None and self._last[0].step > self._saved_step:
+            await self._save(*self._last)
+        return self._saved_step or None
 
     async def _save(self, state: LoopState, version: PolicyVersion) -> None:
         self.rollouts.flush()
@@ -85,6 +100,8 @@ class AfterStep:
             save_learner=lambda directory: self._learner.save_checkpoint(directory, version),
             commit=lambda: self._context.ledger.commit_step(state.step),
         )
+        self._saved_step = state.step
+        await self._context.keep()
 
     def _write(self, record: StepRecord) -> None:
         pool = {
@@ -93,4 +110,5 @@ class AfterStep:
             for bucket, count in buckets.items()
         }
         named = {"stage": STAGE, "step": record.step, "attempt": self._attempt}
-        self._context.metrics.append(named | dict(record.metrics) | pool)
+        idle = {"engines_idle_share": self._generators.idle_share()}
+        self._context.metrics.append(named | dict(record.metrics) | idle | pool)

@@ -2,7 +2,7 @@
 
     rl/checkpoint-20/learner/         weights, optimizer, schedule, RNGs (posttrain.workers)
     rl/checkpoint-20/curriculum.npz   posteriors, sampler order, RNG
-    rl/checkpoint-20/loop.json        step and number of draws
+    rl/checkpoint-20/loop.json        step, number of draws, the lead of a teacher
     rl/latest.json                    which one to resume from
 
 What was in flight stands in the ledger. No database transaction is atomic with an optimizer step,
@@ -28,11 +28,13 @@ from posttrain.errors import RunDirError
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopState:
     """The driver's part of a checkpoint, as it was when `step` was recorded. `curriculum` is its
-    `state_dict`: numpy arrays without objects."""
+    `state_dict`: numpy arrays without objects. `teacher_lead` is what λ rests on, where a teacher
+    is weighed by how far ahead it is."""
 
     step: int
     num_draws: int
     curriculum: Mapping[str, Any]
+    teacher_lead: float | None = None
 
 
 class RLCheckpoints:
@@ -92,11 +94,18 @@ def read_state(checkpoint: Path) -> LoopState:
     loop = json.loads((checkpoint / "loop.json").read_text())
     with np.load(checkpoint / "curriculum.npz", allow_pickle=False) as arrays:
         return LoopState(
-            step=loop["step"], num_draws=loop["num_draws"], curriculum=dict(arrays.items())
+            step=loop["step"],
+            num_draws=loop["num_draws"],
+            curriculum=dict(arrays.items()),
+            teacher_lead=loop["teacher_lead"],
         )
 
 
 def _write_state(directory: Path, state: LoopState) -> None:
     np.savez(directory / "curriculum.npz", **state.curriculum)
-    loop = {"step": state.step, "num_draws": state.num_draws}
+    loop = {
+        "step": state.step,
+        "num_draws": state.num_draws,
+        "teacher_lead": state.teacher_lead,
+    }
     (directory / "loop.json").write_text(json.dumps(loop))

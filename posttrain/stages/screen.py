@@ -16,8 +16,9 @@ from posttrain.types import Action, Prompt, Verdict
 
 @dataclass(frozen=True, kw_only=True)
 class Screened:
-    """The SFT rows to keep, by id, and what screening cost and found."""
+    """The SFT rows to keep, by id, the critic's fingerprint, and what screening cost and found."""
 
+    critic: str
     kept_rows: frozenset[str]
     metrics: dict[str, Any]
 
@@ -30,12 +31,13 @@ async def screen(context: StageContext, model: Path) -> Screened:
     settings = context.settings.screen
     prompts = _each_once(context)
     generators = await context.pools.serving(str(model))
+    critic = fingerprint_directory(model)
     judge = CriticJudge(
         generators,
         context.pools.scorer,
         context.chat.encode,
         settings.judge,
-        critic=fingerprint_directory(model),
+        critic=critic,
         template=context.chat.template_hash,
     )
     progress = Progress("screen", len(prompts))
@@ -54,6 +56,7 @@ async def screen(context: StageContext, model: Path) -> Screened:
     summary = summarise(decisions)
 
     return Screened(
+        critic=critic,
         kept_rows=kept_rows,
         metrics={
             "prompts": len(prompts),

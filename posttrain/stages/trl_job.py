@@ -1,48 +1,47 @@
-"""One of TRL's trainers, unmodified, under DeepSpeed inside Ray Train.
+"""One of TRL's trainers under DeepSpeed inside Ray Train, on any number of ranks.
 
-SFT and DPO differ only in the trainer's class and the shape of the records.
+SFT and DPO differ only in the trainer's class and the shape of the records. What a job writes lies
+in the stage's directory, which all ranks see:
+
+    data/                   the records, and what TRL makes of them (tokens, reference log-probs)
+    checkpoints/step-N/     policy (Hugging Face's format) and, with an adapter, adapter (PEFT's)
+    trainer/                TRL's own output; its checkpoints, if `trainer.save_strategy` says so
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from posttrain.errors import StageError
-from posttrain.stages.trl_settings import Kind
-from posttrain.workers.settings import ActorResources, merged
+from posttrain.atomic import write_atomically
+from posttrain.errors import PosttrainError, StageError
+from posttrain.stages.trl_log import Record, followed
+from posttrain.stages.trl_rank import LOG, OUTCOME, RankJob, train_rank
+from posttrain.workers.cluster import refuse_more_than_there_is
+from posttrain.workers.demand import Demand
+from posttrain.workers.settings import LearnerResources
 
-DEEPSPEED_DEFAULTS: Mapping[str, Any] = {
-    "zero_optimization": {"stage": 2},
-    # "auto" is filled in from TRL's settings, so that each number stands in one place.
-    "train_micro_batch_size_per_gpu": "auto",
-    "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto",
-}
+START_DEADLINE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingJob:
-    """What a rank needs. `trainer` goes to TRL's `SFTConfig` or `DPOConfig` unchanged,
-    `deepspeed` over `DEEPSPEED_DEFAULTS`."""
+class Trained:
+    """What a job came to: TRL's own metrics, one record for each step that it logged, and where
+    the policies lie, by step."""
 
-    kind: Kind
-    model: str
-    records: Sequence[Mapping[str, Any]]
-    trainer: Mapping[str, Any]
-    deepspeed: Mapping[str, Any]
-    output: str
-    seed: int
-    threads: int
-    dtype: str
+    metrics: Mapping[str, Any]
+    history: Sequence[Mapping[str, Any]]
+    policies: Mapping[int, Path]
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
@@ -52,95 +51,123 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
         pass
 
 
-def run_job(job: TrainingJob, *, resources: ActorResources, scratch: Path) -> dict[str, Any]:
-    """Trains, writes the policy to `job.output`, returns TRL's own metrics and log history.
+def run_job(
+    job: RankJob,
+    records: Sequence[Mapping[str, Any]],
+    *,
+    resources: LearnerResources,
+    deadline_s: float,
+    on_record: Callable[[Record], None],
+) -> Trained:
+    """Trains on `records`. `deadline_s` is how long the ranks may take until they are placed.
+    `on_record` gets what TRL logs, as soon as it does.
 
     Raises:
-        StageError: a rank failed, or TRL did not train under DeepSpeed.
+        SettingsError: the cluster has fewer devices than the ranks need.
+        StageError: a rank failed, the ranks were not placed in time, or TRL did not train under
+            DeepSpeed.
     """
-    environment = {
-        "ACCELERATE_USE_DEEPSPEED": "true",
-        "OMP_NUM_THREADS": str(job.threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
-    }
-    if resources.gpus == 0:
-        environment["DS_ACCELERATOR"] = "cpu"
+    refuse_more_than_there_is([Demand(role="learner", count=resources.ranks, each=resources)])
+    directory = Path(job.directory)
+    _prepare(job, records)
     trainer = _Trainer(
-        _train_rank,
+        train_rank,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
-            num_workers=1,
+            num_workers=resources.ranks,
             use_gpu=resources.gpus > 0,
             resources_per_worker={"CPU": resources.cpus, "GPU": resources.gpus},
         ),
         torch_config=TorchConfig(backend="nccl" if resources.gpus > 0 else "gloo"),
         run_config=RunConfig(
             name=job.kind,
-            storage_path=str(scratch.resolve()),
-            worker_runtime_env={"env_vars": environment},
+            storage_path=str(directory / "ray"),
+            worker_runtime_env={"env_vars": _environment(job, resources)},
             # Else devices that are never free are asked for again and again, without a word.
             failure_config=FailureConfig(controller_failure_limit=0),
         ),
     )
     try:
-        trainer.fit()
+        with (
+            _environment_variable(START_DEADLINE, str(deadline_s)),
+            followed(directory / "trainer" / LOG, on_record),
+        ):
+            trainer.fit()
     except Exception as error:
-        raise StageError(f"{job.kind} training failed: {error}") from error
-    metrics: dict[str, Any] = json.loads(_metrics_file(job).read_text())
-    return metrics
+        raise _named(job.kind, error) from error
+    outcome = json.loads((directory / "trainer" / OUTCOME).read_text())
+    saved = (directory / "checkpoints").glob("step-*")
+    steps = sorted(int(path.name.partition("-")[2]) for path in saved)
+    return Trained(
+        metrics=outcome["metrics"],
+        history=outcome["history"],
+        policies={step: directory / "checkpoints" / f"step-{step}" / "policy" for step in steps},
+    )
 
 
-def _metrics_file(job: TrainingJob) -> Path:
-    """Ray Train hands back metrics only with a checkpoint; a file says it more simply."""
-    return Path(f"{job.output}.trainer") / "metrics.json"
+def keep_checkpoint(job: RankJob, step: int) -> None:
+    """Makes that checkpoint the stage's result, and removes the others."""
+    directory = Path(job.directory)
+    for part in (directory / "checkpoints" / f"step-{step}").iterdir():
+        target = directory / part.name
+        shutil.rmtree(target, ignore_errors=True)  # left by an interrupted attempt
+        part.rename(target)
+    shutil.rmtree(directory / "checkpoints")
 
 
-def _train_rank(config: Mapping[str, Any]) -> None:
-    """Runs in the worker process of one rank."""
-    import torch
+def _prepare(job: RankJob, records: Sequence[Mapping[str, Any]]) -> None:
+    """The records as a file, because all ranks must find the same data under the same name: what
+    TRL makes of it, once, lies beside it. What another job left is removed; an interrupted attempt
+    at this one goes on."""
     from datasets import Dataset
-    from deepspeed.runtime.engine import DeepSpeedEngine
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+    from datasets.utils.logging import disable_progress_bar
 
-    job: TrainingJob = config["job"]
-    # accelerate chooses DeepSpeed only for a process that looks launched by it.
-    os.environ.setdefault("LOCAL_RANK", str(ray.train.get_context().get_local_rank()))
-    torch.set_num_threads(job.threads)
-    set_seed(job.seed)
-    config_class, trainer_class = {
-        "sft": (SFTConfig, SFTTrainer),
-        "dpo": (DPOConfig, DPOTrainer),
-    }[job.kind]
-    arguments = config_class(
-        **{
-            "output_dir": f"{job.output}.trainer",
-            "seed": job.seed,
-            "bf16": job.dtype == "bfloat16",
-            # The stage keeps the result and the log; TRL need not keep them once more.
-            "save_strategy": "no",
-            "report_to": [],
-            "disable_tqdm": True,
-            "deepspeed": merged(DEEPSPEED_DEFAULTS, job.deepspeed),
-            **job.trainer,
-        }
-    )
-    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=getattr(torch, job.dtype))
-    tokenizer = AutoTokenizer.from_pretrained(job.model)
-    trainer = trainer_class(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_list([dict(r) for r in job.records]),
-        processing_class=tokenizer,
-    )
-    outcome = trainer.train()
-    wrapped = type(trainer.model_wrapped)
-    if not isinstance(trainer.model_wrapped, DeepSpeedEngine):
-        raise StageError(f"TRL trained a {wrapped.__name__} instead of a DeepSpeedEngine")
-    trainer.save_model(job.output)
-    tokenizer.save_pretrained(job.output)
-    _metrics_file(job).parent.mkdir(parents=True, exist_ok=True)
-    _metrics_file(job).write_text(
-        json.dumps(outcome.metrics | {"history": trainer.state.log_history})
-    )
+    directory = Path(job.directory)
+    content = json.dumps([asdict(job), records], sort_keys=True, default=repr)
+    fingerprint = hashlib.sha256(content.encode()).hexdigest()
+    marker = directory / "data" / "job.sha256"
+    if marker.is_file() and marker.read_text() == fingerprint:
+        return
+    for part in ("data", "trainer", "checkpoints"):
+        shutil.rmtree(directory / part, ignore_errors=True)
+    disable_progress_bar()
+    Dataset.from_list([dict(record) for record in records]).save_to_disk(str(directory / "data"))
+    write_atomically(marker, fingerprint)
+
+
+def _environment(job: RankJob, resources: LearnerResources) -> dict[str, str]:
+    environment = {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "OMP_NUM_THREADS": str(job.threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+        # TRL would tell its makers of every run.
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    if resources.gpus == 0:
+        environment["DS_ACCELERATOR"] = "cpu"
+    return environment
+
+
+@contextmanager
+def _environment_variable(name: str, value: str) -> Iterator[None]:
+    """Ray Train reads it when it starts and hands it to its controller."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _named(kind: str, error: Exception) -> StageError:
+    """What a rank raised under its own name, else what Ray Train says."""
+    failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
+    for rank, failure in failures.items():
+        cause = getattr(failure, "_base_exc", failure)
+        if isinstance(cause, PosttrainError):
+            return StageError(f"{kind}, rank {rank}: {cause}")
+    return StageError(f"{kind} training failed: {error}")

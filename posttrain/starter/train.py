@@ -4,6 +4,9 @@ Two phases, one optimizer schedule. First steps dominate, so that the algorithms
 the mixture of `tasks` (steps in a quarter of the plain answers) sets how often the policy *uses*
 them. The number of optimizer steps and every seed are fixed, so that a rerun reproduces the figures
 up to the order of floating-point sums.
+
+With `--teacher` its teacher: the starter trained on, with steps in three quarters of the plain
+answers. It knows the algorithms better and uses them more often.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from posttrain.starter import POLICY_DIR
 from posttrain.starter.families import FAMILIES, LEVELS
 from posttrain.starter.instructions import BRACKETS, SYSTEM_INSTRUCTIONS
 from posttrain.starter.tasks import (
@@ -42,8 +46,11 @@ Example = tuple[list[int], int]
 
 
 class TrainSettings(BaseModel):
+    """`start` is a checkpoint of the same shape to go on from; None starts from random weights."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    start: Path | None = None
     seed: int = 0
     steps: int = Field(default=1500, gt=0)
     tokens_per_step: int = Field(default=4096, gt=0)
@@ -51,6 +58,7 @@ class TrainSettings(BaseModel):
     warmup: float = Field(default=0.03, ge=0, lt=1)
     learning_phase: float = Field(default=0.6, ge=0, lt=1, description="share of the steps")
     learning_stepwise: float = Field(default=0.75, ge=0, le=1)
+    final_stepwise: float = Field(default=STEPWISE_SHARE, ge=0, le=1)
     hidden_size: int = Field(default=192, gt=0)
     intermediate_size: int = Field(default=384, gt=0)
     num_layers: int = Field(default=4, gt=0)
@@ -58,6 +66,14 @@ class TrainSettings(BaseModel):
     max_length: int = Field(default=512, gt=0)
 
 
+TEACHER = TrainSettings(
+    start=POLICY_DIR,
+    seed=1,
+    steps=900,
+    learning_rate=2e-3,
+    learning_phase=0.0,
+    final_stepwise=0.75,
+)
 HARDER_TO_LEARN = {"program": 1.75, "expression": 1.5}
 LEVEL_WEIGHTS = (1.0, 1.5, 2.0, 2.5, 1.0)
 """The top level is shown rarely: it shall stay out of reach."""
@@ -99,9 +115,11 @@ def batches(rng: Random, tokens: int, stepwise_share: float) -> Iterator[list[Ex
 
 
 def build_model(settings: TrainSettings) -> Any:
-    """A randomly initialised Qwen3 with tied embeddings."""
+    """A Qwen3 with tied embeddings, randomly initialised unless there is a `start`."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
+    if settings.start is not None:
+        return Qwen3ForCausalLM.from_pretrained(settings.start, dtype="float32")
     config = Qwen3Config(
         vocab_size=len(VOCABULARY),
         hidden_size=settings.hidden_size,
@@ -176,7 +194,7 @@ def train(settings: TrainSettings, minutes: float) -> Any:
     start, average = time.monotonic(), 0.0
     phases = (
         (learning_steps, settings.learning_stepwise),
-        (settings.steps - learning_steps, STEPWISE_SHARE),
+        (settings.steps - learning_steps, settings.final_stepwise),
     )
     step = 0
     for count, stepwise_share in phases:
@@ -215,14 +233,16 @@ def save(model: Any, out: Path, max_length: int) -> None:
 
 
 def main() -> None:
-    defaults = TrainSettings()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=60.0, help="give up after so long")
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument("--steps", type=int, default=defaults.steps)
+    parser.add_argument("--teacher", action="store_true", help="the starter's teacher instead")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--steps", type=int)
     arguments = parser.parse_args()
-    settings = TrainSettings(seed=arguments.seed, steps=arguments.steps)
+    given = {name: getattr(arguments, name) for name in ("seed", "steps")}
+    defaults = TEACHER if arguments.teacher else TrainSettings()
+    settings = defaults.model_copy(update={k: v for k, v in given.items() if v is not None})
     save(train(settings, arguments.minutes), arguments.out, settings.max_length)
 
 

@@ -39,6 +39,36 @@ def facts_of_checkpoint(directory: Path) -> ModelFacts:
     return ModelFacts(vocab_size=config.vocab_size, tokenizer=tokenizer_fingerprint(tokenizer))
 
 
+SHAPE = (
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "tie_word_embeddings", "num_experts", "num_local_experts"),
+)
+"""What two configurations must share for an engine to change from one's weights to the other's."""
+
+
+def check_same_model(one: Path, other: Path) -> None:
+    """Raises ModelError unless the checkpoint `one` has architecture, vocabulary and tokenizer of
+    `other`."""
+    from transformers import AutoConfig
+
+    shapes = [
+        {key: getattr(AutoConfig.from_pretrained(p).get_text_config(), key, None) for key in SHAPE}
+        for p in (one, other)
+    ]
+    for key in SHAPE:
+        mine, theirs = (shape[key] for shape in shapes)
+        if mine != theirs:
+            raise ModelError(
+                f"{one} has {key} = {mine} and the policy {other} has {theirs}: every stage works "
+                "on checkpoints of the same model"
+            )
+    if facts_of_checkpoint(one) != facts_of_checkpoint(other):
+        raise ModelError(
+            f"{one} has another vocabulary or tokenizer than the policy {other}: every stage works "
+            "on checkpoints of the same model"
+        )
+
+
 def check_model(learner: ModelFacts, engine: ModelFacts) -> None:
     """Raises ModelError if token ids mean different things to the two."""
     if learner.vocab_size != engine.vocab_size:

@@ -41,14 +41,16 @@ class Layout(BaseModel):
     lora: LoraSettings | None
 
     @classmethod
-    def of(cls, settings: LearnerSettings, *, fingerprint: str, ranks: int) -> Layout:
+    def of(
+        cls, settings: LearnerSettings, lora: LoraSettings | None, *, fingerprint: str, ranks: int
+    ) -> Layout:
         return cls(
             fingerprint=fingerprint,
             ranks=ranks,
             zero_stage=settings.zero_stage,
             expert_parallel=settings.expert_parallel,
             dtype=settings.dtype,
-            lora=settings.lora,
+            lora=lora,
         )
 
 
@@ -134,7 +136,7 @@ def check(directory: Path, layout: Layout) -> None:
         "zero_stage": "rl.learner.zero_stage",
         "expert_parallel": "rl.learner.expert_parallel",
         "dtype": "rl.learner.dtype",
-        "lora": "rl.learner.lora",
+        "lora": "policy.lora",
     }
     for field, setting in settings.items():
         if old[field] != new[field]:

@@ -14,19 +14,25 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from posttrain.errors import EngineError, PlacementError, StageError
+from posttrain.errors import EngineError, PlacementError, SettingsError, StageError
 from posttrain.progress import say
+from posttrain.workers.demand import Demand, Node, why_too_small
 from posttrain.workers.settings import ActorResources
 
 CLOSE_DEADLINE_S = 30.0
+CONNECT_DEADLINE_S = 180.0
 
 
-def connect() -> None:
+def connect(deadline_s: float = CONNECT_DEADLINE_S) -> None:
     """Joins the cluster that a Ray job runs in, or starts one on this machine. On a cluster of
-    several nodes all of them must see models and run directory under the same paths."""
+    several nodes all of them must see models and run directory under the same paths.
+
+    Where Ray has neither come up nor given up within `deadline_s`, the process is ended with the
+    exit code of a `PlacementError`: inside Ray's own code nothing can be raised.
+    """
     if ray.is_initialized():
         return
-    with _signal_handlers_kept():
+    with _ended_after(deadline_s), _signal_handlers_kept():
         if "RAY_ADDRESS" in os.environ:
             ray.init(log_to_driver=False)
         else:
@@ -34,6 +40,27 @@ def connect() -> None:
             # beside a busy browser a run on two cores would nearly stand still.
             os.environ.setdefault("RAY_worker_niceness", "0")
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+
+
+@contextlib.contextmanager
+def _ended_after(deadline_s: float) -> Iterator[None]:
+    """A process of Ray's that dies at the wrong moment leaves `ray.init` waiting for ever."""
+
+    def end() -> None:
+        where = os.environ.get("RAY_ADDRESS", "this machine")
+        say(
+            f"posttrain: Ray on {where} was not up after {deadline_s:g} s; see `ray status`, or "
+            "what /tmp/ray/session_latest/logs says, and run the same command again"
+        )
+        os._exit(PlacementError.exit_code)
+
+    watchdog = threading.Timer(deadline_s, end)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        yield
+    finally:
+        watchdog.cancel()
 
 
 @contextlib.contextmanager
@@ -87,14 +114,17 @@ def create_actor(
     *arguments: Any,
     resources: ActorResources,
     environment: Mapping[str, str],
+    place: Any = None,
     **keywords: Any,
 ) -> Any:
-    """A handle to an actor that may not be placed yet."""
+    """A handle to an actor that may not be placed yet; `place` is a scheduling strategy of Ray's
+    (None: wherever there is room)."""
     return (
         ray.remote(actor_class)
         .options(
             num_cpus=resources.cpus,
             num_gpus=resources.gpus,
+            scheduling_strategy=place,
             runtime_env={"env_vars": dict(environment)},
         )
         .remote(*arguments, **keywords)
@@ -111,7 +141,7 @@ def wait_until_ready(
         while waiting:
             done, waiting = ray.wait(waiting, timeout=max(0.0, ends_at - time.monotonic()))
             if not done:
-                raise _not_ready(name, resources, deadline_s)
+                raise not_ready(name, resources, deadline_s)
             ray.get(done)
         answers: list[Any] = ray.get(list(calls))
     except RayTaskError as error:
@@ -137,28 +167,34 @@ async def actor_ready(
             case RayActorError():
                 raise StageError(f"{name} died while it started: {error}") from error
             case TimeoutError():
-                raise _not_ready(name, resources, deadline_s) from error
+                raise not_ready(name, resources, deadline_s) from error
         raise
 
 
-def _not_ready(name: str, resources: ActorResources, deadline_s: float) -> PlacementError:
+def not_ready(name: str, resources: ActorResources, deadline_s: float) -> PlacementError:
+    """What was asked for, and what there is."""
     return PlacementError(
         f"{name} asked for {resources.cpus:g} CPUs and {resources.gpus:g} GPUs and was not "
         f"ready after {deadline_s:g} s. Free now: {_devices(ray.available_resources())}; in "
-        f"all: {_devices(ray.cluster_resources())}. Lower resources.* or start a larger "
-        "cluster; raise resources.deadline_s if it only needs longer."
+        f"all: {_devices(ray.cluster_resources())} on {len(cluster_nodes())} nodes. Lower "
+        "resources.* or start a larger cluster; raise resources.deadline_s if it only needs longer."
     )
 
 
-def refuse_more_than_there_is(name: str, resources: ActorResources, *, count: int) -> None:
-    """PlacementError at once if the whole cluster, were it free, could not hold `count` actors."""
-    total = ray.cluster_resources()
-    if count * resources.cpus > total.get("CPU", 0) or count * resources.gpus > total.get("GPU", 0):
-        raise PlacementError(
-            f"{count} × {name} ask for {count * resources.cpus:g} CPUs and "
-            f"{count * resources.gpus:g} GPUs, but the cluster has {_devices(total)}: lower "
-            "resources.* or start a larger cluster"
-        )
+def cluster_nodes() -> list[Node]:
+    """The machines that are part of the cluster now."""
+    return [
+        Node.of(node["NodeManagerAddress"], node["Resources"])
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def refuse_more_than_there_is(demands: Sequence[Demand]) -> None:
+    """SettingsError at once if the cluster, were it free, could not hold `demands`."""
+    reason = why_too_small(demands, cluster_nodes())
+    if reason is not None:
+        raise SettingsError(f"resources: {reason}. Lower resources.* or start a larger cluster")
 
 
 def _devices(resources: Mapping[str, float]) -> str:

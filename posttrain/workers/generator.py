@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ class GeneratorPool:
         self._weights: PublishedWeights | None = None
         self._restarting: dict[str, asyncio.Task[None]] = {}
         self._replaced = 0
+        self._asked_at = time.monotonic()
+        self._busy_then = 0.0
 
     @classmethod
     async def start(
@@ -147,6 +150,15 @@ class GeneratorPool:
     def dtype(self) -> str:
         """What the engines compute in."""
         return self._settings.dtype
+
+    def idle_share(self) -> float:
+        """Of the engines' time since this was last asked, the share in which they had nothing to
+        do."""
+        now, busy = time.monotonic(), sum(replica.busy_s for replica in self._replicas)
+        whole = len(self._replicas) * (now - self._asked_at)
+        share = 1 - (busy - self._busy_then) / whole
+        self._asked_at, self._busy_then = now, busy
+        return share
 
     def stop(self) -> None:
         for task in self._restarting.values():

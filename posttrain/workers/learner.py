@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from posttrain.workers.policy_loss import micro_batch_loss
 from posttrain.workers.policy_model import PackedPolicy, add_adapter, load_model, model_fingerprint
 from posttrain.workers.reference import Reference, adapter_reference, frozen_reference
 from posttrain.workers.schedule import learning_rate
-from posttrain.workers.settings import LearnerSettings
+from posttrain.workers.settings import LearnerSettings, LoraSettings
 
 
 class DeepSpeedLearner:
@@ -41,6 +42,8 @@ class DeepSpeedLearner:
         max_age: the lag bound; diagnostics are kept by age up to it.
         max_tokens: the limit of a completion, which Dr.GRPO divides by.
         num_steps: the stage's optimizer steps, for the learning-rate schedule.
+        lora: train an adapter and leave the policy as it is, so that the loss's reference needs no
+            memory of its own.
         address: host:port at which the ranks meet.
         checkpoint: what `save_checkpoint` wrote, to go on from there.
 
@@ -63,6 +66,7 @@ class DeepSpeedLearner:
         rank: int,
         num_ranks: int,
         address: str,
+        lora: LoraSettings | None = None,
         checkpoint: str | None = None,
     ) -> None:
         prepare_process(settings, rank=rank, num_ranks=num_ranks, address=address, seed=seed)
@@ -83,11 +87,11 @@ class DeepSpeedLearner:
         self._skipped = 0
         self._model = load_model(model_path, settings)
         self._layout = checkpoints.Layout.of(
-            settings, fingerprint=model_fingerprint(self._model), ranks=num_ranks
+            settings, lora, fingerprint=model_fingerprint(self._model), ranks=num_ranks
         )
         if checkpoint is not None:
             checkpoints.check(Path(checkpoint), self._layout)
-        self._adapted = add_adapter(self._model, settings.lora) if settings.lora else None
+        self._adapted = add_adapter(self._model, lora) if lora else None
         if settings.expert_parallel > 1:
             refuse_expert_parallel(self._model.config, settings.expert_parallel, num_ranks)
         elif settings.zero_stage == 3:
@@ -148,7 +152,14 @@ class DeepSpeedLearner:
                 batch["token_ids"], batch["position_ids"], self._temperature
             )
             part, micro_sums = micro_batch_loss(
-                logprobs, entropy, batch, over, self._settings.loss, ref_logprobs, self._max_age
+                logprobs,
+                entropy,
+                batch,
+                over,
+                self._settings.loss,
+                ref_logprobs,
+                self._max_age,
+                share.teacher_weight,
             )
             # DeepSpeed averages gradients over ranks; the parts are to be added up.
             self._engine.backward(part * self._num_ranks)
@@ -180,7 +191,7 @@ class DeepSpeedLearner:
 
     def save_adapter(self, directory: str) -> None:
         """Writes the adapter alone in PEFT's format; only for a learner with `lora`."""
-        assert self._adapted is not None, "rl.learner.lora is not set: there is no adapter"
+        assert self._adapted is not None, "policy.lora is not set: there is no adapter"
         policy_export.save_adapter(self._adapted, directory)
 
     def save_checkpoint(self, directory: str, version: PolicyVersion) -> None:
@@ -194,17 +205,14 @@ class DeepSpeedLearner:
         )
 
     def _tensors(self, batch: MicroBatch) -> dict[str, Tensor]:
-        fields = (
-            "token_ids",
-            "position_ids",
-            "loss_mask",
-            "rollout_logprobs",
-            "advantages",
-            "ages",
-        )
         device = self._engine.device
+        arrays = {field.name: getattr(batch, field.name) for field in fields(MicroBatch)}
         # Arrays that came through Ray are read-only views; torch wants memory it may write.
-        return {f: torch.from_numpy(np.array(getattr(batch, f))).to(device) for f in fields}
+        return {
+            name: torch.from_numpy(np.array(array)).to(device)
+            for name, array in arrays.items()
+            if array is not None
+        }
 
     def _set_learning_rate(self) -> float:
         rate = learning_rate(

@@ -19,8 +19,10 @@ from posttrain.workers.cluster import (
     stop_actor,
     wait_until_ready,
 )
+from posttrain.workers.demand import Demand
 from posttrain.workers.learner_actor import LearnerActor
-from posttrain.workers.settings import LearnerResources, LearnerSettings
+from posttrain.workers.placement import Reservation
+from posttrain.workers.settings import LearnerResources, LearnerSettings, LoraSettings
 from posttrain.workers.transport import this_node
 
 GRACE_S = 10.0
@@ -36,6 +38,7 @@ def start_learner(
     max_tokens: int,
     num_steps: int,
     seed: int,
+    lora: LoraSettings | None,
     checkpoint: Path | None,
     resources: LearnerResources,
     deadline_s: float,
@@ -43,11 +46,15 @@ def start_learner(
     """One actor per rank, all ready; arguments as `DeepSpeedLearner` takes them.
 
     Raises:
-        PlacementError: there are fewer devices than ranks need, or they were not free in time.
+        SettingsError: the cluster has fewer devices than the ranks need.
+        PlacementError: they were not free in time.
         StageError: a rank died while it started.
         Whatever `DeepSpeedLearner` raises.
     """
-    refuse_more_than_there_is(LearnerActor.__name__, resources, count=resources.ranks)
+    refuse_more_than_there_is([Demand(role="learner", count=resources.ranks, each=resources)])
+    name = f"{LearnerActor.__name__} ({resources.ranks} of them, all at once)"
+    began = time.monotonic()
+    reserved = Reservation(name, resources, count=resources.ranks, deadline_s=deadline_s)
     ranks = [
         create_actor(
             LearnerActor,
@@ -58,26 +65,28 @@ def start_learner(
             max_tokens=max_tokens,
             num_steps=num_steps,
             seed=seed,
+            lora=lora,
             checkpoint=None if checkpoint is None else str(checkpoint),
             rank=rank,
             num_ranks=resources.ranks,
             resources=resources,
+            place=reserved.place(rank),
             environment={"OMP_NUM_THREADS": str(settings.threads)},
         )
         for rank in range(resources.ranks)
     ]
-    began = time.monotonic()
     try:
-        name = f"{LearnerActor.__name__} ({resources.ranks} of them)"
-        (address,) = wait_until_ready([ranks[0].address.remote()], name, resources, deadline_s)
+        left = deadline_s - (time.monotonic() - began)
+        (address,) = wait_until_ready([ranks[0].address.remote()], name, resources, left)
         left = deadline_s - (time.monotonic() - began)
         wait_until_ready([rank.ready.remote(address) for rank in ranks], name, resources, left)
     except BaseException:
         # Else they would hold their devices, or go on waiting for them.
         for rank in ranks:
             stop_actor(rank)
+        reserved.release()
         raise
-    return RemoteLearner(ranks, settings.step_deadline_s)
+    return RemoteLearner(ranks, settings.step_deadline_s, reserved)
 
 
 class RemoteLearner:
@@ -91,9 +100,12 @@ class RemoteLearner:
     In all cases but the last the ranks are ended: they wait for each other and cannot go on.
     """
 
-    def __init__(self, ranks: Sequence[Any], step_deadline_s: float) -> None:
+    def __init__(
+        self, ranks: Sequence[Any], step_deadline_s: float, reserved: Reservation | None = None
+    ) -> None:
         self._ranks = list(ranks)
         self._deadline_s = step_deadline_s
+        self._reserved = reserved
 
     async def step(self, batch: TrainingBatch) -> Mapping[str, float]:
         """See `DeepSpeedLearner.step`; `batch` is dealt to the ranks."""
@@ -140,6 +152,8 @@ class RemoteLearner:
     def stop(self) -> None:
         for rank in self._ranks:
             stop_actor(rank)
+        if self._reserved is not None:
+            self._reserved.release()
 
     async def _first(self, calls: Sequence[Any]) -> Any:
         """What rank 0 answers, once all have."""

@@ -68,7 +68,9 @@ def policy_state(model: Any) -> dict[str, Tensor]:
         layer = adapted[owner] if leaf == "weight" and owner else None
         with whole([tensor, *_adapter_weights(layer)]), torch.no_grad():
             if dist.get_rank() == 0:
-                value = tensor if layer is None else tensor + layer.get_delta_weight(ADAPTER)
+                value = tensor
+                if layer is not None:  # an adapter is in fp32, whatever it adapts
+                    value = (tensor + layer.get_delta_weight(ADAPTER)).to(tensor.dtype)
                 # What was gathered is gone after this block.
                 value = value.detach().to("cpu", copy=is_divided(tensor))
                 state[f"{owner}.{leaf}" if owner else name] = value

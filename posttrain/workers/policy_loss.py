@@ -8,6 +8,7 @@ from torch import Tensor
 
 from posttrain.losses.aggregate import Denominators
 from posttrain.losses.diagnostics import diagnostic_sums
+from posttrain.losses.distillation import teacher_advantages
 from posttrain.losses.objective import policy_loss
 from posttrain.losses.settings import LossSettings
 
@@ -20,8 +21,15 @@ def micro_batch_loss(
     settings: LossSettings,
     ref_logprobs: Tensor | None,
     max_age: int,
+    teacher_weight: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The micro-batch's share of the loss, and its `diagnostic_sums`; all tensors `[R, L]`."""
+    """The micro-batch's share of the loss, and its `diagnostic_sums`; all tensors `[R, L]`. With a
+    `teacher_weight`, what the teacher says joins the advantages."""
+    if teacher_weight is not None and "teacher_logprobs" in batch:
+        joined = teacher_advantages(
+            batch["advantages"], batch["teacher_logprobs"], logprobs, teacher_weight
+        )
+        batch = {**batch, "advantages": joined}
     share = policy_loss(
         logprobs,
         batch,

@@ -65,9 +65,9 @@ class _Head(nn.Module):
         return token_logprobs(hidden, self.weight, token_ids, temperature, self._chunk_tokens)
 
 
-def load_model(model_path: str, settings: LearnerSettings) -> Any:
+def load_model(model_path: str, settings: LearnerSettings, **loading: Any) -> Any:
     """The model in `settings.dtype`, in training mode and without dropout. Under ZeRO-3 all ranks
-    load it at once and each keeps its part only.
+    load it at once and each keeps its part only. `loading` goes to `from_pretrained` unchanged.
 
     Raises:
         ModelError: transformers cannot load it, weights are missing, or its tokenizer knows tokens
@@ -85,6 +85,7 @@ def load_model(model_path: str, settings: LearnerSettings) -> Any:
                 attn_implementation="sdpa",
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **loading,
             )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"transformers cannot load {model_path!r}: {error}") from error
@@ -96,7 +97,7 @@ def load_model(model_path: str, settings: LearnerSettings) -> Any:
         raise ModelError(f"transformers cannot load {model_path!r}: {error}") from error
     _refuse_parts_that_do_not_fit(model_path, model, report, vocabulary)
     if settings.zero_stage == 3 and settings.dtype == "bfloat16":
-        _recompute_buffers(model)
+        recompute_buffers(model)
     model.train()
     _switch_off_dropout(model)
     if settings.gradient_checkpointing:
@@ -141,7 +142,7 @@ def _divided_while_loading(settings: LearnerSettings) -> Iterator[None]:
     del config
 
 
-def _recompute_buffers(model: Any) -> None:
+def recompute_buffers(model: Any) -> None:
     """While a model is divided DeepSpeed makes bf16 of whatever is made. Transformers keeps what it
     computes itself in fp32, and needs it: rotary frequencies in bf16 are another model's."""
     from accelerate import init_empty_weights
@@ -169,27 +170,34 @@ def add_adapter(model: Any, settings: LoraSettings) -> Any:
     Raises:
         SettingsError: `target_modules` names nothing, or an embedding.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     targets = settings.target_modules
-    config = LoraConfig(
+    try:
+        adapted = get_peft_model(model, adapter_config(settings))
+    except ValueError as error:
+        raise SettingsError(f"policy.lora.target_modules = {targets!r}: {error}") from error
+    for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if hasattr(embedding, "base_layer"):
+            raise SettingsError(
+                f"policy.lora.target_modules = {targets!r} names an embedding or the head; "
+                "name layers between them"
+            )
+    return adapted
+
+
+def adapter_config(settings: LoraSettings) -> Any:
+    """The same in PEFT's words."""
+    from peft import LoraConfig
+
+    targets = settings.target_modules
+    return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
-    try:
-        adapted = get_peft_model(model, config)
-    except ValueError as error:
-        raise SettingsError(f"rl.learner.lora.target_modules = {targets!r}: {error}") from error
-    for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if hasattr(embedding, "base_layer"):
-            raise SettingsError(
-                f"rl.learner.lora.target_modules = {targets!r} names an embedding or the head; "
-                "name layers between them"
-            )
-    return adapted
 
 
 def model_fingerprint(model: Any) -> str:

@@ -6,13 +6,15 @@ machine starting one costs more than a stage's whole generation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from posttrain.types import PolicyVersion
 from posttrain.workers.agreement import facts_of_checkpoint
-from posttrain.workers.cluster import connect, disconnect
+from posttrain.workers.cluster import connect, disconnect, refuse_more_than_there_is
+from posttrain.workers.demand import Demand
 from posttrain.workers.generator import GeneratorPool
 from posttrain.workers.learner_ranks import RemoteLearner, start_learner
 from posttrain.workers.scoring import RewardWorkers
@@ -20,6 +22,7 @@ from posttrain.workers.settings import (
     ActorResources,
     LearnerResources,
     LearnerSettings,
+    LoraSettings,
     RolloutPoolSettings,
 )
 from posttrain.workers.transport import PublishedWeights, this_node
@@ -46,8 +49,10 @@ class Pools:
         reward_workers: int,
         reward_judge: RolloutPoolSettings,
         reward_actor: ActorResources,
+        demands: Sequence[Demand],
         deadline_s: float,
     ) -> None:
+        self._demands = demands
         self._rollout = rollout
         self._judge = judge
         self._learner = learner
@@ -64,8 +69,14 @@ class Pools:
         self.scratch = scratch_directory(run_id)
 
     def __enter__(self) -> Self:
+        """SettingsError if the cluster could never hold `demands`, what is in use at once."""
         clear_scratch(self._run_id)
         connect()
+        try:
+            refuse_more_than_there_is(self._demands)
+        except BaseException:
+            disconnect()
+            raise
         return self
 
     def __exit__(
@@ -127,6 +138,7 @@ class Pools:
         max_tokens: int,
         num_steps: int,
         seed: int,
+        lora: LoraSettings | None = None,
         checkpoint: Path | None = None,
     ) -> RemoteLearner:
         """A learner that starts from the policy `model`, or goes on from `checkpoint`, which was
@@ -140,6 +152,7 @@ class Pools:
             max_tokens=max_tokens,
             num_steps=num_steps,
             seed=seed,
+            lora=lora,
             checkpoint=checkpoint,
             resources=self._learner,
             deadline_s=self._deadline_s,

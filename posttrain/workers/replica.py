@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
 
@@ -55,6 +56,8 @@ class Replica:
     ) -> None:
         self.name = name
         self.outstanding = 0
+        self._busy_s = 0.0
+        self._busy_since: float | None = None
         self.version = version
         """What the engine has confirmed."""
         self._model = model
@@ -74,6 +77,12 @@ class Replica:
     def serving(self) -> bool:
         """There is an engine, and it may be given requests."""
         return self._serving
+
+    @property
+    def busy_s(self) -> float:
+        """For how long it has had something to do, all in all."""
+        now = time.monotonic()
+        return self._busy_s + (now - self._busy_since if self._busy_since is not None else 0.0)
 
     @property
     def facts(self) -> ModelFacts:
@@ -191,7 +200,7 @@ class Replica:
     async def _work(self, reference: Any, amount: int) -> Any:
         """Waits for the answer to `reference`, counted as outstanding and watched meanwhile."""
         actor = self._actor
-        self.outstanding += amount
+        self._add_work(amount)
         if self._watch is None or self._watch.done() or self._watched is not actor:
             self._watch, self._watched = asyncio.create_task(self._watch_over(actor)), actor
         try:
@@ -201,7 +210,15 @@ class Replica:
             ray.cancel(reference)
             raise
         finally:
-            self.outstanding -= amount
+            self._add_work(-amount)
+
+    def _add_work(self, amount: int) -> None:
+        self.outstanding += amount
+        if self.outstanding and self._busy_since is None:
+            self._busy_since = time.monotonic()
+        elif not self.outstanding and self._busy_since is not None:
+            self._busy_s += time.monotonic() - self._busy_since
+            self._busy_since = None
 
     async def _answer(self, actor: Any, reference: Awaitable[T]) -> T:
         try:

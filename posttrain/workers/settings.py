@@ -87,6 +87,25 @@ class RolloutPoolSettings(BaseModel):
         return self.model_copy(update={"engine": engine})
 
 
+class TeacherPoolSettings(ActorResources):
+    """Copies of a teacher (and, before, of the critic), each over `tensor_parallel` actors with
+    these resources.
+
+    A forward pass takes up to `batch_tokens` tokens, padding included, and makes the distributions
+    of `chunk_tokens` tokens at a time. An answer that takes longer than `deadline_s` counts as
+    lost, as one of an actor that died: the copy is started again, up to `max_restarts` times.
+    """
+
+    replicas: int = Field(default=1, gt=0)
+    tensor_parallel: int = Field(default=1, gt=0, description="devices that share one copy")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    threads: int = Field(default=1, gt=0, description="CPU threads of an actor, without a GPU")
+    batch_tokens: int = Field(default=8192, gt=0)
+    chunk_tokens: int = Field(default=4096, gt=0)
+    deadline_s: float = Field(default=1800.0, gt=0)
+    max_restarts: int = Field(default=3, ge=0)
+
+
 class LoraSettings(BaseModel):
     """A low-rank adapter by PEFT. `target_modules` names linear layers (the ends of their names);
     `all-linear` takes all of them but the head. Routed experts, which transformers keep in one
@@ -103,10 +122,9 @@ class LoraSettings(BaseModel):
 class LearnerSettings(BaseModel):
     """How the policy is trained online. `deepspeed` is merged over the configuration made here.
 
-    `schedule` runs over rl.num_steps after the warm-up. `lora` trains an adapter and leaves the
-    policy as it is, so that the loss's reference needs no memory of its own. Together
-    `expert_parallel` ranks hold a mixture's experts once; 1 leaves them to ZeRO. `step_deadline_s`
-    bounds whatever all ranks do together: a step, a publish, a checkpoint.
+    `schedule` runs over rl.num_steps after the warm-up. Together `expert_parallel` ranks hold a
+    mixture's experts once; 1 leaves them to ZeRO. `step_deadline_s` bounds whatever all ranks do
+    together: a step, a publish, a checkpoint.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -118,7 +136,6 @@ class LearnerSettings(BaseModel):
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = Field(default=1.0, gt=0)
-    lora: LoraSettings | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     zero_stage: Literal[1, 2, 3] = 2
     expert_parallel: int = Field(default=1, gt=0)
@@ -128,15 +145,6 @@ class LearnerSettings(BaseModel):
     max_skipped_steps: int = Field(default=3, gt=0)
     step_deadline_s: float = Field(default=1800.0, gt=0)
     deepspeed: dict[str, Any] = {}
-
-    @model_validator(mode="after")
-    def _an_adapter_leaves_experts_alone(self) -> Self:
-        if self.lora is not None and self.expert_parallel > 1:
-            raise ValueError(
-                f"expert_parallel = {self.expert_parallel} divides experts that lora does not "
-                "train; leave it at 1, and take zero_stage = 3 if they are large"
-            )
-        return self
 
 
 class PublishSettings(BaseModel):

@@ -1,0 +1,157 @@
+"""What each stage of a run rests on. A stage is done again when that has changed, and only then.
+
+A table maps dotted settings, fingerprints of data and policies, and what was done before to their
+values. What only says how the work is spread or watched (devices, deadlines, logs, checkpoints) is
+in no table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from posttrain.stage_order import STAGES
+
+Table = dict[str, Any]
+
+START = "start"
+"""The evaluation of the policy that comes in, recorded like a stage."""
+
+ELSEWHERE = (
+    *("stages", "run.dir", "run.work_dir", "log.", "eval.", "tasks.", "policy.model", "resources."),
+    "policy.merge_adapter",
+    *(f"{stage}.model" for stage in STAGES),
+    *("sft.data.", "dpo.data.", "sft.threads", "dpo.threads"),
+    *("screen.judge.concurrency", "dpo.mining.concurrency"),
+    *("rl.checkpoint_every", "rl.keep_checkpoints", "rl.export_every", "rl.evaluation"),
+    *("teacher.model", "teacher.store", "rl.distillation.deadline_s"),
+    *("rl.draw_deadline_s", "rl.starvation_draws", "rl.publish."),
+    *("rl.learner.step_deadline_s", "rl.learner.threads"),
+)
+"""Prefixes of settings that no stage's result rests on, or that count by their content."""
+
+ENGINE_DTYPE = "resources.rollout.engine.dtype"
+SCORING = ("screen", "rl", "dpo")
+DATA = {"screen": ("train", "sft"), "sft": ("sft",), "rl": ("train",), "dpo": ("train", "pairs")}
+
+
+def stage_tables(
+    settings: Mapping[str, Any], data: Mapping[str, str], models: Mapping[str, str]
+) -> dict[str, Table]:
+    """What each stage of `settings` (resolved, see `posttrain.config`) rests on, by name and in
+    order, `start` first.
+
+    Args:
+        data: fingerprints of `train`, `held_out`, `sft` and `pairs`.
+        models: fingerprints of `policy` and of the stages' own checkpoints, where they have one.
+    """
+    flat = flatten(settings)
+    policy: Table = {"policy.model": models["policy"]}
+    tables = {START: policy}
+    screening: Table = {}
+    for name in settings["stages"]:
+        own = {f"{name}.model": models[name]} if name in models else policy
+        tables[name] = {
+            **_settings_of(name, flat),
+            **{f"data.{part}": data[part] for part in DATA[name]},
+            **own,
+            **(screening if name in ("sft", "rl") else {}),
+            **({"teacher.model": models.get("teacher")} if _is_taught(name, flat) else {}),
+        }
+        if name == "screen":
+            screening = {"after screen": digest(tables[name])}
+        else:
+            policy = {f"after {name}": digest(tables[name])}
+    return tables
+
+
+def evaluation_table(
+    settings: Mapping[str, Any], data: Mapping[str, str], stage: str, table: Table
+) -> Table:
+    """What the held-out evaluation after `stage`, which rests on `table`, rests on."""
+    flat = flatten(settings)
+    kept = ("eval.", "rewards.", "system_instructions", "policy.max_length", "run.seed")
+    return {
+        **{key: value for key, value in flat.items() if key.startswith(kept)},
+        ENGINE_DTYPE: flat[ENGINE_DTYPE],
+        "data.held_out": data["held_out"],
+        f"after {stage}": digest(table),
+    }
+
+
+def goes_on(stage: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether what `stage` did under `before` is a beginning of what `now` asks for: RL that is
+    to take more steps, at a learning rate that does not depend on how many."""
+    if stage != "rl" or changed_keys(before, now) != ["rl.num_steps"]:
+        return False
+    longer: bool = now["rl.num_steps"] > before["rl.num_steps"]
+    return longer and now["rl.learner.schedule"] == "constant"
+
+
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    absent = object()
+    keys = sorted(before.keys() | now.keys())
+    return [key for key in keys if before.get(key, absent) != now.get(key, absent)]
+
+
+def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """`rl.group_size: 8 → 16; the stage sft before it`."""
+    said = []
+    for key in changed_keys(before, now):
+        if key.startswith("after "):
+            said.append(f"the stage {key.removeprefix('after ')} before it")
+        elif key.startswith("data."):
+            said.append(f"the content of {_SOURCES[key]}")
+        elif key.endswith(".model"):
+            said.append(f"the checkpoint {key}")
+        else:
+            said.append(f"{key}: {_shown(before, key)} → {_shown(now, key)}")
+    return "; ".join(said)
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> Table:
+    """Nested tables as one, its keys dotted."""
+    flat: Table = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def digest(table: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _settings_of(stage: str, flat: Table) -> Table:
+    """Everything but what belongs elsewhere: a section that is new counts until it is named."""
+    elsewhere = (*ELSEWHERE, *(f"{other}." for other in STAGES if other != stage))
+    if stage not in SCORING:
+        elsewhere = (*elsewhere, "rewards.")
+    if not _is_taught(stage, flat):
+        elsewhere = (*elsewhere, "teacher.")
+    table = {key: value for key, value in flat.items() if not key.startswith(elsewhere)}
+    if stage in SCORING:
+        table[ENGINE_DTYPE] = flat[ENGINE_DTYPE]
+    return table
+
+
+def _is_taught(stage: str, flat: Table) -> bool:
+    """Whether the stage has a section `distillation`; without one its key stands for None."""
+    return any(key.startswith(f"{stage}.distillation.") for key in flat)
+
+
+_SOURCES = {
+    "data.train": "tasks.train",
+    "data.held_out": "tasks.held_out",
+    "data.sft": "sft.data",
+    "data.pairs": "dpo.data",
+}
+
+
+def _shown(table: Mapping[str, Any], key: str) -> str:
+    return re.sub(r"\s+", " ", repr(table[key])) if key in table else "(absent)"

@@ -1,0 +1,258 @@
+"""A run whose directory is a URL: worked on on a local disk, copied whenever there is more to keep.
+
+`run.dir` may be anything that fsspec knows (`s3://bucket/runs/a`, `gs://…`, `file:///mnt/…`). What
+is copied: settings, manifest, metrics, evaluations, rollouts, policies, checkpoints, and a snapshot
+of the ledger. Pointers come last (`rl/latest.json`, then `manifest.json`), so that a copy that
+breaks off leaves the older state whole. Started anywhere else, the run goes on from the copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posttrain.atomic import PARTIAL, PREVIOUS, write_atomically
+from posttrain.config import RunSettings
+from posttrain.errors import RunDirError, SettingsError, StageError
+from posttrain.progress import say
+from posttrain.run_dir import KIND, RunDir
+
+RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray sets it for what `ray job submit` starts."""
+
+POINTERS = ("rl/latest.json", "manifest.json")
+COPIES = "copies.json"
+"""How often the run was copied, which says which of two states is the later one; on the local disk
+also what was copied (size and time of each file)."""
+CONFIG = "config.yaml"
+LOCK = "driver.json"
+STAYS = ("lock", "ledger.sqlite", "superseded", COPIES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlace:
+    """Where a run is worked on, and the URL that it is copied to, if any."""
+
+    path: Path
+    url: str | None
+
+
+def run_place(settings: RunSettings) -> RunPlace:
+    """SettingsError for a relative directory in a Ray job, whose working directory is an upload
+    that is thrown away, and for a `work_dir` without a URL."""
+    is_url = "://" in settings.dir
+    if settings.work_dir is not None and not is_url:
+        raise SettingsError(
+            f"run.work_dir: {settings.work_dir} would hold nothing, since run.dir = {settings.dir} "
+            "is no URL; leave it out"
+        )
+    named = settings.work_dir if is_url else settings.dir
+    if named is None:
+        name = f"{settings.dir.rstrip('/').rpartition('/')[2]}-{_short_hash(settings.dir)}"
+        return RunPlace(path=Path.home() / ".cache" / "posttrain" / name, url=settings.dir)
+    if RAY_JOB in os.environ and not Path(named).is_absolute():
+        key = "run.work_dir" if is_url else "run.dir"
+        raise SettingsError(
+            f"{key}: {named} is relative, and a Ray job's working directory is an upload that is "
+            "thrown away; give an absolute path on a disk that every node sees, or a URL"
+        )
+    return RunPlace(path=Path(named).absolute(), url=settings.dir if is_url else None)
+
+
+def check_place(settings: RunSettings) -> None:
+    """Whether a run can be started or gone on with there; leaves no trace.
+
+    Raises:
+        SettingsError: as `run_place`, or a URL of no known file system.
+        RunDirError: something else is there, or nothing can be written.
+    """
+    place = run_place(settings)
+    RunDir(place.path).check_usable()
+    if place.url is not None:
+        RemoteCopy(place.url, place.path).check_usable()
+
+
+class RemoteCopy:
+    """The copy of the run in `path` at `url`. One driver at a time may write there.
+
+    Raises:
+        SettingsError: no such file system, or its package is not installed.
+    """
+
+    def __init__(self, url: str, path: Path) -> None:
+        import fsspec
+
+        try:
+            self._fs, root = fsspec.core.url_to_fs(url)
+        except (ValueError, ImportError) as error:
+            raise SettingsError(f"run.dir: {url}: {error}") from error
+        self._root = str(root).rstrip("/")
+        self._url = url
+        self._path = path
+        self._copied: dict[str, list[int]] = {}
+
+    def check_usable(self) -> None:
+        """RunDirError if something else is there, or nothing can be written; leaves no trace."""
+        with self._named(RunDirError, "cannot be read"):
+            names = {str(f).rstrip("/").rpartition("/")[2] for f in self._listed()} - {LOCK}
+            settings = f"{self._root}/{CONFIG}"
+            head = self._fs.cat_file(settings)[:200] if CONFIG in names else b""
+        if names and not head.startswith(f"format: {KIND} ".encode()):
+            raise RunDirError(
+                f"run.dir: {self._url} is there and holds no run of posttrain; choose another"
+            )
+        probe = f"{self._root}/.probe-{socket.gethostname()}-{os.getpid()}"
+        with self._named(RunDirError, "cannot be written"):
+            self._put_text(probe, "")
+            self._fs.rm_file(probe)
+
+    @contextmanager
+    def driven(self, *, fresh: bool) -> Iterator[None]:
+        """Keeps other drivers out, and brings the local state up to the copy's.
+
+        RunDirError if another driver has it. One that was killed leaves its mark: on its own
+        machine that is seen, elsewhere a person must say that it is gone.
+        """
+        self.check_usable()
+        self._take()
+        try:
+            if fresh:
+                self._delete()
+            else:
+                self._catch_up()
+            yield
+        finally:
+            with self._named(StageError, "cannot be given back"):
+                self._fs.rm_file(f"{self._root}/{LOCK}")
+
+    def push(self, ledger: Path | None) -> None:
+        """Copies what is new since the last time; `ledger` is a snapshot, None if it is unchanged.
+
+        StageError if it cannot be written: what is on the local disk is whole.
+        """
+        with self._named(StageError, "could not be brought up to date"):
+            files = self._files()
+            pointers = [name for name in POINTERS if name in files]
+            for name in sorted(files.keys() - pointers, key=lambda n: (n != CONFIG, n)):
+                self._put(name, files[name])
+            if ledger is not None:
+                self._fs.put_file(str(ledger), f"{self._root}/ledger.sqlite")
+            for name in pointers:
+                self._put(name, files[name])
+            for name in [name for name in self._copied if name not in files]:
+                self._fs.rm_file(f"{self._root}/{name}")
+                del self._copied[name]
+            count = self._count_here() + 1
+            self._put_text(f"{self._root}/{COPIES}", json.dumps({"count": count}))
+        self._write_copies(count)
+
+    def _listed(self) -> list[str]:
+        self._fs.invalidate_cache()
+        try:
+            return list(self._fs.ls(self._root, detail=False))
+        except FileNotFoundError:
+            return []
+
+    def _take(self) -> None:
+        mark = f"{self._root}/{LOCK}"
+        own = {"host": socket.gethostname(), "pid": os.getpid()}
+        if self._fs.exists(mark):
+            other = json.loads(self._fs.cat_file(mark))
+            elsewhere = other["host"] != own["host"]
+            if elsewhere or (other != own and Path(f"/proc/{other['pid']}").exists()):
+                raise RunDirError(
+                    f"{self._url} is being driven by pid {other['pid']} on host {other['host']}; "
+                    f"wait for it or stop it. If it was killed, delete {self._url}/{LOCK}"
+                )
+        self._put_text(mark, json.dumps(own))
+
+    def _catch_up(self) -> None:
+        there = self._count_there()
+        if there == self._count_here():
+            self._copied = self._read_copies().get("files", {})
+            return
+        if there < self._count_here():
+            return  # the copy was deleted or restored from a backup: all of it is copied anew
+        say(f"{self._url} is newer than {self._path} and is brought here")
+        for entry in list(self._path.iterdir()) if self._path.exists() else []:
+            if entry.name != "lock":
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        with self._named(StageError, "cannot be read"):
+            for file in self._fs.find(self._root):
+                name = str(file)[len(self._root) + 1 :]
+                if name != LOCK:
+                    target = self._path / name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    self._fs.get_file(file, str(target))
+        self._copied = {name: _state(file) for name, file in self._files().items()}
+        self._write_copies(there)
+
+    def _read_copies(self) -> dict[str, Any]:
+        file = self._path / COPIES
+        return dict(json.loads(file.read_text())) if file.exists() else {}
+
+    def _write_copies(self, count: int) -> None:
+        write_atomically(self._path / COPIES, json.dumps({"count": count, "files": self._copied}))
+
+    def _count_here(self) -> int:
+        return int(self._read_copies().get("count", 0))
+
+    def _count_there(self) -> int:
+        file = f"{self._root}/{COPIES}"
+        return int(json.loads(self._fs.cat_file(file))["count"]) if self._fs.exists(file) else 0
+
+    def _files(self) -> dict[str, Path]:
+        found = {}
+        for file in sorted(self._path.rglob("*")):
+            name = file.relative_to(self._path)
+            unfinished = any(part.endswith((PARTIAL, PREVIOUS)) for part in name.parts)
+            if file.is_file() and not unfinished and not name.parts[0].startswith(STAYS):
+                found[name.as_posix()] = file
+        return found
+
+    def _put(self, name: str, file: Path) -> None:
+        state = _state(file)
+        if self._copied.get(name) != state:
+            target = f"{self._root}/{name}"
+            self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+            self._fs.put_file(str(file), target)
+            self._copied[name] = state
+
+    def _put_text(self, target: str, text: str) -> None:
+        self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+        self._fs.pipe_file(target, text.encode())
+
+    def _delete(self) -> None:
+        self._copied = {}
+        with self._named(RunDirError, "cannot be emptied"):
+            # The settings go last: by them a run whose deletion breaks off is still known as ours.
+            for file in sorted(self._fs.find(self._root), key=lambda f: str(f).endswith(CONFIG)):
+                if not str(file).endswith(f"/{LOCK}"):
+                    self._fs.rm_file(file)
+
+    @contextmanager
+    def _named(self, kind: type[RunDirError] | type[StageError], what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # every file system has errors of its own
+            raise kind(
+                f"run.dir: {self._url} {what} ({type(error).__name__}: {error}); the run is worked "
+                f"on in {self._path}"
+            ) from error
+
+
+def _state(file: Path) -> list[int]:
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,0 +1,94 @@
+"""What a run still has to do: which stages are done, go on, or run again because of a change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from posttrain.config import Settings, resolved
+from posttrain.dependencies import (
+    Table,
+    describe_changes,
+    evaluation_table,
+    goes_on,
+    stage_tables,
+)
+from posttrain.inputs import Inputs
+from posttrain.metrics import to_json
+from posttrain.remote_run import run_place
+from posttrain.run_dir import RunDir
+
+
+class Kind(StrEnum):
+    """What will become of a stage."""
+
+    DONE = "done before"
+    NEW = "runs"
+    GOES_ON = "goes on"
+    AGAIN = "runs again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """Of one stage; `why` says what has changed since it was begun, if anything has."""
+
+    kind: Kind
+    why: str = ""
+
+    def describe(self) -> str:
+        return f"{self.kind} ({self.why})" if self.why else str(self.kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the stages of a run and their evaluations rest on, by name and in order; fingerprints of
+    the data and of the policies that come in."""
+
+    tables: Mapping[str, Table]
+    evaluations: Mapping[str, Table]
+    data: Mapping[str, str]
+    models: Mapping[str, str]
+
+    @classmethod
+    def of(cls, settings: Settings, inputs: Inputs) -> Plan:
+        plain, data, models = resolved(settings), inputs.data, inputs.models
+        tables = stage_tables(plain, data, models)
+        return cls(
+            tables=tables,
+            evaluations={
+                name: evaluation_table(plain, data, name, table)
+                for name, table in tables.items()
+                if name != "screen"
+            },
+            data=data,
+            models=models,
+        )
+
+    def state(self, run_dir: RunDir, name: str) -> Outlook:
+        """RunDirError if the stage is done and what it left was changed."""
+        wanted = self.tables[name]
+        record = run_dir.stages().get(name)
+        if record is None:
+            return Outlook(kind=Kind.NEW)
+        if record.depends_on == to_json(wanted):
+            done = run_dir.stage_done(name, wanted)
+            return Outlook(kind=Kind.DONE if done else Kind.GOES_ON)
+        why = describe_changes(record.depends_on, wanted)
+        again = not goes_on(name, record.depends_on, wanted)
+        return Outlook(kind=Kind.AGAIN if again else Kind.GOES_ON, why=why)
+
+    def is_done(self, run_dir: RunDir) -> bool:
+        return all(run_dir.stage_done(name, table) for name, table in self.tables.items()) and all(
+            run_dir.evaluation_done(name, table) for name, table in self.evaluations.items()
+        )
+
+
+def outlook(settings: Settings, inputs: Inputs) -> list[str]:
+    """What the same settings would do now, stage by stage: `rl: runs again (rl.group_size: …)`.
+    What is at a URL and not here is not looked at."""
+    run_dir = RunDir(run_place(settings.run).path)
+    if not run_dir.is_run():
+        return list(settings.stages)
+    plan = Plan.of(settings, inputs)
+    return [f"{name}: {plan.state(run_dir, name).describe()}" for name in settings.stages]

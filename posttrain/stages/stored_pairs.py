@@ -1,0 +1,130 @@
+"""Pairs from the groups that online RL left on disk, as far as the policy of today might write
+them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from posttrain.data.pairs import MiningSettings, mine_pairs
+from posttrain.progress import say
+from posttrain.rollout_log import newest_groups
+from posttrain.stages.context import StageContext
+from posttrain.types import (
+    Outcome,
+    PolicyVersion,
+    PreferencePair,
+    Prompt,
+    Reward,
+    Rollout,
+    RolloutGroup,
+    Sampling,
+    VersionSpan,
+)
+from posttrain.workers.generator import GeneratorPool
+
+FRESH_ANSWERS = 256
+"""Of the policy's own, how many say what is likely."""
+BATCH = 64
+
+
+async def stored_pairs(
+    context: StageContext,
+    generators: GeneratorPool,
+    settings: MiningSettings,
+    fresh: Sequence[RolloutGroup],
+) -> list[PreferencePair]:
+    """`generators` serve the policy that DPO starts from, which has just written `fresh`."""
+    prompts = {prompt.prompt_id: prompt for prompt in context.train}
+    stored = newest_groups(context.run.rollouts_dir, settings.stored_groups)
+    pairs = [
+        pair
+        for rows in stored
+        # A changed set of tasks may have lost some.
+        if rows[0]["prompt_id"] in prompts
+        for pair in mine_pairs(_group(context, prompts[rows[0]["prompt_id"]], rows), settings)
+    ]
+    if not pairs:
+        return []
+    own = [rollout for group in fresh for rollout in group.rollouts][:FRESH_ANSWERS]
+    usual = await _likelihoods(
+        generators, [(r.prompt_token_ids, r.completion_token_ids) for r in own]
+    )
+    least = float(np.quantile(usual, settings.unlikely))
+    found = [
+        await _likelihoods(generators, [_tokens(context, pair, text(pair)) for pair in pairs])
+        for text in (lambda pair: pair.chosen, lambda pair: pair.rejected)
+    ]
+    likely = [p for p, *both in zip(pairs, *found, strict=True) if min(both) >= least]
+    say(
+        f"dpo: of {len(pairs)} pairs that RL left {len(likely)} are likely now (both answers at "
+        f"least {least:.2f} nats a token)"
+    )
+    return likely
+
+
+def _group(
+    context: StageContext, prompt: Prompt, rows: Sequence[Mapping[str, Any]]
+) -> RolloutGroup:
+    return RolloutGroup(
+        draw_id=rows[0]["draw_id"],
+        prompt=prompt,
+        system=rows[0]["system"],
+        sampling=Sampling(max_tokens=max(row["num_tokens"] for row in rows)),
+        rollouts=tuple(_rollout(context, row, number) for number, row in enumerate(rows)),
+        rewards=tuple(
+            Reward(
+                value=row["reward"],
+                correctness=row["correctness"],
+                outcome=Outcome(row["reward_outcome"]),
+                components=json.loads(row["components"]),
+            )
+            for row in rows
+        ),
+    )
+
+
+def _rollout(context: StageContext, row: Mapping[str, Any], number: int) -> Rollout:
+    """Its tokens were not kept; pairs are made of texts, and their rules read lengths only."""
+    tokens = _answer_tokens(context, row["text"])
+    return Rollout(
+        rollout_id=f"{row['draw_id']}/{number}",
+        draw_id=row["draw_id"],
+        prompt_token_ids=(),
+        completion_token_ids=tokens,
+        rollout_logprobs=(),
+        text=row["text"],
+        finish_reason=row["finish_reason"],
+        version_spans=(VersionSpan(0, len(tokens), PolicyVersion.parse(row["oldest_version"])),),
+    )
+
+
+def _answer_tokens(context: StageContext, text: str) -> tuple[int, ...]:
+    tokenizer = context.chat.tokenizer
+    return (*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+
+
+def _tokens(
+    context: StageContext, pair: PreferencePair, answer: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    system = context.instruction_mix(0).resolve(pair.system)
+    return context.chat.encode(pair.prompt, system), _answer_tokens(context, answer)
+
+
+async def _likelihoods(
+    generators: GeneratorPool, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> list[float]:
+    """Mean log-probability (nats) of a completion's tokens behind its prompt, one a sequence."""
+    means: list[float] = []
+    for start in range(0, len(sequences), BATCH):
+        batch = sequences[start : start + BATCH]
+        whole = [[*prompt, *completion] for prompt, completion in batch]
+        scores, *_ = await generators.score_tokens(whole, f"stored-{len(means)}")
+        means += [
+            float(np.mean(score[-len(completion) :]))
+            for score, (_, completion) in zip(scores, batch, strict=True)
+        ]
+    return means

@@ -1,0 +1,324 @@
+"""Stages that hand on, with stand-ins for what they compute: what runs, on what, and what not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, Self
+
+import pytest
+import yaml
+
+from posttrain import pipeline
+from posttrain.config import load
+from posttrain.errors import Interrupted, RunDirError, SettingsError, StageError
+from posttrain.evaluation import PromptResult
+from posttrain.inputs import load_inputs
+from posttrain.metrics import read_metrics
+from posttrain.run_dir import RunDir
+
+
+class Pools:
+    """In place of everything that runs on Ray."""
+
+    refusal: Exception | None = None
+    starts = 0
+
+    def __enter__(self) -> Self:
+        if Pools.refusal is not None:
+            raise Pools.refusal
+        Pools.starts += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class Bench:
+    """A settings file, and what the stages were asked for, in order."""
+
+    def __init__(self, path: Path, config: Path) -> None:
+        self.path = path
+        self.run_dir = path / "run"
+        self.config = config
+        self.calls: list[tuple[str, str]] = []
+        self.extras: dict[str, Any] = {}
+        self.failures: dict[str, BaseException] = {}
+
+    def run(self, *overrides: str, fresh: bool = False) -> pipeline.RunResult:
+        """The calls are those of this run only. A policy is named after all that made it."""
+        self.calls.clear()
+        settings = load(self.config, [f"run.dir={self.run_dir}", *overrides])
+        return pipeline.run(settings, load_inputs(settings), fresh=fresh)
+
+    def stage(self, name: str, context: Any, model: Path, extra: Any = None) -> dict[str, Any]:
+        made_by = self.history(model)
+        self.calls.append((name, made_by))
+        self.extras[name] = extra
+        if name in self.failures:
+            raise self.failures.pop(name)
+        policy = context.policy_of(name)
+        shutil.copytree(model, policy)
+        (policy / "history.txt").write_text(f"{made_by} {name}".strip())
+        return {"stage": name}
+
+    def history(self, model: Path) -> str:
+        file = model / "history.txt"
+        return file.read_text() if file.exists() else ""
+
+
+@pytest.fixture
+def bench(tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    def write(name: str, *rows: dict[str, Any]) -> str:
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / name)
+
+    train = write("train.jsonl", {"question": "1+1=?", "answer": "2"})
+    held_out = write("held_out.jsonl", {"question": "0+2=?", "answer": "2"})
+    rows = [{"question": f"{i}-1=?", "completion": "#2", "answer": "2"} for i in (3, 4)]
+    settings = {
+        "run": {"dir": "unused"},
+        "policy": {"model": str(tiny_policy), "max_length": 64},
+        "tasks": {"train": [{"source": train}], "held_out": [{"source": held_out}]},
+        "sft": {"data": {"source": write("sft.jsonl", *rows)}},
+        "screen": {"judge": {"max_tokens": 16}},
+        "rl": {"max_tokens": 16},
+        "dpo": {"mining": {"max_tokens": 16}},
+        "eval": {"max_tokens": 16},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    bench = Bench(tmp_path, tmp_path / "run.yaml")
+
+    async def screen(context: Any, model: Path) -> Any:
+        bench.calls.append(("screen", bench.history(model)))
+        kept = frozenset(["sft.jsonl:2"])
+        return SimpleNamespace(critic=f"critic {model.name}", kept_rows=kept, metrics={})
+
+    async def sft(context: Any, model: Path, kept: Any) -> dict[str, Any]:
+        return bench.stage("sft", context, model, kept)
+
+    async def rl(context: Any, model: Path, critic: Any) -> dict[str, Any]:
+        return bench.stage("rl", context, model, critic)
+
+    async def dpo(context: Any, model: Path) -> dict[str, Any]:
+        return bench.stage("dpo", context, model)
+
+    async def measure(context: Any, model: Path, label: str) -> list[PromptResult]:
+        bench.calls.append((f"evaluate {label}", bench.history(model)))
+        return []
+
+    for function in (screen, sft, rl, dpo):
+        module = ModuleType(f"posttrain.stages.{function.__name__}")
+        setattr(module, function.__name__, function)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(pipeline, "_pools", lambda *_: Pools())
+    monkeypatch.setattr(pipeline, "measure_policy", measure)
+    monkeypatch.setattr(pipeline, "summarise", lambda results, k: {"k": k})
+    monkeypatch.setattr(Pools, "refusal", None)
+    monkeypatch.setattr(Pools, "starts", 0)
+    yield bench
+
+
+ALL = [
+    *(("evaluate start", ""), ("screen", "")),
+    *(("sft", ""), ("evaluate sft", "sft")),
+    *(("rl", "sft"), ("evaluate rl", "sft rl")),
+    *(("dpo", "sft rl"), ("evaluate dpo", "sft rl dpo")),
+]
+
+
+def test_each_stage_works_on_what_the_one_before_left(bench: Bench) -> None:
+    result = bench.run()
+    assert bench.calls == ALL
+    assert bench.extras["sft"] == {"sft.jsonl:2"}  # what screening kept
+    assert bench.extras["rl"].startswith("critic ")
+    assert bench.history(result.policy) == "sft rl dpo"
+    assert list(result.evaluations) == ["start", "sft", "rl", "dpo"]
+    assert result.metrics["dpo"]["stage"] == "dpo"
+
+
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [
+        (["rl"], ["rl"]),
+        (["dpo"], ["dpo"]),
+        (["rl", "sft"], ["rl", "sft"]),
+        (["dpo", "rl"], ["dpo", "rl"]),
+        (["sft", "screen", "rl"], ["sft", "rl"]),
+        (["screen"], []),
+    ],
+)
+def test_any_order_hands_on(bench: Bench, stages: list[str], expected: list[str]) -> None:
+    result = bench.run(f"stages=[{', '.join(stages)}]")
+    worked = [name for name, _ in bench.calls if not name.startswith("evaluate")]
+    assert worked == stages
+    assert bench.history(result.policy) == " ".join(expected)
+    if stages == ["rl", "sft"]:
+        assert (bench.extras["sft"], bench.extras["rl"]) == (None, None)  # nothing was screened
+
+
+def test_what_is_done_is_not_done_again_and_starts_nothing(bench: Bench) -> None:
+    first = bench.run()
+    assert Pools.starts == 1
+    again = bench.run("log.tensorboard=false", "resources.rollout.replicas=2", "rl.export_every=5")
+    assert (bench.calls, Pools.starts) == ([], 1)
+    assert (again.evaluations, again.metrics) == (first.evaluations, first.metrics)
+
+
+def test_a_changed_setting_runs_what_rests_on_it_again_and_says_so(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.run()
+    result = bench.run("rl.group_size=4")
+    assert bench.calls == ALL[4:]
+    told = capsys.readouterr().err
+    assert "rl: runs again, for this has changed: rl.group_size: 8 → 4" in told
+    assert "dpo: runs again, for this has changed: the stage rl before it" in told
+    assert "sft: done before" in told
+    aside = bench.run_dir / "superseded"
+    assert f"rl: what it had left is in {aside / 'rl-1'}; delete it" in told
+    assert bench.history(aside / "rl-1" / "policy") == "sft rl"
+    assert bench.history(result.policy) == "sft rl dpo"
+    again = [r for r in read_metrics(RunDir(bench.run_dir).metrics_path) if r["event"] == "again"]
+    assert [r["stage"] for r in again] == ["rl", "dpo"]
+    assert RunDir(bench.run_dir).config()["settings"]["rl"]["group_size"] == 4
+
+
+def test_other_evaluation_settings_measure_again_and_train_nothing(bench: Bench) -> None:
+    bench.run()
+    result = bench.run("eval.k=[1,2]")
+    assert [name for name, _ in bench.calls] == [n for n, _ in ALL if n.startswith("evaluate")]
+    assert {tuple(e["k"]) for e in result.evaluations.values()} == {(1, 2)}
+
+
+def test_changed_data_count_by_content(bench: Bench) -> None:
+    bench.run("stages=[sft, rl]")
+    train = bench.path / "train.jsonl"
+    moved = shutil.copy(train, bench.path / "moved.jsonl")
+    elsewhere = f"tasks.train=[{{source: {moved}}}]"
+    bench.run("stages=[sft, rl]", elsewhere)
+    # The domain is named after the file, and the domain is a part of a task.
+    assert [name for name, _ in bench.calls] == ["rl", "evaluate rl"]
+    train.write_text(json.dumps({"question": "1+1=?", "answer": "3", "domain": "moved"}) + "\n")
+    bench.run("stages=[sft, rl]")
+    assert [name for name, _ in bench.calls] == ["rl", "evaluate rl"]
+
+
+def test_a_stage_that_is_added_or_left_out(bench: Bench) -> None:
+    bench.run("stages=[sft, rl]")
+    result = bench.run("stages=[sft, rl, dpo]")
+    assert bench.calls == ALL[6:]
+    assert bench.history(result.policy) == "sft rl dpo"
+    result = bench.run("stages=[sft, rl]")
+    assert bench.calls == []
+    assert bench.history(result.policy) == "sft rl"
+    assert list(result.evaluations) == ["start", "sft", "rl"]
+
+
+def test_more_steps_of_rl_go_on_from_what_there_is(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.run("stages=[rl]", "rl.num_steps=10")
+    checkpoint = bench.run_dir / "rl" / "checkpoint-10"
+    checkpoint.mkdir()
+    bench.run("stages=[rl]", "rl.num_steps=20")
+    assert ("rl", "") in bench.calls
+    assert checkpoint.exists()
+    assert "rl: goes on with rl.num_steps: 10 → 20" in capsys.readouterr().err
+
+
+def test_a_stage_starts_from_a_checkpoint_or_the_policy_of_another_run(
+    bench: Bench, tiny_policy: Path
+) -> None:
+    mine = Path(shutil.copytree(tiny_policy, bench.path / "mine"))
+    (mine / "history.txt").write_text("elsewhere")
+    bench.run("stages=[screen, rl, dpo]", f"rl.model={mine}")
+    assert bench.calls[:2] == ALL[:2]
+    assert bench.calls[2:] == [
+        ("rl", "elsewhere"),
+        ("evaluate rl", "elsewhere rl"),
+        ("dpo", "elsewhere rl"),
+        ("evaluate dpo", "elsewhere rl dpo"),
+    ]
+    other = bench.run_dir
+    bench.run_dir = bench.path / "next"
+    bench.run("stages=[dpo]", f"dpo.model={other}")
+    assert ("dpo", "elsewhere rl dpo") in bench.calls
+
+
+def test_a_critic_of_its_own_judges_and_is_not_trained(bench: Bench, tiny_policy: Path) -> None:
+    critic = Path(shutil.copytree(tiny_policy, bench.path / "critic"))
+    (critic / "history.txt").write_text("critic")
+    bench.run("stages=[screen, rl]", f"screen.model={critic}")
+    assert ("screen", "critic") in bench.calls
+    assert ("rl", "") in bench.calls
+    assert bench.extras["rl"] == "critic critic"
+
+
+@pytest.mark.parametrize("error", [Interrupted("stopped"), StageError("no"), KeyError("bug")])
+def test_an_interrupted_run_goes_on_where_it_was(bench: Bench, error: Exception) -> None:
+    bench.failures["rl"] = error
+    with pytest.raises(type(error)):
+        bench.run()
+    assert RunDir(bench.run_dir).stages()["rl"].state == "running"
+    bench.run()
+    assert bench.calls == ALL[4:]
+
+
+def test_bad_input_that_shows_late_is_a_failure(bench: Bench) -> None:
+    bench.failures["sft"] = RunDirError("a checkpoint is cut short")
+    with pytest.raises(StageError, match="cut short"):
+        bench.run()
+
+
+def test_a_cluster_that_is_too_small_is_bad_input(bench: Bench) -> None:
+    Pools.refusal = SettingsError("resources: 3 GPUs of 0")
+    with pytest.raises(SettingsError, match="3 GPUs of 0"):
+        bench.run()
+    assert bench.calls == []
+    Pools.refusal = None
+    bench.run("resources.rollout.replicas=1")
+    assert bench.calls == ALL
+
+
+def test_an_evaluation_that_was_cut_short_is_all_that_is_repeated(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = pipeline.measure_policy
+
+    async def breaks_off(context: Any, model: Path, label: str) -> Any:
+        if label == "rl":
+            raise Interrupted("stopped")
+        return await whole(context, model, label)
+
+    monkeypatch.setattr(pipeline, "measure_policy", breaks_off)
+    with pytest.raises(Interrupted):
+        bench.run()
+    monkeypatch.setattr(pipeline, "measure_policy", whole)
+    bench.run()
+    assert bench.calls == ALL[5:]
+
+
+def test_a_run_at_a_url_goes_on_from_another_machine(bench: Bench) -> None:
+    url = f"run.dir=file://{bench.path}/bucket/run"
+    bench.failures["dpo"] = Interrupted("stopped")
+    with pytest.raises(Interrupted):
+        bench.run(url, f"run.work_dir={bench.path}/here")
+    copied = bench.path / "bucket" / "run"
+    assert json.loads((copied / "manifest.json").read_text())["stages"]["rl"]["state"] == "done"
+    assert (copied / "rl" / "policy" / "config.json").exists()
+    result = bench.run(url, f"run.work_dir={bench.path}/there")
+    assert bench.calls == ALL[6:]
+    assert result.policy == bench.path / "there" / "policy"
+    assert (copied / "policy" / "history.txt").read_text() == "sft rl dpo"
+    assert (copied / "ledger.sqlite").exists()
+
+
+def test_fresh_starts_over(bench: Bench) -> None:
+    bench.run()
+    bench.run(fresh=True)
+    assert bench.calls == ALL

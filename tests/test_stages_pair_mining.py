@@ -1,0 +1,119 @@
+"""Pairs from groups that RL left: only what the policy of today might have written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from online_fakes import make_group
+
+from posttrain.data.chat import ChatFormat
+from posttrain.data.instructions import InstructionMix
+from posttrain.data.pairs import MiningSettings
+from posttrain.data.prompts import make_prompt
+from posttrain.rollout_log import RolloutLog, newest_groups
+from posttrain.run_dir import RunDir
+from posttrain.stages.stored_pairs import stored_pairs
+from posttrain.types import (
+    DrawOutcome,
+    Outcome,
+    PolicyVersion,
+    Prompt,
+    Reward,
+    Rollout,
+    RolloutGroup,
+    Sampling,
+    VersionSpan,
+)
+
+PROMPTS = [make_prompt(f"{n}+1=?", reference=str(n + 1), domain="sums") for n in range(4)]
+END = 2
+
+
+def group(prompt: Prompt, *answers: tuple[str, Outcome], draw: str) -> RolloutGroup:
+    return RolloutGroup(
+        draw_id=draw,
+        prompt=prompt,
+        system=None,
+        sampling=Sampling(max_tokens=8),
+        rollouts=tuple(
+            Rollout(
+                rollout_id=f"{draw}/{number}",
+                draw_id=draw,
+                prompt_token_ids=(3, 4),
+                completion_token_ids=(*range(5, 5 + len(text)), END),
+                rollout_logprobs=(-1.0,) * (len(text) + 1),
+                text=text,
+                finish_reason="stop",
+                version_spans=(VersionSpan(0, len(text) + 1, PolicyVersion(1, 2)),),
+            )
+            for number, (text, _) in enumerate(answers)
+        ),
+        rewards=tuple(
+            Reward(
+                value=float(outcome is Outcome.CORRECT),
+                correctness=float(outcome is Outcome.CORRECT),
+                outcome=outcome,
+            )
+            for _, outcome in answers
+        ),
+    )
+
+
+class Engine:
+    """Finds answers with a 9 in them unlikely: -5 nats for each such token, -1 for others."""
+
+    def __init__(self, nine: int) -> None:
+        self.nine = nine
+        self.labels: list[str] = []
+
+    async def score_tokens(self, sequences: Any, label: str) -> Any:
+        self.labels.append(label)
+        return [[[-5.0 if t == self.nine else -1.0 for t in ids[1:]] for ids in sequences]]
+
+
+@pytest.fixture
+def context(tmp_path: Path, tiny_policy: Path) -> Any:
+    return SimpleNamespace(
+        run=RunDir(tmp_path),
+        chat=ChatFormat(str(tiny_policy)),
+        train=PROMPTS[:3],
+        instruction_mix=lambda salt: InstructionMix([], salt),
+    )
+
+
+async def test_a_stored_pair_counts_where_both_answers_are_likely_now(context: Any) -> None:
+    log = RolloutLog(context.run.rollouts_dir, attempt=1)
+    right, wrong = Outcome.CORRECT, Outcome.WRONG
+    log.append(group(PROMPTS[0], ("#1", right), ("#2", wrong), draw="a"), DrawOutcome.TRAINED)
+    log.append(group(PROMPTS[1], ("#2", right), ("#9", wrong), draw="b"), DrawOutcome.TRAINED)
+    log.append(group(PROMPTS[2], ("#9", right), ("#4", wrong), draw="c"), DrawOutcome.TRAINED)
+    # Not among the tasks any more.
+    log.append(group(PROMPTS[3], ("#4", right), ("#5", wrong), draw="d"), DrawOutcome.TRAINED)
+    log.flush()
+    engine = Engine(context.chat.tokenizer.convert_tokens_to_ids("9"))
+    fresh = [group(PROMPTS[0], *[("#1", right)] * 8, draw="new")]
+    settings = MiningSettings(stored_groups=8, cases=["wrong"])
+    pairs = await stored_pairs(context, engine, settings, fresh)
+    assert [(p.prompt, p.chosen, p.rejected, p.corner_case) for p in pairs] == [
+        (PROMPTS[0], "#1", "#2", "wrong")
+    ]
+    newest = await stored_pairs(
+        context, engine, settings.model_copy(update={"stored_groups": 3}), fresh
+    )
+    assert newest == []
+
+
+def test_the_newest_groups_come_first(tmp_path: Path) -> None:
+    for attempt in (1, 2):
+        log = RolloutLog(tmp_path, attempt=attempt)
+        for number in range(3):
+            log.append(make_group("01", draw_id=f"d{attempt}-{number}"), DrawOutcome.TRAINED)
+            log.flush()
+    found = newest_groups(tmp_path, 4)
+    assert [rows[0]["draw_id"] for rows in found] == ["d2-2", "d2-1", "d2-0", "d1-2"]
+    assert [row["text"] for row in found[0]] == ["0", "1"]
+    assert len(newest_groups(tmp_path, 99)) == 6
+    assert newest_groups(tmp_path / "none", 1) == []
