@@ -184,9 +184,10 @@ def test_what_trl_logged_becomes_steps(fresh: RunDir) -> None:
     ]
     # A run that logged them as they came does not count them twice.
     with fresh.metrics_path.open("a") as file:
-        file.write(json.dumps({"stage": "dpo", "step": 10, "loss": 0.25}) + "\n")
+        for logged in ({"loss": 0.25}, {"train_loss": 0.125}):
+            file.write(json.dumps({"stage": "dpo", "step": 10, **logged}) + "\n")
     steps = load_run(fresh.path).steps.filter(pl.col("stage") == "dpo")
-    assert column(steps, "step", "trainer/loss") == [(10, 0.25)]
+    assert column(steps, "step", "trainer/loss", "trainer/train_loss") == [(10, 0.25, 0.125)]
 
 
 class TestUnderWay:

@@ -103,7 +103,7 @@ def test_a_line_never_wraps_on_a_terminal(
     bar = Progress("rl", 1)
     clock.now += 1
     bar.advance("x" * 100)
-    assert capsys.readouterr().err == "\r\x1b[Krl 1/1 · " + "x" * 9 + "\n"
+    assert capsys.readouterr().err == "\r\x1b[Krl 1/1 · " + "x" * 10 + "\n"
 
 
 def test_nothing_is_said_twice_within_the_interval(

@@ -99,7 +99,7 @@ def what_was_pruned(run: Run) -> Finding | None:
     figures: dict[str, float | int | str | None] = {}
     for (stage, rule), group in decided.group_by(["stage", "rule"], maintain_order=True):
         dropped = group.filter(pl.col("action") == str(Action.DROP))
-        count, of = dropped["prompts"].sum(), group["prompts"].sum()
+        count, of = int(dropped["prompts"].sum()), int(group["prompts"].sum())
         figures[f"{stage}/{rule}/dropped"], figures[f"{stage}/{rule}/judged"] = count, of
         sentence = f"{stage}: {count:,} of {of:,} prompts dropped by {str(rule).replace('_', ' ')}"
         if count:
@@ -167,7 +167,7 @@ def stale(run: Run) -> Finding | None:
     if not ages.is_empty():
         oldest = ages["age"].max()
         clipped = ages.filter(pl.col("age") == oldest)["value"].mean()
-        assert isinstance(clipped, float)
+        assert isinstance(clipped, float) and isinstance(oldest, int)
         text += f"; {clipped:.2%} of the tokens of age {oldest} clipped"
         figures["clipped_fraction_oldest"] = clipped
         costs |= clipped > MUCH_CLIPPED

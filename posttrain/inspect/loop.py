@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import polars as pl
 
 from posttrain.inspect.ledger_frames import policy_step_of_version
@@ -108,8 +109,7 @@ def over_time(steps: pl.DataFrame, name: str) -> float | None:
     known = steps.filter(pl.col(name).is_not_null() & pl.col("step_s").is_not_null())
     if known.is_empty():
         return None
-    weighted: float = (known[name] * known["step_s"]).sum() / known["step_s"].sum()
-    return weighted
+    return float(np.average(known[name].to_numpy(), weights=known["step_s"].to_numpy()))
 
 
 def distillation(steps: pl.DataFrame) -> pl.DataFrame:

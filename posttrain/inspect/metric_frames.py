@@ -22,13 +22,15 @@ def surviving(records: Iterable[Record]) -> list[Record]:
     its own steps beyond N is off the lineage, whether it has been reached again yet or not.
     """
     kept: list[Record] = []
-    reached: dict[str, int] = {}
+    reached: dict[str, tuple[int, Any]] = {}
     for record in records:
-        stage, step = record.get("stage"), record.get("step")
+        stage, step, attempt = record.get("stage"), record.get("step"), record.get("attempt")
         if isinstance(stage, str) and step is not None and "event" not in record:
-            if step <= reached.get(stage, 0):
+            last_step, last_attempt = reached.get(stage, (0, attempt))
+            # A trainer may log twice at one step; an attempt never records a step twice.
+            if step < last_step or (step == last_step and attempt != last_attempt):
                 kept = [r for r in kept if r.get("stage") != stage or r.get("step", 0) < step]
-            reached[stage] = step
+            reached[stage] = step, attempt
         kept.append(record)
     return kept
 
@@ -41,6 +43,10 @@ def steps_frame(records: Iterable[Record], stages: Mapping[str, StageRecord]) ->
     for stage in set(TRAINED_BY_TRL) - recorded:
         history = stages[stage].metrics.get("history", ()) if stage in stages else ()
         rows += [_row({"stage": stage, **log}) for log in history if log.get("step") is not None]
+    by_step: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in rows:
+        by_step.setdefault((row["stage"], row["step"]), {}).update(row)
+    rows = list(by_step.values())
     if not rows:
         return STEPS.empty()
     further = {name: pl.Float64 for row in rows for name in row if name not in STEPS.columns}

@@ -93,7 +93,8 @@ def load_run(path: str | Path, *, on_error: OnError = "raise") -> Run:
     run_dir = RunDir(path)
     problems = Problems(on_error)
     config: dict[str, Any] = problems.reading(run_dir.config_path, run_dir.config, {})
-    stages = problems.reading(run_dir.manifest_path, lambda: _manifest(run_dir), {})
+    none: dict[str, StageRecord] = {}
+    stages = problems.reading(run_dir.manifest_path, lambda: _manifest(run_dir), none)
     records = surviving(_metrics(run_dir.metrics_path, problems))
     draws, verdicts = problems.reading(
         run_dir.ledger_path,
@@ -142,12 +143,16 @@ def stacked(runs: Sequence[Run], frame: str) -> pl.DataFrame:
     >>> stacked([], "draws").columns[:2]
     ['run', 'draw_id']
     """
-    named = [
-        getattr(run, frame).lazy().collect().select(pl.lit(name).alias("run"), pl.all())
-        for name, run in zip(distinct_names(runs), runs, strict=True)
-    ]
-    empty = FRAMES[frame].empty().select(pl.lit("").alias("run"), pl.all())
-    return pl.concat([empty, *named], how="diagonal")
+    found: list[pl.DataFrame] = [getattr(run, frame).lazy().collect() for run in runs]
+    frames = [FRAMES[frame].empty(), *found]
+    names = ["", *distinct_names(runs)]
+    return pl.concat(
+        [
+            part.select(pl.lit(name).alias("run"), pl.all())
+            for name, part in zip(names, frames, strict=True)
+        ],
+        how="diagonal",
+    )
 
 
 def distinct_names(runs: Sequence[Run]) -> list[str]:

@@ -64,8 +64,8 @@ def trainable_share(run: Run) -> Any:
         )
         .properties(width=WIDTH, height=HEIGHT)
     )
-    all_groups = ends["groups"].sum()
-    trainable = ends.filter(pl.col("end") == "trainable")["groups"].sum()
+    all_groups = int(ends["groups"].sum())
+    trainable = int(ends.filter(pl.col("end") == "trainable")["groups"].sum())
     return finish(
         bars,
         title,
