@@ -87,7 +87,8 @@ def deal(batch: TrainingBatch, num_ranks: int) -> tuple[TrainingBatch, ...]:
 
 def _rows(batch: MicroBatch, rows: slice) -> MicroBatch:
     arrays: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(MicroBatch)}
-    return MicroBatch(**{name: a if a is None else a[rows] for name, a in arrays.items()})
+    parts: dict[str, Any] = {n: a if a is None else a[rows] for n, a in arrays.items()}
+    return MicroBatch(**parts)
 
 
 def _first_fit_decreasing(samples: Sequence[TrainingSample], row_tokens: int) -> list[Row]:

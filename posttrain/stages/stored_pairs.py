@@ -55,8 +55,10 @@ async def stored_pairs(
     )
     least = float(np.quantile(usual, settings.unlikely))
     found = [
-        await _likelihoods(generators, [_tokens(context, pair, text(pair)) for pair in pairs])
-        for text in (lambda pair: pair.chosen, lambda pair: pair.rejected)
+        await _likelihoods(
+            generators, [_tokens(context, p, t) for p, t in zip(pairs, texts, strict=True)]
+        )
+        for texts in ([p.chosen for p in pairs], [p.rejected for p in pairs])
     ]
     likely = [p for p, *both in zip(pairs, *found, strict=True) if min(both) >= least]
     say(
