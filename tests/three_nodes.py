@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -27,7 +28,10 @@ def holder(nodes: list[Any]) -> Any:
 
 def main() -> None:
     run_dir, *overrides = sys.argv[1:]
-    cluster = Cluster(initialize_head=True, connect=True, head_node_args={"num_cpus": 1})
+    # In a directory of its own, so that no other Ray on this machine takes it for its cluster.
+    scratch = f"/tmp/rn-{os.getpid()}"
+    head = {"num_cpus": 1, "temp_dir": scratch}
+    cluster = Cluster(initialize_head=True, connect=True, head_node_args=head)
     others = [cluster.add_node(num_cpus=2) for _ in range(2)]
     cluster.wait_for_nodes()
     seen: dict[str, Any] = {"nodes": len(ray.nodes())}
@@ -47,6 +51,7 @@ def main() -> None:
         break
     seen["code"] = driver.wait()
     cluster.shutdown()
+    shutil.rmtree(scratch, ignore_errors=True)
     print(json.dumps(seen), flush=True)
 
 
