@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from posttrain.errors import MismatchError, ModelError
-from posttrain.types import PolicyVersion
+from posttrain.types import PolicyVersion, Sampling
 from posttrain.workers.probe import compare_logprobs
 from posttrain.workers.weights import write_weights
 
@@ -266,6 +266,23 @@ async def test_a_request_that_is_given_up_frees_its_engine(stack):
     assert len(rollouts) == 16
     assert await stack.generators.tokens_written("given-up") is None
     assert [replica.outstanding for replica in stack.generators._replicas] == [0]
+
+
+@only_tied
+async def test_seeded_prompts_that_do_not_fit_one_step(stack):
+    """Lock-step sends all of a step's draws at once. vLLM would prefill the one that crosses its
+    token budget in two pieces, and wind back a seeded generator as only a GPU's can be."""
+    asked = [
+        dataclasses.replace(
+            request(f"seeded-{i}", "the", num_rollouts=8, max_tokens=4),
+            prompt_token_ids=tuple(3 + (i + j) % 100 for j in range(99)),
+            sampling=Sampling(max_tokens=4, seed=i),
+        )
+        for i in range(8)
+    ]
+    answered = await asyncio.gather(*map(stack.generators.generate, asked))
+    assert [len(rollouts) for rollouts in answered] == [8] * 8
+    assert stack.generators._replaced == 0
 
 
 class Damager(Forger):

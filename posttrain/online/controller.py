@@ -243,9 +243,8 @@ class Controller:
             if working.done():
                 return working.result()
             # What is cut off is biased towards long answers: only its length shows how much.
-            if rollouts:
-                longest = max(len(rollout.completion_token_ids) for rollout in rollouts)
-            else:
+            longest = max((len(r.completion_token_ids) for r in rollouts), default=None)
+            if longest is None:
                 longest = await self._generator.tokens_written(draw.draw_id)
             if longest is not None:
                 self._interval.stale_lengths.append(longest)

@@ -62,7 +62,12 @@ def _engine_args(model: str, settings: EngineSettings) -> Any:
     }
     if not torch.cuda.is_available():
         backend = "uni" if settings.tensor_parallel == 1 else "mp"
-        arguments |= {"enforce_eager": True, "distributed_executor_backend": backend}
+        arguments |= {
+            "enforce_eager": True,
+            "distributed_executor_backend": backend,
+            # A prompt in pieces winds a seeded generator back, which a CPU generator cannot do.
+            "enable_chunked_prefill": False,
+        }
     return AsyncEngineArgs(**(arguments | settings.extra))
 
 
@@ -95,6 +100,7 @@ class VllmEngine:
         except Exception as error:
             reason = (log.last_error() or str(error))[:SHOWN_REASON]
             raise ModelError(f"vLLM cannot load {model!r}: {reason}") from error
+        await llm.collective_rpc("die_with_parent")
         await llm.update_weight_version(str(version))
         return cls(llm, settings)
 
