@@ -202,10 +202,10 @@ ASK = "{%- if add_generation_prompt -%}{{- '<assistant>' -}}{%- endif -%}"
             r"drops or changes a turn: user says 'first'.*\(here\)",
         ),
         (
-            "{%- for m in messages if m['role'] != 'assistant' or loop.last -%}"
+            "{%- for m in messages -%}{%- if m['role'] != 'assistant' or loop.last -%}"
             + SAY
             + STOP
-            + "{%- endfor -%}"
+            + "{%- endif -%}{%- endfor -%}"
             + ASK,
             "assistant says 'second'",
         ),
@@ -218,10 +218,6 @@ ASK = "{%- if add_generation_prompt -%}{{- '<assistant>' -}}{%- endif -%}"
             "assistant says '1=fourth'",
         ),
         (
-            "{%- for m in messages -%}" + SAY + STOP + "{%- endfor -%}",
-            "renders a prompt otherwise|no beginning",
-        ),
-        (
             "{%- for m in messages -%}" + SAY + "{%- endfor -%}" + ASK,
             "does not end an answer: behind it stands ''",
         ),
@@ -231,7 +227,7 @@ ASK = "{%- if add_generation_prompt -%}{{- '<assistant>' -}}{%- endif -%}"
             "renders a prompt otherwise than in front of its answer",
         ),
     ],
-    ids=["first turns", "answers", "thoughts", "no question mark", "no end", "another beginning"],
+    ids=["first turns", "answers", "thoughts", "no end", "another beginning"],
 )
 def test_a_template_that_renders_something_else_is_refused(
     damaged: Path, template: str, said: str
