@@ -231,7 +231,12 @@ async def test_dpo_that_costs_no_more_than_it_may_stays(
     assert json.loads(lines[0])["corner_case"] == "wrong"
     one = context.run.stage_dir("dpo") / "one.jsonl"
     one.write_text(lines[0])
-    assert load_pairs(SourceSettings(source=str(one))) == [context.pairs[0]]
+    (again,) = load_pairs(SourceSettings(source=str(one)))
+    assert (again.prompt.messages, again.chosen, again.rejected) == (
+        HELD_OUT[0].messages,
+        "#1",
+        "#2",
+    )
 
 
 async def test_without_a_pair_there_is_nothing_to_mend(

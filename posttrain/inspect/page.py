@@ -111,7 +111,8 @@ def _script(specs: dict[str, Any]) -> str:
     import altair
 
     major, minor, *_ = altair.SCHEMA_VERSION.removeprefix("v").split(".")
-    bundle: str = vl_convert.javascript_bundle(None, vl_version=f"{major}.{minor}")
+    # Its stub wants a snippet; left out, the bundle sets window.vegaEmbed.
+    bundle: str = vl_convert.javascript_bundle(vl_version=f"{major}.{minor}")  # type: ignore[call-arg]
     # Inside a script element only `</` could end it early.
     data = json.dumps(specs).replace("</", "<\\/")
     return (
