@@ -50,7 +50,7 @@ def test_overrides_are_yaml_and_reach_any_depth(minimal: Path) -> None:
             "rl.learner.learning_rate=3e-5",
             "stages=[rl, dpo]",
             "tasks.train=[{source: starter, size: 64, seed: 2}]",
-            "sft.trainer.report_to=[]",
+            "sft.trainer.report=[]",
             "dpo.mining.pairs_per_prompt=1",
             "run.dir=a=b",
         ],
@@ -58,7 +58,7 @@ def test_overrides_are_yaml_and_reach_any_depth(minimal: Path) -> None:
     assert settings.rl.learner.learning_rate == 3e-5
     assert settings.stages == ["rl", "dpo"]
     assert (settings.tasks.train[0].source, settings.tasks.train[0].size) == ("starter", 64)
-    assert settings.sft.trainer == {"report_to": []}
+    assert settings.sft.trainer == {"report": []}
     assert settings.dpo.mining.pairs_per_prompt == 1
     assert settings.run.dir == "a=b"
 

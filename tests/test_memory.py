@@ -133,7 +133,7 @@ def test_roles_on_gpus_are_measured_against_their_share() -> None:
     assert rl.parts["framework"] == 1.5
     # SFT of the quickstart: 32 rows of 192 tokens, all logits at once
     assert sft.parts["logits"] == 3 * 4 * 32 * 192 * 2**17 / GIB
-    assert sft.fits
+    assert (sft.needed, sft.fits) == (81.5, False)
     tight = role_memory(
         settings("resources.rollout.actor.gpus=1", "resources.learner.gpus=0.25"), ROUND, 80
     )

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from posttrain.audit import audit
@@ -25,13 +26,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-NUM_STEPS, GROUPS_PER_STEP = 6, 4
+GROUPS_PER_STEP = 4
 SMALL = (
     "stages=[rl]",
     "tasks.train=[{source: starter, size: 64}]",
     "tasks.held_out=[{source: starter, size: 8}]",
     "eval.num_samples=8",
-    f"rl.num_steps={NUM_STEPS}",
     f"rl.groups_per_step={GROUPS_PER_STEP}",
 )
 DEADLINE_S = 600
@@ -50,13 +50,13 @@ def wait_for(what: Callable[[], bool], tell: Callable[[], str]) -> None:
         time.sleep(0.2)
 
 
-def check_finished(run: RunDir, attempts: int) -> None:
+def check_finished(run: RunDir, *, steps: int, attempts: int) -> None:
     assert run.stages()["rl"].state == "done"
     assert (run.policy_dir / "model.safetensors").exists()
     report = audit(run.ledger_path)
     assert report.ok, report.describe()
     assert report.num_attempts == attempts
-    assert report.counts["trained"] == NUM_STEPS * GROUPS_PER_STEP
+    assert report.counts["trained"] == steps * GROUPS_PER_STEP
     assert (report.counts["in_flight"], report.num_provisional) == (0, 0)
 
 
@@ -80,9 +80,18 @@ class Head:
             "RAY_worker_niceness": "0",
         }
         self._environment.pop("RAY_ADDRESS", None)
-        self._ray(
-            *("start", "--head", f"--port={free_port()}", f"--dashboard-port={port}"),
-            *("--num-cpus=2", f"--temp-dir={scratch}", "--include-dashboard=true"),
+        # It stays, and ends what it started when it is ended. `ray stop` would end every Ray on
+        # this machine.
+        self._node = psutil.Popen(
+            [
+                *(str(BIN / "ray"), "start", "--head", "--block", f"--port={free_port()}"),
+                *(f"--dashboard-port={port}", f"--dashboard-agent-listen-port={free_port()}"),
+                *(f"--ray-client-server-port={free_port()}", "--num-cpus=2"),
+                f"--temp-dir={scratch}",
+            ],
+            env=self._environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
 
     def job(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -91,10 +100,12 @@ class Head:
 
     def submit(self, name: str, *arguments: str, check: bool = True) -> str:
         """What was said. The agent that takes jobs is up some seconds after `ray start`."""
+        began = time.monotonic()
         while True:
             done = self.job("submit", f"--submission-id={name}", *arguments, check=False)
             told = done.stdout + done.stderr
-            if "No available agent to submit job" not in told:
+            early = "No available agent" in told or "Failed to connect" in told
+            if not early or time.monotonic() - began > DEADLINE_S:
                 assert (done.returncode == 0) is check, told
                 return told
             time.sleep(2)
@@ -103,7 +114,12 @@ class Head:
         return self.job("status", name).stdout
 
     def stop(self) -> None:
-        self._ray("stop", "--force", check=False)
+        started = self._node.children(recursive=True)
+        self._node.terminate()
+        psutil.wait_procs([self._node, *started], timeout=30)
+        for process in started:
+            if process.is_running():
+                process.kill()
 
     def _ray(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
@@ -141,26 +157,28 @@ def test_a_job_is_submitted_watched_stopped_submitted_again_and_done(
     refused = head.submit("relative", *entry, check=False)
     assert "run.dir: runs/quickstart is relative" in refused
 
-    submit = (*entry, f"run.dir={run.path}")
+    submit = (*entry, f"run.dir={run.path}", "rl.num_steps=60")
     head.submit("first", "--no-wait", *submit)
     wait_for(lambda: 2 in steps_of(run), lambda: head.job("logs", "first").stdout)
     assert "RUNNING" in head.status("first")
-    assert "rl" in head.job("logs", "first").stdout
     head.job("stop", "first")
-    wait_for(lambda: "STOPPED" in head.status("first"), lambda: head.status("first"))
+    wait_for(lambda: "RUNNING" not in head.status("first"), lambda: head.status("first"))
+    assert "was stopped" in head.status("first"), head.job("logs", "first").stdout
+    assert "stops after the step under way, with a checkpoint" in head.job("logs", "first").stdout
 
     stopped_at = max(steps_of(run))
     checkpoint = RLCheckpoints(run.stage_dir("rl"), keep=2).latest()
     assert checkpoint is not None, head.job("logs", "first").stdout
-    assert read_state(checkpoint).step == stopped_at  # rl.checkpoint_every is 20
+    assert read_state(checkpoint).step == stopped_at
+    assert stopped_at % 20  # rl.checkpoint_every is 20: it was made for the signal
     assert run.stages()["rl"].state == "running"
     assert audit(run.ledger_path).ok
 
     head.submit("second", *submit)
-    assert "SUCCEEDED" in head.status("second")
+    assert "succeeded" in head.status("second")
     assert f"goes on from step {stopped_at}" in head.job("logs", "second").stdout
-    assert sorted(steps_of(run)) == list(range(1, NUM_STEPS + 1))  # none of them twice
-    check_finished(run, attempts=2)
+    assert sorted(steps_of(run)) == list(range(1, 61))  # none of them twice
+    check_finished(run, steps=60, attempts=2)
 
 
 def test_a_node_with_an_engine_is_lost_and_the_run_ends_well(tmp_path: Path) -> None:
@@ -169,19 +187,22 @@ def test_a_node_with_an_engine_is_lost_and_the_run_ends_well(tmp_path: Path) -> 
     log = tmp_path / "log"
     with log.open("w") as output:
         done = subprocess.run(
-            [sys.executable, Path(__file__).with_name("three_nodes.py"), run.path, *SMALL],
+            [
+                *(sys.executable, Path(__file__).with_name("three_nodes.py"), run.path),
+                *(*SMALL, "rl.num_steps=8"),
+            ],
             cwd=ROOT,
             stdout=output,
             stderr=subprocess.STDOUT,
             timeout=DEADLINE_S,
         )
-    told = log.read_text()[-8000:]
-    assert done.returncode == 0, told
+    told = log.read_text()
+    assert done.returncode == 0, told[-8000:]
     seen = json.loads(told.splitlines()[-1])
     assert seen["nodes"] == 3
-    assert seen["code"] == 0, told
+    assert seen["code"] == 0, told[-8000:]
     assert "generator 0 died; another engine takes its place" in told
-    check_finished(run, attempts=1)
+    check_finished(run, steps=8, attempts=1)
     records = {r["step"]: r for r in read_metrics(run.metrics_path) if "publish/pause_s" in r}
     assert max(records[step]["publish/replaced_engines"] for step in records) == 1
 

@@ -7,6 +7,7 @@ called otherwise are named in `columns`.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -143,9 +144,7 @@ def read_records(settings: SourceSettings) -> Iterator[tuple[int, Mapping[str, A
         if table
         else _read_lines(settings.source)
     )
-    for number, row in rows:
-        if settings.size is not None and number > settings.size:
-            return
+    for number, row in itertools.islice(rows, settings.size):
         renamed = dict(row)
         for ours, theirs in settings.columns.items():
             if theirs not in row:
