@@ -162,7 +162,7 @@ async def test_the_checkpoint_that_keeps_its_reach_stays(
     assert asked == [("step-10", 0), ("step-20", 0), ("step-30", 0)]
     assert left(context, "sft") == "step 20"
     assert metrics["kept_step"] == 20
-    assert metrics["checkpoints"]["entered"] == {"accuracy": 0.5, "reach": 1.0}
+    assert metrics["checkpoints"]["entered"] == pytest.approx({"accuracy": 0.5, "reach": 1.0})
     assert metrics["checkpoints"]["30"] == {"accuracy": 0, "reach": 0, "over_constrained": True}
     assert not (context.run.stage_dir("sft") / "checkpoints").exists()
     said = capsys.readouterr().err
