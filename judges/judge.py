@@ -30,9 +30,8 @@ class JudgeSettings(BaseModel):
     """How a critic is sampled: `round_size` answers at a time until the label is decided or
     `max_samples` are scored. Not `adaptive`: exactly `max_samples`, what pass@k needs.
 
-    `concurrency` counts requests at the engine. A `seed` makes the answers repeatable; vLLM's CPU
-    engine (0.32) dies of seeded requests whose prompts it takes in pieces, so there is none unless
-    asked for.
+    `concurrency` counts requests at the engine. A `seed` makes the answers repeatable; it costs an
+    engine throughput, so there is none unless asked for.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

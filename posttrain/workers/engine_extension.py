@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+
+PR_SET_PDEATHSIG = 1
 
 
 class PublishedWeightsLoader:
@@ -15,6 +20,13 @@ class PublishedWeightsLoader:
     model_runner: Any
     device: Any
     reload_weights: Any
+
+    def die_with_parent(self) -> None:
+        """From now on the kernel ends this process when the one that started it ends, however it
+        does. Ray sees to that too, unless Ray itself is killed."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
 
     def load_published(self, file: str) -> None:
         """Loads one safetensors file into the model in place, in whatever layout the kernels want.

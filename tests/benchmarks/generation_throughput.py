@@ -5,7 +5,8 @@
 The starter policy answers its own tasks' prompts, eight completions each, with the same sampling
 parameters and log-probabilities on both sides, one thread each. Bare vLLM runs in a process of its
 own with the engine inside it, which is its fastest way on CPU. The two take turns round by round,
-so that whatever else the machine does falls on both; a first round of each is thrown away.
+so that whatever else the machine does falls on both; a first round of each is thrown away. Twice:
+as they are (about 10 tokens an answer), and under «Show steps.» (about 20, as RL comes to write).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 from posttrain.data.chat import ChatFormat
 from posttrain.inputs import STARTER_POLICY
+from posttrain.starter.instructions import STEPS
 from posttrain.starter.tasks import starter_prompts
 from posttrain.types import GenerationRequest, PolicyVersion, Sampling
 from posttrain.workers.cluster import connect, disconnect
@@ -31,8 +33,8 @@ NUM_PROMPTS, NUM_ROLLOUTS, MAX_TOKENS = 256, 8, 96
 ENGINE = EngineSettings(max_model_len=192)
 
 
-def bare(prompts: list[tuple[int, ...]], connection: Any) -> None:
-    """Answers each message with (tokens, seconds) of one round."""
+def bare(connection: Any) -> None:
+    """Answers each list of prompts with (tokens, seconds)."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -54,7 +56,7 @@ def bare(prompts: list[tuple[int, ...]], connection: Any) -> None:
         detokenize=False,
     )
     connection.send("ready")
-    while connection.recv() == "round":
+    while prompts := connection.recv():
         began = time.perf_counter()
         outputs = llm.generate(
             [{"prompt_token_ids": list(ids)} for ids in prompts], parameters, use_tqdm=False
@@ -85,7 +87,7 @@ async def pooled(
     return sum(len(r.completion_token_ids) for group in groups for r in group), seconds
 
 
-async def compare(prompts: list[tuple[int, ...]], rounds: int) -> None:
+async def compare(workloads: dict[str, list[tuple[int, ...]]], rounds: int) -> None:
     pool = await GeneratorPool.start(
         str(STARTER_POLICY),
         PolicyVersion(0, 0),
@@ -96,41 +98,43 @@ async def compare(prompts: list[tuple[int, ...]], rounds: int) -> None:
     )
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=bare, args=(prompts, theirs), daemon=True)
+    process = context.Process(target=bare, args=(theirs,), daemon=True)
     process.start()
     assert ours.recv() == "ready"
-    speeds: dict[str, list[float]] = {"pool": [], "bare": []}
-    for index in range(rounds + 1):
-        tokens, seconds = await pooled(pool, prompts, str(index))
-        ours.send("round")
-        bare_tokens, bare_seconds = ours.recv()
-        if index:
-            speeds["pool"].append(tokens / seconds)
-            speeds["bare"].append(bare_tokens / bare_seconds)
-            print(
-                f"round {index}: pool {speeds['pool'][-1]:8.0f} tokens/s   "
-                f"bare {speeds['bare'][-1]:8.0f} tokens/s   "
-                f"ratio {speeds['pool'][-1] / speeds['bare'][-1]:.3f}",
-                flush=True,
-            )
-    ours.send("stop")
+    for name, prompts in workloads.items():
+        speeds: dict[str, list[float]] = {"pool": [], "bare": []}
+        for index in range(rounds + 1):
+            tokens, seconds = await pooled(pool, prompts, f"{name}-{index}")
+            ours.send(prompts)
+            bare_tokens, bare_seconds = ours.recv()
+            if index:
+                speeds["pool"].append(tokens / seconds)
+                speeds["bare"].append(bare_tokens / bare_seconds)
+        ratios = [a / b for a, b in zip(speeds["pool"], speeds["bare"], strict=True)]
+        length = tokens / NUM_PROMPTS / NUM_ROLLOUTS
+        print(
+            f"{name}: {length:.0f} tokens an answer; median of {rounds}: "
+            f"pool {statistics.median(speeds['pool']):.0f}, "
+            f"bare {statistics.median(speeds['bare']):.0f} tokens/s, "
+            f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})",
+            flush=True,
+        )
+    ours.send(None)
     process.join()
     pool.stop()
-    ratios = [a / b for a, b in zip(speeds["pool"], speeds["bare"], strict=True)]
-    print(
-        f"median of {rounds}: pool {statistics.median(speeds['pool']):.0f}, "
-        f"bare {statistics.median(speeds['bare']):.0f} tokens/s, "
-        f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-    )
 
 
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 7
     os.environ.update(engine_environment(ENGINE))  # bare vLLM's process inherits it
     chat = ChatFormat(str(STARTER_POLICY))
-    prompts = [chat.encode(p, None) for p in starter_prompts("held_out", NUM_PROMPTS, seed=0)]
+    tasks = starter_prompts("held_out", NUM_PROMPTS, seed=0)
+    workloads = {
+        "plain": [chat.encode(prompt, None) for prompt in tasks],
+        "steps": [chat.encode(prompt, STEPS) for prompt in tasks],
+    }
     connect()
-    asyncio.run(compare(prompts, rounds))
+    asyncio.run(compare(workloads, rounds))
     disconnect()
 
 

@@ -30,6 +30,7 @@ GROUP_SIZE, GROUPS, MAX_TOKENS = 8, 16, 96
 TRAIN_PROMPTS, HELD_OUT_PROMPTS = 1600, 256
 CONFIG = "configs/quickstart.yaml"
 DATA = (
+    "stages=[rl]",
     f"tasks.train=[{{source: starter, size: {TRAIN_PROMPTS}}}]",
     f"tasks.held_out=[{{source: starter, size: {HELD_OUT_PROMPTS}}}]",
     "system_instructions=[]",
@@ -41,7 +42,7 @@ def run_ours(lr: float, seed: int, out: Path, steps: int, max_lag: int) -> None:
     """`posttrain run` with the stage rl alone; time is the sum of its steps."""
     command = [
         *(sys.executable, "-m", "posttrain.cli", "run", CONFIG, *DATA),
-        *("stages=[rl]", f"run.dir={out.absolute()}", f"run.seed={seed}", f"rl.num_steps={steps}"),
+        *(f"run.dir={out.absolute()}", f"run.seed={seed}", f"rl.num_steps={steps}"),
         *(
             f"rl.max_lag={max_lag}",
             f"rl.export_every={EVERY}",
