@@ -111,7 +111,8 @@ def _script(specs: dict[str, Any]) -> str:
     import altair
 
     major, minor, *_ = altair.SCHEMA_VERSION.removeprefix("v").split(".")
-    bundle: str = vl_convert.javascript_bundle(None, vl_version=f"{major}.{minor}")
+    snippet = "window.vegaEmbed = vegaEmbed;"
+    bundle: str = vl_convert.javascript_bundle(snippet, f"{major}.{minor}")
     # Inside a script element only `</` could end it early.
     data = json.dumps(specs).replace("</", "<\\/")
     return (
