@@ -149,11 +149,17 @@ def _problems(run: Run) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """Cells are HTML."""
-    top = f"<tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>" if head else ""
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    """Cells are HTML. Notebooks would set them to the right."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        return f"<tr>{''.join(f'<{tag} {_LEFT}>{cell}</{tag}>' for cell in cells)}</tr>"
+
+    top = line(head, "th") if head else ""
+    body = "".join(line(row, "td") for row in rows)
     return f'<table class="{kind}">{top}{body}</table>'
 
+
+_LEFT = 'style="text-align: left"'
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
