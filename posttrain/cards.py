@@ -185,13 +185,18 @@ def _interval(estimate: Mapping[str, float] | None) -> str:
 def _data(config: Mapping[str, Any]) -> Iterator[str]:
     tasks = config["settings"]["tasks"]
     for name in ("train", "held_out"):
-        sources = "; ".join(json.dumps(source) for source in tasks[name])
+        sources = "; ".join(map(_source, tasks[name]))
         yield f"- {name.replace('_', '-')} tasks: `{sources}`"
     sft = config["settings"].get("sft", {}).get("data")
     if sft is not None:
-        yield f"- SFT rows: `{json.dumps(sft)}`"
+        yield f"- SFT rows: `{_source(sft)}`"
     prints = ", ".join(f"{name} `{value}`" for name, value in config["inputs"].items())
     yield f"- fingerprints: {prints}"
+
+
+def _source(source: Mapping[str, Any]) -> str:
+    """What was said of it, without what was left open."""
+    return json.dumps({name: value for name, value in source.items() if value not in (None, {})})
 
 
 def _mean_margin(pairs: Sequence[PreferencePair], case: str) -> str:

@@ -83,6 +83,10 @@ class RunDir:
         self.report_path = path / "report.html"
         self._lease: Lease | None = None
 
+    def name_of(self, path: Path) -> str:
+        """As others may read it: below the run without where the run lies."""
+        return str(path.relative_to(self.path) if path.is_relative_to(self.path) else path)
+
     def stage_dir(self, name: str) -> Path:
         """Where a stage keeps its checkpoints."""
         return self.path / name

@@ -64,6 +64,11 @@ def test_cards_stand_beside_the_policy_and_are_not_hashed(run: RunDir) -> None:
     assert "dpo" not in header(card)["tags"]  # begun, but after this policy
 
 
+def test_a_policy_of_the_run_is_named_without_where_the_run_lies(run: RunDir) -> None:
+    assert run.name_of(run.path / "rl" / "policy") == "rl/policy"
+    assert run.name_of(Path("/models/mine")) == "/models/mine"
+
+
 def test_pairs_are_counted_by_what_they_mend(tmp_path: Path) -> None:
     pairs = [pair("a1", "wrong", 1.0), pair("a2", "wrong", 0.5), pair("s1", "overlong", 0.25)]
     card = pairs_card(pairs, "rl/policy")

@@ -60,8 +60,8 @@ VERDICTS = Frame(
     columns={
         "seq": (pl.Int64, "number among all events of the run"),
         "at": (TIME, "when it was recorded"),
-        "prompt_id": (pl.String, ""),
-        "domain": (pl.String, ""),
+        "prompt_id": (pl.String, "see `prompts`"),
+        "domain": (pl.String, "of the prompt"),
         "judge": (pl.String, "kind of judge"),
         "critic": (pl.String, "fingerprint of the judging checkpoint, or stage:attempt.step"),
         "step": (pl.Int64, "policy step that judged; null for a checkpoint before RL"),
@@ -69,7 +69,7 @@ VERDICTS = Frame(
         "num_correct": (pl.Int64, "of those, right ones"),
         "pass_rate": (pl.Float64, "num_correct / num_samples"),
         "alpha": (pl.Float64, "posterior of the pass rate: Beta(alpha, beta)"),
-        "beta": (pl.Float64, ""),
+        "beta": (pl.Float64, "likewise"),
         "label": (pl.String, "easy, medium, hard or unsolved"),
         "decided_by": (pl.String, "why sampling stopped"),
         **{str(o): (pl.Int64, f"answers with outcome {o}") for o in Outcome},
@@ -83,14 +83,14 @@ VERDICTS = Frame(
 DRAWS = Frame(
     row="a draw on the surviving lineage: a prompt, answered a group of times; in order of opening",
     columns={
-        "draw_id": (pl.String, ""),
-        "prompt_id": (pl.String, ""),
-        "domain": (pl.String, ""),
+        "draw_id": (pl.String, "d, the attempt that drew it first, and its number"),
+        "prompt_id": (pl.String, "see `prompts`"),
+        "domain": (pl.String, "of the prompt"),
         "system": (pl.String, "name of the system instruction it was drawn with; null for none"),
-        "stage": (pl.String, ""),
+        "stage": (pl.String, "that drew or judged"),
         "attempt": (pl.Int64, "start of the run that opened it last"),
         "drawn_at_step": (pl.Int64, "policy step that the engines served then"),
-        "drawn_at": (TIME, ""),
+        "drawn_at": (TIME, "when it was opened"),
         "outcome": (
             pl.String,
             "trained, zero_advantage, stale, errored, cancelled, unused or in_flight",
@@ -99,7 +99,7 @@ DRAWS = Frame(
         "step": (pl.Int64, "step whose record it counts in; null in flight"),
         "num_scored": (pl.Int64, "scored answers"),
         "num_correct": (pl.Int64, "of those, right ones"),
-        "ended_at": (TIME, ""),
+        "ended_at": (TIME, "when it ended; a trained one with its step"),
     },
 )
 
@@ -117,8 +117,8 @@ STEPS = Frame(
         "lag_mean": (pl.Float64, "optimizer steps between a group's oldest token and its training"),
         "lag_max": (pl.Float64, "likewise, the worst group"),
         "trained_tokens": (pl.Float64, "completion tokens of the step"),
-        "trained_tokens_per_s": (pl.Float64, ""),
-        "generated_tokens_per_s": (pl.Float64, ""),
+        "trained_tokens_per_s": (pl.Float64, "completion tokens"),
+        "generated_tokens_per_s": (pl.Float64, "completion tokens, rejected groups included"),
         "learner_busy_share": (pl.Float64, "share of step_s inside the learner"),
         "learner_idle_share": (pl.Float64, "share of step_s waiting for groups"),
         "rollout_idle_share": (pl.Float64, "share of step_s with nothing generated or scored"),
@@ -137,7 +137,7 @@ STEPS = Frame(
 RESCREENS = Frame(
     row="a re-screening: prompts that were judged again during RL",
     columns={
-        "stage": (pl.String, ""),
+        "stage": (pl.String, "that drew or judged"),
         "step": (pl.Int64, "policy step after which"),
         "prompts": (pl.Int64, "judged"),
         "samples": (pl.Int64, "answers used"),
@@ -151,8 +151,8 @@ EVALS = Frame(
     row="a held-out prompt as a stage's policy answered it, without system instruction",
     columns={
         "stage": (pl.String, "the policy after it; start: the one that came in"),
-        "prompt_id": (pl.String, ""),
-        "domain": (pl.String, ""),
+        "prompt_id": (pl.String, "see `prompts`"),
+        "domain": (pl.String, "of the prompt"),
         "num_samples": (pl.Int64, "scored answers"),
         "num_correct": (pl.Int64, "of those, right ones"),
         "pass_rate": (pl.Float64, "num_correct / num_samples"),
@@ -173,20 +173,20 @@ ACCURACY = Frame(
         "metric": (pl.String, "pass@1, pass@8, greedy, tokens, ignored/SYSTEM, …"),
         "mean": (pl.Float64, "over prompts"),
         "low": (pl.Float64, "95% bootstrap interval over prompts"),
-        "high": (pl.Float64, ""),
+        "high": (pl.Float64, "likewise"),
     },
 )
 
 PAIRS = Frame(
     row="a preference pair that DPO was trained on",
     columns={
-        "prompt_id": (pl.String, ""),
-        "domain": (pl.String, ""),
+        "prompt_id": (pl.String, "see `prompts`"),
+        "domain": (pl.String, "of the prompt"),
         "system": (pl.String, "name of the system instruction; null for none"),
         "corner_case": (pl.String, "what it mends: wrong, malformed, overlong, instruction"),
         "margin": (pl.Float64, "difference of the rewards; null if they were not scored"),
-        "chosen": (pl.String, ""),
-        "rejected": (pl.String, ""),
+        "chosen": (pl.String, "text"),
+        "rejected": (pl.String, "text"),
     },
 )
 
@@ -204,12 +204,12 @@ STAGES = Frame(
 ANSWERS = Frame(
     row="an answer of a group as it was trained or rejected (lazy: `collect()` what you need)",
     columns={
-        "draw_id": (pl.String, ""),
-        "prompt_id": (pl.String, ""),
-        "domain": (pl.String, ""),
-        "system": (pl.String, ""),
+        "draw_id": (pl.String, "d, the attempt that drew it first, and its number"),
+        "prompt_id": (pl.String, "see `prompts`"),
+        "domain": (pl.String, "of the prompt"),
+        "system": (pl.String, "name of the system instruction; null for none"),
         "outcome": (pl.String, "of its draw"),
-        "text": (pl.String, ""),
+        "text": (pl.String, "as it was written"),
         "num_tokens": (pl.Int64, "end of turn included"),
         "finish_reason": (pl.String, "stop or length"),
         "reward": (pl.Float64, "what trained; null if unscored"),

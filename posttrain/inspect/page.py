@@ -111,8 +111,8 @@ def _script(specs: dict[str, Any]) -> str:
     import altair
 
     major, minor, *_ = altair.SCHEMA_VERSION.removeprefix("v").split(".")
-    # Its stub wants a snippet; left out, the bundle sets window.vegaEmbed.
-    bundle: str = vl_convert.javascript_bundle(vl_version=f"{major}.{minor}")  # type: ignore[call-arg]
+    snippet = "window.vegaEmbed = vegaEmbed;"
+    bundle: str = vl_convert.javascript_bundle(snippet, f"{major}.{minor}")
     # Inside a script element only `</` could end it early.
     data = json.dumps(specs).replace("</", "<\\/")
     return (
@@ -149,11 +149,17 @@ def _problems(run: Run) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """Cells are HTML."""
-    top = f"<tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>" if head else ""
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    """Cells are HTML. Notebooks would set them to the right."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        return f"<tr>{''.join(f'<{tag} {_LEFT}>{cell}</{tag}>' for cell in cells)}</tr>"
+
+    top = line(head, "th") if head else ""
+    body = "".join(line(row, "td") for row in rows)
     return f'<table class="{kind}">{top}{body}</table>'
 
+
+_LEFT = 'style="text-align: left"'
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">

@@ -40,7 +40,7 @@ async def dpo(context: StageContext, model: Path) -> dict[str, Any]:
     say(f"dpo: {len(pairs)} pairs {by_case}")
     write_pairs(context.run.pairs_path, pairs)
     card = context.run.pairs_path.with_name(CARD_NAME)
-    write_atomically(card, pairs_card(pairs, str(model)))
+    write_atomically(card, pairs_card(pairs, context.run.name_of(model)))
     mix = context.instruction_mix(0)
     records = [dpo_record(pair, mix.resolve(pair.system)) for pair in pairs]
     length = context.chat.length

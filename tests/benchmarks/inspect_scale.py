@@ -3,14 +3,14 @@
     python tests/benchmarks/inspect_scale.py [DRAWS …]
 
 Each size runs in a process of its own, on a ledger of as many draws over a tenth as many prompts,
-each judged once, and the answers of all of them, eight a draw. Memory is the process's peak, and
-what it was after the imports.
+each judged once, and the answers of all of them, eight a draw. Seconds are by the clock and, which
+tells more on a busy machine, of the processor; memory is the process's peak, and what it was after
+the imports.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import sqlite3
 import subprocess
 import sys
@@ -138,9 +138,10 @@ def measure(path: Path) -> None:
     found: dict[str, float] = {}
 
     def timed(name: str, work: Callable[[], Any]) -> Any:
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.process_time()
         result = work()
         found[f"{name}_s"] = time.perf_counter() - began
+        found[f"{name}_cpu_s"] = time.process_time() - began_cpu
         found[f"{name}_peak_mb"] = _peak()
         return result
 
@@ -153,8 +154,11 @@ def measure(path: Path) -> None:
 
 
 def _peak() -> float:
-    """MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """MB since the process began; getrusage would count what its parent had when it forked."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    raise AssertionError("no VmHWM in /proc/self/status")
 
 
 def main(sizes: list[int]) -> None:
