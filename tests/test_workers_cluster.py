@@ -118,7 +118,7 @@ def test_an_unreadable_model_is_bad_input_and_names_its_path(cluster, tmp_path):
             lora=None,
             checkpoint=None,
             resources=LearnerResources(cpus=0.25),
-            deadline_s=60,
+            deadline_s=240,
         )
     assert caught.value.exit_code == 2
     assert str(tmp_path) in str(caught.value)
