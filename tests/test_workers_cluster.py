@@ -118,7 +118,7 @@ def test_an_unreadable_model_is_bad_input_and_names_its_path(cluster, tmp_path):
             lora=None,
             checkpoint=None,
             resources=LearnerResources(cpus=0.25),
-            deadline_s=60,
+            deadline_s=240,
         )
     assert caught.value.exit_code == 2
     assert str(tmp_path) in str(caught.value)
@@ -195,26 +195,19 @@ def test_ranks_are_placed_together_or_not_at_all(cluster):
             pass
 
     began = time.monotonic()
-    free = ray.available_resources()["CPU"]
-    everything = ray.cluster_resources()["CPU"]
-    half = ActorResources(cpus=everything / 2)
+    half = ActorResources(cpus=ray.cluster_resources()["CPU"] / 2)
     with pytest.raises(PlacementError) as caught:
         Reservation("three halves", half, count=3, deadline_s=1.0)
     assert time.monotonic() - began < 20
     assert f"three halves asked for {half.cpus:g} CPUs" in str(caught.value)
     assert "on 1 nodes" in str(caught.value)
-    # Nothing is held by what could not be placed as a whole.
-    reserved = Reservation("some", ActorResources(cpus=free / 2), count=2, deadline_s=60)
-    assert ray.available_resources().get("CPU", 0) < 0.01
-    handle = create_actor(
-        Here, resources=ActorResources(cpus=free / 2), environment={}, place=reserved.place(1)
-    )
+    # Nothing is waiting any more for what could not be placed as a whole.
+    reserved = Reservation("two", SMALL, count=2, deadline_s=60)
+    handle = create_actor(Here, resources=SMALL, environment={}, place=reserved.place(1))
     assert ray.get(handle.ready.remote(), timeout=60) is None
     reserved.release()
     with pytest.raises(RayActorError):
         ray.get(handle.ready.remote(), timeout=60)
-    while ray.available_resources().get("CPU", 0) < free - 0.01:
-        time.sleep(0.1)
 
 
 def test_more_than_the_whole_cluster_has_is_bad_input(cluster):

@@ -158,7 +158,7 @@ class GeneratorPool:
         whole = len(self._replicas) * (now - self._asked_at)
         share = 1 - (busy - self._busy_then) / whole
         self._asked_at, self._busy_then = now, busy
-        return share
+        return max(share, 0.0)  # the clock is read once more for each engine
 
     def stop(self) -> None:
         for task in self._restarting.values():
