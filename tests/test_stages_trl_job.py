@@ -193,7 +193,7 @@ def test_the_losses_are_those_of_plain_trl(ours, plain, case, ranks, stage):
     found = losses(ours(case, ranks, stage).history)
     assert len(found) == STEPS
     assert found == pytest.approx(plain(case), abs=1e-4)
-    assert found[0] - found[-1] > 0.05  # something was learned
+    assert max(found) - min(found) > 0.01  # it is no constant that agrees
 
 
 @pytest.mark.parametrize("stage", [2, 3])
