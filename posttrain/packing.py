@@ -86,9 +86,11 @@ def deal(batch: TrainingBatch, num_ranks: int) -> tuple[TrainingBatch, ...]:
 
 
 def _rows(batch: MicroBatch, rows: slice) -> MicroBatch:
-    arrays: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(MicroBatch)}
-    parts: dict[str, Any] = {n: a if a is None else a[rows] for n, a in arrays.items()}
-    return MicroBatch(**parts)
+    chosen: dict[str, Any] = {}
+    for name in (f.name for f in fields(MicroBatch)):
+        array = getattr(batch, name)
+        chosen[name] = None if array is None else array[rows]
+    return MicroBatch(**chosen)
 
 
 def _first_fit_decreasing(samples: Sequence[TrainingSample], row_tokens: int) -> list[Row]:

@@ -185,7 +185,8 @@ def test_a_second_trainer_loads_no_teacher(made, teacher_dir, tiny_policy):
     for who in ("targets", "critic"):
         assert second[who]["hit_rate"] == 1.0
         assert second[who]["seconds_saved"] > 0
-    assert 0 < second["targets"]["bytes_per_label"] < 60
+    # A random teacher spreads its draws over some forty of the hundred ids, two bytes each.
+    assert 80 > second["targets"]["bytes_per_label"] > 40
 
 
 def test_what_teach_stores_is_what_the_trainer_asks_for(made, tiny_policy):
