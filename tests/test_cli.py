@@ -449,6 +449,7 @@ class FakeResult(NamedTuple):
     policy: Path
     evaluations: dict[str, Any]
     seconds: dict[str, float]
+    metrics: dict[str, Any]
 
 
 def one_metric(mean: float) -> dict[str, Any]:
@@ -461,7 +462,7 @@ def test_run_prints_tables_or_one_object(desk: Desk, pipeline: ModuleType) -> No
         assert (settings.run.seed, fresh) == (7, True)
         assert [p.messages[0].content for p in inputs.train] == ["1+1=?", "2+0=?"]
         print("a line of log", file=sys.stderr)
-        return FakeResult(Path("/p"), {"rl": one_metric(0.5)}, {"rl": 61.0})
+        return FakeResult(Path("/p"), {"rl": one_metric(0.5)}, {"rl": 61.0}, {"rl": {}})
 
     pipeline.run = run  # type: ignore[attr-defined]
     done = desk.run("run.seed=7", "--fresh", "--json")

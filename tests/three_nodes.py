@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -20,21 +21,27 @@ from ray.cluster_utils import Cluster
 
 
 def holder(nodes: list[Any]) -> Any:
-    """The node whose devices are taken."""
+    """The node whose CPUs are all taken: that of the engine."""
     free = available_resources_per_node()
-    return next(node for node in nodes if free[node.node_id].get("CPU", 0) < 2)
+    (found,) = [node for node in nodes if free[node.node_id].get("CPU", 0) < 0.01]
+    return found
 
 
 def main() -> None:
     run_dir, *overrides = sys.argv[1:]
-    cluster = Cluster(initialize_head=True, connect=True, head_node_args={"num_cpus": 1})
+    # In a directory of its own, so that no other Ray on this machine takes it for its cluster.
+    scratch = f"/tmp/rn-{os.getpid()}"
+    # A GPU that is none, so that there is one place for the learner.
+    head = {"num_cpus": 1, "num_gpus": 1, "temp_dir": scratch}
+    cluster = Cluster(initialize_head=True, connect=True, head_node_args=head)
     others = [cluster.add_node(num_cpus=2) for _ in range(2)]
     cluster.wait_for_nodes()
     seen: dict[str, Any] = {"nodes": len(ray.nodes())}
     driver = subprocess.Popen(
         [
             *(sys.executable, "-m", "posttrain.cli", "run", "configs/quickstart.yaml"),
-            *(f"run.dir={run_dir}", "resources.rollout.actor.cpus=2", *overrides),
+            *(f"run.dir={run_dir}", "resources.rollout.actor.cpus=2", "resources.learner.cpus=0"),
+            *("resources.learner.gpus=1", *overrides),
         ],
         env={**os.environ, "RAY_ADDRESS": cluster.address},
     )
@@ -46,7 +53,9 @@ def main() -> None:
         cluster.remove_node(holder(others), allow_graceful=False)
         break
     seen["code"] = driver.wait()
+    ray.shutdown()
     cluster.shutdown()
+    shutil.rmtree(scratch, ignore_errors=True)
     print(json.dumps(seen), flush=True)
 
 

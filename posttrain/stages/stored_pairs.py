@@ -54,13 +54,10 @@ async def stored_pairs(
         generators, [(r.prompt_token_ids, r.completion_token_ids) for r in own]
     )
     least = float(np.quantile(usual, settings.unlikely))
-    found = [
-        await _likelihoods(
-            generators, [_tokens(context, p, t) for p, t in zip(pairs, texts, strict=True)]
-        )
-        for texts in ([p.chosen for p in pairs], [p.rejected for p in pairs])
-    ]
-    likely = [p for p, *both in zip(pairs, *found, strict=True) if min(both) >= least]
+    chosen = await _likelihoods(generators, [_tokens(context, p, p.chosen) for p in pairs])
+    rejected = await _likelihoods(generators, [_tokens(context, p, p.rejected) for p in pairs])
+    both = zip(pairs, chosen, rejected, strict=True)
+    likely = [pair for pair, *found in both if min(found) >= least]
     say(
         f"dpo: of {len(pairs)} pairs that RL left {len(likely)} are likely now (both answers at "
         f"least {least:.2f} nats a token)"

@@ -39,7 +39,13 @@ def connect(deadline_s: float = CONNECT_DEADLINE_S) -> None:
             # Ray's workers step back behind every other process (nice 15) unless told otherwise;
             # beside a busy browser a run on two cores would nearly stand still.
             os.environ.setdefault("RAY_worker_niceness", "0")
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            # By its own choice Ray would join whatever cluster was last started here.
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
 
 
 @contextlib.contextmanager

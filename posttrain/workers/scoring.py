@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 from posttrain.data.chat import ChatFormat
 from posttrain.data.prompts import make_prompt
 from posttrain.types import Message, PolicyVersion, Prompt, Reward, Rollout, SystemInstruction
 from posttrain.workers.cluster import answer, close_actor, start_actor
 from posttrain.workers.generator import GeneratorPool
 from posttrain.workers.settings import ActorResources, RolloutPoolSettings
+from posttrain.workers.transport import this_node
 from rewards.judge_access import engine_ask
 from rewards.pool import ScorerPool
 from rewards.shaping import RewardSettings
@@ -89,6 +92,8 @@ class RewardWorkers:
             deadline_s,
             resources=resources,
             environment={"OMP_NUM_THREADS": "1"},
+            # Beside the driver if there is room: so no other node's loss is that of the scorers.
+            place=NodeAffinitySchedulingStrategy(this_node(), soft=True),
             deadline_s=deadline_s,
         )
         return cls(actor)

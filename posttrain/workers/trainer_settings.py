@@ -14,7 +14,6 @@ OWNED = {
     "output_dir": "it lies in the run's directory",
     "deepspeed": "it is a table of its own, beside `trainer`",
     "use_cpu": "where there is no GPU the CPU is taken anyway",
-    "report_to": "see the section `log`",
 }
 """Of TRL's settings, those that a run decides."""
 

@@ -17,8 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 import ray
 from numpy.typing import NDArray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from posttrain.errors import EngineError
 from posttrain.types import PolicyVersion
 from posttrain.workers.fingerprint import Fingerprint
 from posttrain.workers.weights import WEIGHTS, read_fingerprint, remove_weights
@@ -95,7 +97,8 @@ class PublishedWeights:
     async def staged(
         cls, directory: Path, version: PolicyVersion, node_id: str
     ) -> PublishedWeights:
-        """What was just written to `directory` on the node `node_id`."""
+        """What was just written to `directory` on the node `node_id`. EngineError if that node is
+        gone."""
         if node_id == this_node():
             return cls(version, read_fingerprint(directory), directory=directory)
         there = NodeAffinitySchedulingStrategy(node_id, soft=False)
@@ -104,7 +107,13 @@ class PublishedWeights:
             .options(num_cpus=0, num_returns=2, scheduling_strategy=there)
             .remote(directory)
         )
-        return cls(version, await published, content=content)
+        try:
+            return cls(version, await published, content=content)
+        except RayError as error:
+            raise EngineError(
+                f"the weights {version} cannot be fetched from node {node_id}, where the learner "
+                f"wrote them: {error}"
+            ) from error
 
     @asynccontextmanager
     async def delivery(self, node_id: str) -> AsyncIterator[Delivery]:
