@@ -347,6 +347,7 @@ def test_dry_run_prints_the_plan(desk: Desk, tiny_policy: Path) -> None:
         "stages": ["screen", "rl"],
         "run": str(desk.run_dir),
         "policy": str(tiny_policy),
+        "teacher": "none",
         "train_prompts": 2,
         "held_out_prompts": 1,
         "sft_rows": 0,

@@ -134,7 +134,7 @@ def test_the_order_of_stages_is_part_of_what_they_rest_on() -> None:
 
 def test_a_section_that_is_new_counts_for_every_stage() -> None:
     plain: dict[str, Any] = resolved(load(QUICKSTART))
-    with_it = stage_tables(plain | {"teacher": {"model": "x"}}, DATA, MODELS)
+    with_it = stage_tables(plain | {"unheard_of": {"model": "x"}}, DATA, MODELS)
     without = stage_tables(plain, DATA, MODELS)
     assert {name for name in without if with_it[name] != without[name]} == {
         "screen",

@@ -104,7 +104,8 @@ def loss_and_gradients(model, batch, settings, reference=None):
     over = Denominators(batch.num_loss_tokens, batch.num_sequences, max_tokens=32)
     losses, sums = [], []
     for micro_batch in batch.micro_batches:
-        tensors = {k: torch.from_numpy(a) for k, a in dataclasses.asdict(micro_batch).items()}
+        arrays = dataclasses.asdict(micro_batch)
+        tensors = {k: torch.from_numpy(a) for k, a in arrays.items() if a is not None}
         ids = tensors["token_ids"], tensors["position_ids"]
         logprobs, entropy = score(model, *ids)
         share = policy_loss(

@@ -117,11 +117,13 @@ def bench(tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(pipeline, "_pools", lambda *_: Pools())
     monkeypatch.setattr(pipeline, "measure_policy", measure)
-    monkeypatch.setattr(pipeline, "summarise", lambda results, k: {"k": k})
+    monkeypatch.setattr(pipeline, "summarise", lambda results, k: SUMMARY | {"k": k})
     monkeypatch.setattr(Pools, "refusal", None)
     monkeypatch.setattr(Pools, "starts", 0)
     yield bench
 
+
+SUMMARY: dict[str, Any] = {"domains": {}, "all": {}}
 
 ALL = [
     *(("evaluate start", ""), ("screen", "")),
