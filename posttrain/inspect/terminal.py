@@ -46,8 +46,8 @@ def print_run(run: Run, console: Console) -> None:
     for finding in findings(run):
         table.add_row(f"[bold]{finding.question}[/bold]", escape(finding.answer))
     console.print(table)
-    console.print(_stages(run))
     for title, part in (
+        ("Stages", _stages(run)),
         ("Held-out pass@1 by domain", _accuracy(run)),
         ("Prompts by pass rate in screening", _histogram(run)),
         ("Where the prompts went", _fates(run)),
