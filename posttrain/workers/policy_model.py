@@ -97,6 +97,7 @@ def load_model(model_path: str, settings: LearnerSettings) -> Any:
     _refuse_parts_that_do_not_fit(model_path, model, report, vocabulary)
     if settings.zero_stage == 3 and settings.dtype == "bfloat16":
         recompute_buffers(model)
+    find_backbone(model)
     model.train()
     _switch_off_dropout(model)
     if settings.gradient_checkpointing:
@@ -139,6 +140,14 @@ def _divided_while_loading(settings: LearnerSettings) -> Iterator[None]:
     config = HfDeepSpeedConfig(common_config(settings))
     yield
     del config
+
+
+def find_backbone(model: Any) -> None:
+    """Lets `model.base_model` be what computes the hidden states. Transformers looks for that of
+    Llama 4's text models under a name that only its multimodal ones use, and gives the model itself.
+    """
+    if model.base_model is model:
+        model.base_model_prefix = "model"
 
 
 def recompute_buffers(model: Any) -> None:
