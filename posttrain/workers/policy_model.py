@@ -144,8 +144,7 @@ def _divided_while_loading(settings: LearnerSettings) -> Iterator[None]:
 
 def find_backbone(model: Any) -> None:
     """Lets `model.base_model` be what computes the hidden states. Transformers looks for that of
-    Llama 4's text models under a name that only its multimodal ones use, and gives the model itself.
-    """
+    Llama 4's text models under a name that only multimodal ones use, and gives the model itself."""
     if model.base_model is model:
         model.base_model_prefix = "model"
 
