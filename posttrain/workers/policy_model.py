@@ -153,10 +153,9 @@ def recompute_buffers(model: Any) -> None:
     """While a model is divided DeepSpeed makes bf16 of whatever is made. Transformers keeps what it
     computes itself in fp32, and needs it: rotary frequencies in bf16 are another model's."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     with init_empty_weights():
-        computed = AutoModelForCausalLM.from_config(model.config)
+        computed = type(model)(model.config)  # transformers' own way would divide it again
     for name, module in computed.named_modules():
         for leaf in module._non_persistent_buffers_set:
             setattr(model.get_submodule(name), leaf, getattr(module, leaf))
