@@ -132,6 +132,11 @@ def starter_tasks():
             "train": [{"source": "starter", "size": 64}],
             "held_out": [{"source": "starter", "size": 16}],
         },
+        "system_instructions": [
+            {"name": "brief", "text": "Answer only."},
+            {"name": "steps", "text": "Show steps."},
+            {"name": "brackets", "text": "Use brackets."},
+        ],
         "eval": {"max_tokens": 96},
     }
 

@@ -164,10 +164,13 @@ def _environment_variable(name: str, value: str) -> Iterator[None]:
 
 
 def _named(kind: str, error: Exception) -> StageError:
-    """What a rank raised under its own name, else what Ray Train says."""
+    """What a rank raised, under its own name; else what Ray Train says."""
     failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
-    for rank, failure in failures.items():
-        cause = getattr(failure, "_base_exc", failure)
+    causes = {rank: getattr(failure, "_base_exc", failure) for rank, failure in failures.items()}
+    for rank, cause in causes.items():
         if isinstance(cause, PosttrainError):
             return StageError(f"{kind}, rank {rank}: {cause}")
+    for rank, cause in causes.items():
+        # Where it was raised stands in Ray's logs.
+        return StageError(f"{kind}, rank {rank}: {type(cause).__name__}: {cause}")
     return StageError(f"{kind} training failed: {error}")

@@ -20,7 +20,7 @@ from posttrain.stages.trl_log import write_record
 from posttrain.stages.trl_settings import Kind, trainer_classes
 from posttrain.workers import policy_export
 from posttrain.workers.experts import fetch_experts_as_one
-from posttrain.workers.policy_model import adapter_config, recompute_buffers
+from posttrain.workers.policy_model import adapter_config, find_backbone, recompute_buffers
 from posttrain.workers.settings import LoraSettings, merged
 
 LOG, OUTCOME = "log.jsonl", "outcome.json"
@@ -154,6 +154,7 @@ def _load_model(job: RankJob) -> Any:
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=getattr(torch, job.dtype))
+    find_backbone(model)
     if is_deepspeed_zero3_enabled():
         fetch_experts_as_one(model)
         if job.dtype == "bfloat16":

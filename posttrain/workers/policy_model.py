@@ -98,6 +98,7 @@ def load_model(model_path: str, settings: LearnerSettings, **loading: Any) -> An
     _refuse_parts_that_do_not_fit(model_path, model, report, vocabulary)
     if settings.zero_stage == 3 and settings.dtype == "bfloat16":
         recompute_buffers(model)
+    find_backbone(model)
     model.train()
     _switch_off_dropout(model)
     if settings.gradient_checkpointing:
@@ -142,14 +143,20 @@ def _divided_while_loading(settings: LearnerSettings) -> Iterator[None]:
     del config
 
 
+def find_backbone(model: Any) -> None:
+    """Lets `model.base_model` be what computes the hidden states. Transformers looks for that of
+    Llama 4's text models under a name that only multimodal ones use, and gives the model itself."""
+    if model.base_model is model:
+        model.base_model_prefix = "model"
+
+
 def recompute_buffers(model: Any) -> None:
     """While a model is divided DeepSpeed makes bf16 of whatever is made. Transformers keeps what it
     computes itself in fp32, and needs it: rotary frequencies in bf16 are another model's."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     with init_empty_weights():
-        computed = AutoModelForCausalLM.from_config(model.config)
+        computed = type(model)(model.config)  # transformers' own way would divide it again
     for name, module in computed.named_modules():
         for leaf in module._non_persistent_buffers_set:
             setattr(model.get_submodule(name), leaf, getattr(module, leaf))
