@@ -165,7 +165,11 @@ def test_experts_go_through_every_stage(tmp_path, name):
     set_seed(0)
     POLICIES[name]().save_pretrained(policy)
     build_tokenizer(max_length=LENGTH).save_pretrained(policy)
-    done = run(tmp_path, settings(tmp_path, policy))
+    config = settings(tmp_path, policy)
+    if name == "llama4":  # TRL looks for the number of its experts under another name
+        for stage in ("sft", "dpo"):
+            config[stage]["trainer"] = config[stage]["trainer"] | {"router_aux_loss_coef": 0.0}
+    done = run(tmp_path, config)
     assert {stage: r.state for stage, r in done.stages().items()} == dict.fromkeys(
         ("start", "screen", "sft", "rl", "dpo"), "done"
     )

@@ -92,7 +92,8 @@ def train_rank(config: Mapping[str, Any]) -> None:
     def save(step: int) -> None:
         target = Path(job.directory) / "checkpoints" / f"step-{step}"
         policy = str(target / "policy")
-        policy_export.save_policy(model, policy, job.model)
+        # With ZeRO-3 accelerate trains fp32 weights, whatever they were loaded as.
+        policy_export.save_policy(model, policy, job.model, getattr(torch, job.dtype))
         if job.lora is not None:
             policy_export.save_adapter(trainer.model, str(target / "adapter"))
         if trainer.is_world_process_zero():

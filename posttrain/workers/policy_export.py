@@ -34,12 +34,17 @@ def publish(model: Any, directory: Path) -> None:
         write_weights(with_lm_head(state, tied=_tied(model), embedding=embedding), directory)
 
 
-def save_policy(model: Any, directory: str, tokenizer_path: str) -> None:
-    """A Hugging Face checkpoint, adapters merged, tokenizer and template included."""
+def save_policy(
+    model: Any, directory: str, tokenizer_path: str, dtype: torch.dtype | None = None
+) -> None:
+    """A Hugging Face checkpoint, adapters merged, tokenizer and template included. `dtype` is that
+    of its weights, where training may hold them in another."""
     from transformers import AutoTokenizer
 
     state = policy_state(model)
     if dist.get_rank() == 0:
+        if dtype is not None:
+            state = {name: tensor.to(dtype) for name, tensor in state.items()}
         model.save_pretrained(directory, state_dict=state)
         AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(directory)
 
