@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 NUM = 48
 
 
+@pytest.mark.slow
 def test_the_starter_prunes_a_set_and_goes_on(tmp_path: Path) -> None:
     rows = [row for row in starter_sft_rows(200, seed=0) if isinstance(row.prompt.reference, str)]
     source = tmp_path / "s.jsonl"

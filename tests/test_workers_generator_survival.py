@@ -91,6 +91,7 @@ async def test_a_killed_engine_core_is_replaced_and_its_requests_are_answered(st
     assert "generator 0 died; another engine takes its place" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 async def test_an_actor_that_is_killed_while_it_is_sent_weights_comes_back_with_them(stack):
     class Killer:
         def __init__(self):
@@ -121,6 +122,7 @@ async def test_an_actor_that_is_killed_while_it_is_sent_weights_comes_back_with_
     assert len(list(stack.scratch.iterdir())) == 1
 
 
+@pytest.mark.slow
 async def test_a_hung_engine_is_found_and_replaced(stack, monkeypatch, capfd):
     (replica,) = stack.generators._replicas
     await stack.publisher().publish(stack.next_version())
