@@ -61,7 +61,7 @@ def tokens_ratio(pruned: Path) -> float:
     """Mean tokens of a kept row over those of any row."""
     inputs = load_inputs(load(CONFIG, ["run.dir=unused"]))
     mix = InstructionMix(load(CONFIG, ["run.dir=unused"]).system_instructions, seed=0)
-    kept = set(json.loads((pruned / "screen" / "kept_rows.json").read_text()))
+    kept = json.loads((pruned / "screen" / "kept_rows.json").read_text())["rows"]
     chat: ChatFormat = inputs.chat
     lengths = {}
     for row in inputs.sft_rows:
