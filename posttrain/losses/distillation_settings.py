@@ -23,6 +23,19 @@ def _of_the_kind(name: str) -> Callable[[dict[str, Any]], float | None]:
     return lambda earlier_fields: READS[earlier_fields["weight"]].get(name)
 
 
+def check_given(settings: BaseModel, weight: str, reads: Mapping[Any, Mapping[str, float]]) -> None:
+    """Raises ValueError unless exactly those settings have a value that `weight` reads."""
+    read = reads[weight]
+    names = {name for kind in reads.values() for name in kind}
+    given = {name for name in names if getattr(settings, name) is not None}
+    for name in sorted(given ^ read.keys()):
+        raise ValueError(
+            f"weight = {weight} needs {name}, got none"
+            if name in read
+            else f"weight = {weight} does not read {name}, remove it"
+        )
+
+
 class DistillationSettings(BaseModel):
     """L = Σ [(1−α)·CE(y, p) + α·τ²·KL(q^τ ‖ p^τ)] / Σ_global, over the tokens of the labels y.
 
@@ -52,13 +65,5 @@ class DistillationSettings(BaseModel):
 
     @model_validator(mode="after")
     def _what_is_given_is_read(self) -> Self:
-        read = READS[self.weight]
-        names = {name for kind in READS.values() for name in kind}
-        given = {name for name in names if getattr(self, name) is not None}
-        for name in sorted(given ^ read.keys()):
-            raise ValueError(
-                f"weight = {self.weight} needs {name}, got none"
-                if name in read
-                else f"weight = {self.weight} does not read {name}, remove it"
-            )
+        check_given(self, self.weight, READS)
         return self

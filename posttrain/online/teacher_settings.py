@@ -7,6 +7,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from posttrain.losses.distillation_settings import check_given
+
 WeightKind = Literal["dynamic", "constant"]
 READS: Mapping[WeightKind, Mapping[str, float]] = {
     "dynamic": {"slope": 5.0, "offset": 0.0, "min_lead": 0.1, "memory": 0.9},
@@ -44,13 +46,5 @@ class OnlineDistillationSettings(BaseModel):
 
     @model_validator(mode="after")
     def _what_is_given_is_read(self) -> Self:
-        read = READS[self.weight]
-        names = {name for kind in READS.values() for name in kind}
-        given = {name for name in names if getattr(self, name) is not None}
-        for name in sorted(given ^ read.keys()):
-            raise ValueError(
-                f"weight = {self.weight} needs {name}, got none"
-                if name in read
-                else f"weight = {self.weight} does not read {name}, remove it"
-            )
+        check_given(self, self.weight, READS)
         return self
