@@ -10,6 +10,7 @@ boundary.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -77,11 +78,14 @@ class _Template:
         template = os.getpid()
         pid = os.fork()
         if pid != 0:
+            # A group, not a session: Linux shares the processor out among sessions before it looks
+            # at priorities (autogroup), so what hangs would take as much as all training beside it.
+            with contextlib.suppress(ProcessLookupError):
+                os.setpgid(pid, pid)
             os.close(handle)
             return pid
         status = 1
         try:
-            os.setsid()
             _die_with_parent(template)
             self._control.close()
             _serve(Connection(handle), self._settings, self._verifiers)

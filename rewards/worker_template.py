@@ -136,7 +136,7 @@ class Template:
                 env={**os.environ, **_ONE_THREAD, "PYTHONPATH": path},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,  # the parent's stdout may carry one JSON object
-                start_new_session=True,
+                process_group=0,  # no session of its own: see `rewards.worker`
             )
         except OSError as error:
             self._kill()

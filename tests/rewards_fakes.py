@@ -49,6 +49,8 @@ def acting(prompt: Prompt, text: str) -> Score:
         case "note-and-hang":
             Path(argument).write_text(str(os.getpid()))
             hang()
+        case "session":
+            return failed(Outcome.WRONG, str(os.getsid(0)))
         case "pid":
             return failed(Outcome.WRONG, str(os.getpid()))
         case "environment":

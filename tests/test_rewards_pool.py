@@ -280,6 +280,11 @@ def test_a_slow_answer_keeps_its_process_and_runs_at_the_lowest_priority_meanwhi
     assert (before, slow.explanation, fast.explanation) == (own, "19", own)
 
 
+def test_workers_share_the_session_so_that_their_priority_counts_against_the_training() -> None:
+    with acting_pool() as pool:
+        assert score(pool, "session")[0].explanation == str(os.getsid(0))
+
+
 def test_a_worker_is_recycled_after_so_many_answers() -> None:
     with acting_pool(answers_per_worker=3, spares=0) as pool:
         pids = [score(pool, "pid")[0].explanation for _ in range(7)]
