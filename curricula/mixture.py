@@ -47,17 +47,21 @@ def check_quotas(quotas: Mapping[str, float], sizes: Mapping[str, int]) -> None:
 
 
 _MEMORY = 0.95  # of a domain's share of groups with a signal, per group
-_MOST_BOOST = 4.0
+_MOST_EFFORT = 4.0
+_PATIENCE = 16
 
 
 class DomainMixture:
-    """Names a domain per call. Quotas are shares of what is *trained*: a domain whose groups carry
-    a signal half as often as the best one's is drawn twice as often, at most `_MOST_BOOST` times
-    (else a hopeless domain would take every slot).
+    """Names the domains of a batch. Quotas are shares of what is *trained*: whoever draws for a
+    seat draws until a group of its domain carries a signal.
 
-    Every batch of `batch_size` calls is within one of the shares as they are then. What rounding
-    denies a domain in one batch it is owed in the next, so a share below one draw a batch is met
-    over time. Deterministic.
+    A domain whose groups carry one less than a `_MOST_EFFORT`th as often as the best one's gets
+    accordingly less than its quota, else a hopeless domain would take all the effort. For the
+    same reason `_PATIENCE` groups in a row without a signal let a seat pass to another domain.
+
+    Every batch is within one of the shares as they are then. What rounding denies a domain in one
+    batch it is owed in the next, so a share below one group a batch is met over time.
+    Deterministic.
     """
 
     def __init__(self, weights: Mapping[str, float], batch_size: int) -> None:
@@ -67,47 +71,43 @@ class DomainMixture:
         self._batch_size = batch_size
         self._owed = np.zeros(len(self._names))
         self._trainable = np.ones(len(self._names))
-        self._schedule = np.empty(0, np.int16)
-        self._next = 0
+        self._fruitless = np.zeros(len(self._names), np.int64)
 
-    def next(self) -> str:
-        if self._next == len(self._schedule):
-            self._plan_batch()
-        domain = int(self._schedule[self._next])
-        self._next += 1
-        return self._names[domain]
+    def next_batch(self) -> list[str]:
+        """Each domain's seats are spread evenly, so that a part of the batch is mixed too."""
+        shares = list(self.shares().values())
+        counts = largest_remainder(shares, self._batch_size, self._owed.tolist())
+        self._owed += np.array(shares) * self._batch_size - counts
+        places = [((i + 0.5) / n, d) for d, n in enumerate(counts) for i in range(n)]
+        return [self._names[d] for _, d in sorted(places)]
+
+    def instead_of(self, domain: str) -> str:
+        """Whose prompt a seat of `domain` gets next: its own, unless the patience with it is over;
+        then that of the domain with the most signal."""
+        if self._fruitless[self._names.index(domain)] < _PATIENCE:
+            return domain
+        return self._names[int(self._trainable.argmax())]
 
     def observe(self, domain: str, *, trainable: bool) -> None:
         """Learns whether a group of a domain that is drawn from carried a signal."""
         index = self._names.index(domain)
         self._trainable[index] += (1.0 - _MEMORY) * (trainable - self._trainable[index])
+        self._fruitless[index] = 0 if trainable else self._fruitless[index] + 1
 
     def shares(self) -> dict[str, float]:
-        """Of the draws, by domain."""
+        """Of the trained groups, by domain."""
         best = max(float(self._trainable.max()), 1e-3)  # no domain may have had a signal for long
-        with_signal = np.maximum(self._trainable, best / _MOST_BOOST)
-        weights = self._weights / with_signal
+        weights = self._weights * np.minimum(1.0, self._trainable * _MOST_EFFORT / best)
         return dict(zip(self._names, (weights / weights.sum()).tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "mixture_trainable": self._trainable.copy(),
             "mixture_owed": self._owed.copy(),
-            "mixture_schedule": self._schedule.copy(),
-            "mixture_next": np.array(self._next),
+            "mixture_fruitless": self._fruitless.copy(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._trainable = np.array(state["mixture_trainable"], np.float64)
         self._owed = np.array(state["mixture_owed"], np.float64)
-        self._schedule = np.array(state["mixture_schedule"], np.int16)
-        self._next = int(state["mixture_next"])
-
-    def _plan_batch(self) -> None:
-        shares = list(self.shares().values())
-        counts = largest_remainder(shares, self._batch_size, self._owed.tolist())
-        self._owed += np.array(shares) * self._batch_size - counts
-        # Each domain's draws are spread evenly over the batch, so that a part of it is mixed too.
-        places = [((i + 0.5) / n, d) for d, n in enumerate(counts) for i in range(n)]
-        self._schedule = np.array([d for _, d in sorted(places)], np.int16)
-        self._next = 0
+        self._fruitless = np.array(state["mixture_fruitless"], np.int64)

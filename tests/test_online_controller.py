@@ -35,7 +35,7 @@ from posttrain.types import (
 def test_settings_have_bounds_and_a_starvation_limit_of_forty_steps() -> None:
     assert loop_settings(groups_per_step=3).starvation_draws == 120
     assert loop_settings(starvation_draws=7).starvation_draws == 7
-    for wrong in ({"group_size": 1}, {"max_lag": -1}, {"release_window": 0}, {"unknown": 1}):
+    for wrong in ({"group_size": 1}, {"max_lag": -1}, {"straggler_lag": -1}, {"unknown": 1}):
         with pytest.raises(ValidationError, match=next(iter(wrong))):
             loop_settings(**wrong)
 
@@ -142,13 +142,14 @@ def test_a_draw_without_signal_frees_its_slot_at_once() -> None:
     assert world.ledger.ids(DrawOutcome.ZERO_ADVANTAGE) == ["d1-0000000"]
 
 
-def test_groups_are_trained_in_order_of_admission() -> None:
+def test_ready_groups_leave_before_slow_ones_that_may_still_leave_later() -> None:
     world = World(
         loop_settings(num_steps=3, groups_per_step=2),
         ScriptedGenerator(marks=lambda n: "10", seconds=lambda n: 7.0 - n % 7),
     )
     world.run()
-    assert world.ledger.ids(DrawOutcome.TRAINED) == [f"d1-{n:07d}" for n in range(6)]
+    trained = [int(draw_id[-7:]) for draw_id in world.ledger.ids(DrawOutcome.TRAINED)]
+    assert trained == [2, 3, 0, 1, 4, 5]  # within a step in order of admission
 
 
 def test_a_straggler_past_its_deadline_is_cancelled_and_stale() -> None:
@@ -166,11 +167,11 @@ def test_a_straggler_past_its_deadline_is_cancelled_and_stale() -> None:
     row = world.ledger.closed["d1-0000000"]
     assert (row["reason"], row["num_scored"], row["num_correct"]) == ("deadline", 0, 0)
     assert all(group.draw_id != "d1-0000000" for group, _ in world.groups)
-    # The others wait behind it until the deadline, not longer: 5 s, then two steps.
-    assert summary.seconds == pytest.approx(7.0)
-    assert world.records[0].metrics["draws/stale"] == 1
-    assert world.records[0].metrics["stale_length_mean"] == 77
-    assert "stale_length_mean" not in world.records[1].metrics
+    # The second step may not leave it behind: it waits until the deadline, not longer.
+    assert summary.seconds == pytest.approx(6.0)
+    assert world.records[1].metrics["draws/stale"] == 1
+    assert world.records[1].metrics["stale_length_mean"] == 77
+    assert "stale_length_mean" not in world.records[0].metrics
 
 
 def test_answers_whose_scores_are_late_count_as_long_as_they_are() -> None:
@@ -186,14 +187,14 @@ def test_answers_whose_scores_are_late_count_as_long_as_they_are() -> None:
             return await super().score(prompt, rollouts, system)
 
     world = World(
-        loop_settings(num_steps=1, draw_deadline_s=5.0),
+        loop_settings(num_steps=2, draw_deadline_s=5.0),
         ScriptedGenerator(marks=lambda n: "10"),
         scorer=LateOnce(),
     )
     world.run()
     assert world.ledger.ids(DrawOutcome.STALE) == ["d1-0000000"]
     length = len(make_rollout("d", 0, "1", PolicyVersion(1, 0)).completion_token_ids)
-    assert world.records[0].metrics["stale_length_max"] == length
+    assert world.records[1].metrics["stale_length_max"] == length
 
 
 def test_what_is_in_flight_at_the_end_is_unused_before_the_last_record() -> None:

@@ -82,6 +82,7 @@ def test_step_record() -> None:
                 (DrawOutcome.STALE, "deadline", "words"): 1,
             }
         ),
+        seats_passed_on=2,
     )
     metrics = step_metrics(
         interval,
@@ -108,6 +109,7 @@ def test_step_record() -> None:
         "publish_s": 0.5,
         "step_s": 4.0,
         "outstanding": 3,
+        "seats_passed_on": 2,
         "draws/errored": 1,
         "draws/stale": 1,
         "draws/trained": 4,

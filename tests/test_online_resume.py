@@ -34,6 +34,7 @@ class Run:
         self.path = path
         self.step = 0
         self.num_draws = 0
+        self.plans: list[list[str]] = []
         self.curriculum_state: dict[str, Any] = {"num_drawn": 0}
 
     def attempt(self, *, seconds: float | None) -> World:
@@ -45,9 +46,10 @@ class Run:
 
             async def on_step(record: Any) -> None:
                 state, num_draws = curriculum.state_dict(), record.num_draws
+                plans = record.plans
                 await asyncio.sleep(0.4)
                 if record.step % 3 == 0:
-                    self.step, self.num_draws = record.step, num_draws
+                    self.step, self.num_draws, self.plans = record.step, num_draws, plans
                     self.curriculum_state = state
                     ledger.commit_step(record.step)
 
@@ -62,6 +64,7 @@ class Run:
                 attempt=attempt,
                 first_step=self.step,
                 first_draw=self.num_draws,
+                plans=self.plans,
                 reissue=[
                     Draw(
                         draw_id=draw.draw_id,

@@ -39,7 +39,7 @@ def there(url: str) -> dict[str, str]:
     }
 
 
-SETTINGS = "format: posttrain run 2\n"
+SETTINGS = "format: posttrain run 3\n"
 
 
 def fill(path: Path, **files: str) -> Path:

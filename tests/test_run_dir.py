@@ -69,7 +69,7 @@ class TestSettings:
         RunDir.create_or_open(tmp_path / "r", SETTINGS, fresh=False).close()
         config = tmp_path / "r" / "config.yaml"
         whole = config.read_text()
-        config.write_text(whole.replace("posttrain run 2", "posttrain run 1"))
+        config.write_text(whole.replace("posttrain run 3", "posttrain run 1"))
         with pytest.raises(RunDirError, match="not written by this version"):
             RunDir.create_or_open(tmp_path / "r", {}, fresh=False)
         config.write_text(whole)

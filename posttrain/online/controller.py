@@ -3,7 +3,7 @@
 ::
 
                                                 ┌─▶ teacher ─────────────┐
-    curriculum ─▶ slot ─▶ generate ─▶ score ─▶ gate ─▶ order of admission ─▶ train ─▶ publish
+    curriculum ─▶ slot ─▶ generate ─▶ score ─▶ gate ─▶ seat in a batch ───▶ train ─▶ publish
         ▲          ▲                            │                                        │
         │          ├──────────── ended ─────────┤                                        │
         │          └─────────────────────────── │ ──────── trained, weights served ──────┘
@@ -73,6 +73,7 @@ class Controller:
         seed: where the seeds of the draws' samples come from when they have one.
         first_step: optimizer steps done by earlier attempts.
         first_draw: how many draws the checkpoint of `first_step` holds; new ones count on.
+        plans: the batches that the checkpoint of `first_step` had planned.
         reissue: the draws that were open in the checkpoint of `first_step`; they are drawn again
             under their old ids before the curriculum is asked for more.
         on_step: awaited by the train loop after each step; checkpoints belong here. What it reads
@@ -103,6 +104,7 @@ class Controller:
         seed: int,
         first_step: int = 0,
         first_draw: int = 0,
+        plans: Sequence[Sequence[str]] = (),
         reissue: Sequence[Draw] = (),
         on_step: Callable[[StepRecord], Awaitable[None]] | None = None,
         on_group: Callable[[RolloutGroup, DrawOutcome], None] | None = None,
@@ -128,8 +130,10 @@ class Controller:
         self._admission = Admission(
             groups_per_step=settings.groups_per_step,
             max_lag=settings.max_lag,
-            window=settings.release_window,
+            straggler_lag=settings.straggler_lag,
         )
+        for seats in plans:
+            self._admission.plan(seats)
         assert len(reissue) <= self._admission.num_slots, "more open draws than slots"
         self._reissue = deque(reissue)
         self._accounting = Accounting(ledger, attempt=attempt, on_group=on_group)
@@ -186,20 +190,20 @@ class Controller:
             await self._slot_freed.wait()
 
     def _fill_slots(self) -> None:
-        while self._admission.num_free:
-            draw = self._next_draw()
-            self._admission.admit(draw.draw_id)
+        while self._admission.needs_plan:
+            self._admission.plan(self._curriculum.next_batch())
+        while (domain := self._admission.vacant) is not None:
+            draw = self._reissue.popleft() if self._reissue else self._next_draw(domain)
+            self._admission.admit(draw.draw_id, draw.prompt.domain)
             self._arrivals.expect(draw.draw_id)
             self._accounting.open(draw, drawn_at_step=self._version.step)
             self._playing.start(self._play(draw))
 
-    def _next_draw(self) -> Draw:
-        if self._reissue:
-            return self._reissue.popleft()
+    def _next_draw(self, domain: str) -> Draw:
         number, self._num_draws = self._num_draws, self._num_draws + 1
         return Draw(
             draw_id=Draw.make_id(self._version.attempt, number),
-            prompt=self._curriculum.draw(),
+            prompt=self._curriculum.draw(domain),
             system=self._draw_system(number),
         )
 
@@ -282,27 +286,32 @@ class Controller:
     def _end(
         self, draw_id: str, outcome: DrawOutcome, reason: Reason, *, group: RolloutGroup | None
     ) -> None:
-        """Ends a draw untrained: another takes its slot, those behind it move up in the order."""
-        self._close(draw_id, outcome, group=group, reason=reason)
+        """Ends a draw untrained: another takes its seat, of the same domain if that has hope."""
+        domain = self._close(draw_id, outcome, group=group, reason=reason).prompt.domain
         self._admission.end(draw_id)
+        instead = self._curriculum.instead_of(domain)
+        if instead != domain:
+            self._admission.pass_on(domain, to=instead)
+            self._interval.seats_passed_on += 1
         self._group_ready.set()
         self._starvation.ended(reason)
         self._fill_slots()
 
     def _close(
         self, draw_id: str, outcome: DrawOutcome, *, group: RolloutGroup | None, reason: str = ""
-    ) -> None:
+    ) -> Draw:
         # What ends after the record of step N belongs to step N+1: a checkpoint at N holds
         # exactly what its curriculum had seen.
         step = min(self._version.step + 1, self._settings.num_steps)
         draw = self._accounting.close(draw_id, outcome, step=step, group=group, reason=reason)
         self._interval.ended[outcome, reason, draw.prompt.domain] += 1
+        return draw
 
     async def _train(self, endless: Sequence[asyncio.Task[None]]) -> None:
-        """Consumes trainable groups, P at a time and in order of admission; produces steps.
+        """Consumes trainable groups, a planned batch at a time; produces steps.
 
-        Waits for: P groups that may leave, the learner, the publisher, `on_step`. Woken by: a
-        group becoming trainable, and the end of a draw that others stood behind.
+        Waits for: a batch that may leave, the learner, the publisher, `on_step`. Woken by: a group
+        becoming trainable, and the end of a draw that others waited for.
         """
         recorded_at = _now()
         while self._version.step < self._settings.num_steps:
@@ -322,7 +331,7 @@ class Controller:
 
     async def _next_groups(self) -> list[RolloutGroup]:
         while True:
-            draw_ids = self._admission.release(self._settings.groups_per_step)
+            draw_ids = self._admission.release()
             if draw_ids is not None:
                 return [self._trainable.pop(draw_id) for draw_id in draw_ids]
             self._group_ready.clear()
@@ -354,7 +363,7 @@ class Controller:
         for group in groups:
             self._close(group.draw_id, DrawOutcome.TRAINED, group=group)
         self._version = version
-        self._admission.free([group.draw_id for group in groups])
+        self._admission.trained()
         if self._settings.max_lag > 0:
             self._slot_freed.set()
         interval, self._interval = self._interval, Interval()
@@ -378,7 +387,11 @@ class Controller:
             teacher=lesson.metrics,
         )
         return StepRecord(
-            step=version.step, version=version, num_draws=self._num_draws, metrics=metrics
+            step=version.step,
+            version=version,
+            num_draws=self._num_draws,
+            plans=self._admission.plans,
+            metrics=metrics,
         )
 
     async def _end_stage(self, endless: Sequence[asyncio.Task[None]]) -> None:

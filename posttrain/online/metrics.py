@@ -15,11 +15,13 @@ from posttrain.types import DrawOutcome, Outcome, PolicyVersion, RolloutGroup
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
     """One optimizer step: `metrics` lacks what could not be measured, it never holds a stand-in.
-    `num_draws` counts those that the lineage had opened by then."""
+    `num_draws` counts those that the lineage had opened by then, `plans` are the domains of the
+    groups of the batches that were planned."""
 
     step: int
     version: PolicyVersion
     num_draws: int
+    plans: Sequence[Sequence[str]]
     metrics: Mapping[str, float]
 
 
@@ -49,6 +51,8 @@ class Interval:
     groups: list[RolloutGroup] = field(default_factory=list)
     ended: Counter[tuple[DrawOutcome, str, str]] = field(default_factory=Counter)
     stale_lengths: list[int] = field(default_factory=list)
+    seats_passed_on: int = 0
+    """Of domains without a signal for long, to others."""
 
     @property
     def generated_tokens(self) -> int:
@@ -206,6 +210,7 @@ def step_metrics(
         "publish_s": times.publishing,
         "step_s": times.interval,
         "outstanding": outstanding,
+        "seats_passed_on": interval.seats_passed_on,
         **{f"draws/{outcome}": count for outcome, count in sorted(outcomes.items())},
         **{f"ended/{reason}": count for reason, count in sorted(reasons.items())},
         **{f"trained/{domain}": count for domain, count in sorted(domains.items())},

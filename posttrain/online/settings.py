@@ -18,8 +18,9 @@ class LoopSettings(BaseModel):
 
     `num_steps` counts every optimizer step of the stage, those before a resume included.
     `max_lag` S says how many optimizer steps a group's oldest token may lie behind the weights it
-    trains; 0 is lock-step: the learner waits for the generators and they for it. `release_window`
-    W lets groups overtake a slow one at the price of staleness (see `posttrain.online.admission`).
+    trains; 0 is lock-step: the learner waits for the generators and they for it.
+    `straggler_lag`: steps beyond `max_lag` that a slow group may be overtaken (see
+    `posttrain.online.admission`).
     `draw_deadline_s` runs from a prompt's dispatch to its scores. `starvation_draws` is how many
     draws in a row may end without a trainable group, by default those of 40 steps. `row_tokens`
     and `micro_tokens` size the packed rows and micro-batches (see `posttrain.packing`).
@@ -31,7 +32,7 @@ class LoopSettings(BaseModel):
     group_size: int = Field(default=8, ge=2)
     groups_per_step: int = Field(default=16, gt=0)
     max_lag: int = Field(default=1, ge=0)
-    release_window: int = Field(default=1, ge=1)
+    straggler_lag: int = Field(default=0, ge=0)
     temperature: float = Field(default=1.0, gt=0)
     max_tokens: int = Field(default=512, gt=0)
     draw_deadline_s: float = Field(default=600.0, gt=0)

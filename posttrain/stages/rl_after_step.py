@@ -71,6 +71,7 @@ class AfterStep:
         state = LoopState(
             step=record.step,
             num_draws=record.num_draws,
+            plans=record.plans,
             curriculum=self._curriculum.state_dict(),
             teacher_lead=record.metrics.get("teacher/lead"),
         )

@@ -2,7 +2,7 @@
 
     rl/checkpoint-20/learner/         weights, optimizer, schedule, RNGs (posttrain.workers)
     rl/checkpoint-20/curriculum.npz   posteriors, sampler order, RNG
-    rl/checkpoint-20/loop.json        step, number of draws, the lead of a teacher
+    rl/checkpoint-20/loop.json        step, number of draws, planned batches, a teacher's lead
     rl/latest.json                    which one to resume from
 
 What was in flight stands in the ledger. No database transaction is atomic with an optimizer step,
@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class LoopState:
 
     step: int
     num_draws: int
+    plans: Sequence[Sequence[str]]
     curriculum: Mapping[str, Any]
     teacher_lead: float | None = None
 
@@ -96,6 +97,7 @@ def read_state(checkpoint: Path) -> LoopState:
         return LoopState(
             step=loop["step"],
             num_draws=loop["num_draws"],
+            plans=loop["plans"],
             curriculum=dict(arrays.items()),
             teacher_lead=loop["teacher_lead"],
         )
@@ -106,6 +108,7 @@ def _write_state(directory: Path, state: LoopState) -> None:
     loop = {
         "step": state.step,
         "num_draws": state.num_draws,
+        "plans": state.plans,
         "teacher_lead": state.teacher_lead,
     }
     (directory / "loop.json").write_text(json.dumps(loop))

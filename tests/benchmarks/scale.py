@@ -48,7 +48,7 @@ def curriculum() -> None:
     seconds = []
     for step in range(200):
         began = time.perf_counter()
-        drawn = [sampler.draw() for _ in range(BATCH)]
+        drawn = [sampler.draw(domain) for domain in sampler.next_batch()]
         seconds.append(time.perf_counter() - began)
         for prompt in drawn:
             sampler.observe(prompt.prompt_id, 8, int(rng.integers(9)), step)
