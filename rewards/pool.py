@@ -1,7 +1,7 @@
 """A local pool of killable scorer processes.
 
 The answers of a group are sent to a worker process one by one, so that it is known which of them
-hangs. An answer that takes longer than `patience_s` gives way: it keeps its process, at the lowest
+hangs. An answer that takes longer than `patience_s` gives way: it keeps its process, at a low
 priority, while the rest of its group goes back into the queue and a spare process takes over. So
 `num_workers` answers are always being scored besides those that hang, as long as there are spares;
 without one left everybody waits. Judges and reward models are asked first, outside of these
@@ -116,7 +116,7 @@ class ScorerPool:
         settings: RewardSettings,
         *,
         spares: int = 8,
-        patience_s: float = 0.5,
+        patience_s: float = 0.1,
         answers_per_worker: int = 20_000,
         engine: Ask | None = None,
         verifiers: Mapping[str, Verifier] = VERIFIERS,

@@ -16,8 +16,9 @@ from rewards.verifiers import verifier_names
 from rewards.worker_requests import AskModel, ScoreOne
 from rewards.worker_template import Closed, Forked, Template, WorkerDied
 
-LOWEST_PRIORITY = 19
-"""Niceness while an answer is late: what hangs must not take the processor from what does not."""
+LOW_PRIORITY = 10
+"""Niceness while an answer is late: what hangs takes a tenth of a busy processor. At the lowest
+priority a right answer that needs a second would not get it within a deadline of many."""
 
 
 class DeadlineHit(Exception):
@@ -60,7 +61,7 @@ class WorkerProcess:
         if slow:
             on_slow()
             with contextlib.suppress(ProcessLookupError):
-                os.setpriority(os.PRIO_PGRP, process.pid, LOWEST_PRIORITY)
+                os.setpriority(os.PRIO_PGRP, process.pid, LOW_PRIORITY)
         try:
             reward: Reward = self._receive(process, deadline_s - patience_s if slow else deadline_s)
         finally:

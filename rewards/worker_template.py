@@ -62,8 +62,8 @@ class Template:
     outlive it (see `rewards.worker`).
 
     A plain subprocess rather than `multiprocessing`: that would import the caller's main module and
-    leave its resource tracker running. Everything forked is a session of its own, so that whatever
-    it started is killed with it and Ctrl-C does not reach it.
+    leave its resource tracker running. Everything forked is a process group of its own, so that
+    whatever it started is killed with it and Ctrl-C does not reach it.
     """
 
     def __init__(
