@@ -65,7 +65,7 @@ def _describe_split(split: dict[str, Any]) -> list[str]:
     now, proposed = split["now"], split["proposed"]
     lines = [
         f"measured: {split['step_s']:.1f} s a step; learner idle "
-        f"{split['learner_idle_share']:.0%}, engines idle {split['engines_idle_share']:.0%}"
+        f"{split['learner_idle_share']:.0%}, engines idle {split['rollout_idle_share']:.0%}"
     ]
     if split["lock_step"]:
         lines.append("rl.max_lag=0 makes engines and learner wait for each other; try rl.max_lag=1")

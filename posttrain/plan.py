@@ -72,7 +72,7 @@ def propose(settings: Settings, shape: ModelShape, run: Path) -> dict[str, Any]:
     )
     return {
         "learner_idle_share": measured.learner_idle,
-        "engines_idle_share": measured.engines_idle,
+        "rollout_idle_share": measured.engines_idle,
         "step_s": measured.step,
         "now": {"replicas": engines // unit, "ranks": learners // width},
         "proposed": {"replicas": split.engines // unit, "ranks": split.learners // width},

@@ -47,7 +47,7 @@ def measure(records: Sequence[Mapping[str, Any]]) -> Measured:
             continue
         if record.get("event") == "again":  # what was before counts no more
             by_step.clear()
-        elif "engines_idle_share" in record:
+        elif "rollout_idle_share" in record:
             by_step[record["step"]] = record
     steps = [by_step[step] for step in sorted(by_step)]
     steady = steps[int(len(steps) * WARM_UP) :]
@@ -62,10 +62,10 @@ def measure(records: Sequence[Mapping[str, Any]]) -> Measured:
     return Measured(
         step=mean("step_s"),
         learning=fmean(r["learner_busy_share"] * r["step_s"] for r in steady),
-        generating=fmean((1 - r["engines_idle_share"]) * r["step_s"] for r in steady),
+        generating=fmean((1 - r["rollout_idle_share"]) * r["step_s"] for r in steady),
         publishing=mean("publish_s"),
         learner_idle=mean("learner_idle_share"),
-        engines_idle=mean("engines_idle_share"),
+        engines_idle=mean("rollout_idle_share"),
     )
 
 

@@ -5,7 +5,9 @@
 
 It returns a number in [0, 1], of which 1 is correct and anything below is wrong, or a
 `rewards.score.Score`. It runs in scorer processes under its verifier's deadline, so it may hang or
-die without harm; what it raises, and a number out of range, leave the answer unscored.
+die without harm; what it raises, and a number out of range, leave the answer unscored. What it
+needs is imported at the top of its module: an import within the function would count in the time
+of an answer, and again in each process that takes the place of one that was killed.
 """
 
 from __future__ import annotations

@@ -206,7 +206,7 @@ def test_each_step_left_one_sound_record(finished, run_dir):
         assert record["learner/grad_norm"] > 0
         assert record["learner/skipped_steps"] == 0
         assert 0 <= record["lag_max"] <= MAX_LAG
-        assert 0 <= record["engines_idle_share"] < 1
+        assert 0 <= record["rollout_idle_share"] < 1
         assert record["draws/trained"] == GROUPS_PER_STEP
         assert 0 < record["publish/mismatch_max"] <= 1e-4
         # On-policy tokens have the learner's own probability; older ones only nearly.

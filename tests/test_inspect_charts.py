@@ -143,7 +143,7 @@ def test_runs_are_drawn_against_time_side_by_side(run: Run, tmp_path: Path) -> N
 
 def test_waiting_and_staleness_say_how_much_in_their_titles(run: Run) -> None:
     assert charts.idle_shares(run).to_dict()["title"]["subtitle"] == [
-        "Of the whole time: learner waits for groups: 25%; nothing is generated or scored: 17%"
+        "Of the whole time: learner waits for groups: 25%; engines without a request: 17%"
     ]
     lags = next(rows for rows in drawn(charts.staleness(run)) if "lag" in rows[0])
     assert [(r["lag"], r["share"]) for r in lags] == [(0, 0.5), (1, 0.5)]

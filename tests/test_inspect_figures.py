@@ -211,8 +211,8 @@ def test_idle_shares_are_weighted_by_time(run: Run) -> None:
     assert loop.over_time(run.steps, "rollout_idle_share") == pytest.approx(1.0 / 6)
     assert loop.over_time(run.steps, "nothing") is None
     assert loop.idle(run.steps, columns=1).select("role", "share").rows() == [
+        ("engines without a request", pytest.approx(1 / 6)),
         ("learner waits for groups", pytest.approx(0.25)),
-        ("nothing is generated or scored", pytest.approx(1 / 6)),
     ]
 
 
@@ -260,8 +260,8 @@ class TestFindings:
     def test_who_waits(self, found: dict[str, Finding]) -> None:
         finding = found["Is RL learner- or rollout-bound?"]
         assert finding.answer == (
-            "Rollout-bound: the learner waited for groups 25% of the time, nothing was generated"
-            " or scored for 17% of it."
+            "Rollout-bound: the learner waited for groups 25% of the time, the engines stood"
+            " still for 17% of theirs."
         )
 
     def test_staleness_that_costs_is_named(self, found: dict[str, Finding]) -> None:

@@ -11,7 +11,7 @@ from posttrain.online.lag import lag_of
 from posttrain.online.metrics import Interval, StepTimes, answer_metrics, step_metrics
 from posttrain.types import DrawOutcome, PolicyVersion
 
-TIMES = StepTimes(interval=4.0, waiting=1.0, learning=2.0, publishing=0.5, rollouts_idle=0.4)
+TIMES = StepTimes(interval=4.0, waiting=1.0, learning=2.0, publishing=0.5)
 
 
 def test_answers_of_rejected_groups_count() -> None:
@@ -105,7 +105,6 @@ def test_step_record() -> None:
         "generated_tokens_per_s": 5.0,
         "learner_busy_share": 0.5,
         "learner_idle_share": 0.25,
-        "rollout_idle_share": 0.1,
         "publish_s": 0.5,
         "step_s": 4.0,
         "outstanding": 3,

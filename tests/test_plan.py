@@ -77,7 +77,7 @@ def run_with(path: Path, *, learner_idle: float, engines_idle: float, steps: int
         "publish_s": 0.0,
         "learner_busy_share": 1 - learner_idle,
         "learner_idle_share": learner_idle,
-        "engines_idle_share": engines_idle,
+        "rollout_idle_share": engines_idle,
     }
     lines = [json.dumps(record | {"step": step}) for step in range(1, steps + 1)]
     (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")

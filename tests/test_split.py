@@ -11,7 +11,7 @@ from posttrain.split import Measured, Split, best_split, measure
 
 
 def record(step: int, **changes: float) -> dict[str, object]:
-    shares = {"learner_busy_share": 0.25, "learner_idle_share": 0.5, "engines_idle_share": 0.0}
+    shares = {"learner_busy_share": 0.25, "learner_idle_share": 0.5, "rollout_idle_share": 0.0}
     return {"stage": "rl", "step": step, "step_s": 8.0, "publish_s": 1.0} | shares | changes
 
 
@@ -42,7 +42,7 @@ def test_shares_become_seconds_after_the_warm_up() -> None:
 
 
 def test_a_step_that_was_repeated_counts_as_it_was_last() -> None:
-    again = [record(step, engines_idle_share=0.5) for step in range(1, 6)]
+    again = [record(step, rollout_idle_share=0.5) for step in range(1, 6)]
     assert measure([record(step) for step in range(1, 6)] + again).generating == 4.0
 
 

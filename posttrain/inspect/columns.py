@@ -121,7 +121,7 @@ STEPS = Frame(
         "generated_tokens_per_s": (pl.Float64, "completion tokens, rejected groups included"),
         "learner_busy_share": (pl.Float64, "share of step_s inside the learner"),
         "learner_idle_share": (pl.Float64, "share of step_s waiting for groups"),
-        "rollout_idle_share": (pl.Float64, "share of step_s with nothing generated or scored"),
+        "rollout_idle_share": (pl.Float64, "share of the engines' time without a request"),
         "publish_s": (pl.Float64, "seconds to bring the weights to the engines"),
     },
     patterns={

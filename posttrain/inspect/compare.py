@@ -18,7 +18,7 @@ Values = NDArray[np.float64]
 EVAL_VALUES = ["num_samples", "num_correct", "greedy_correct", "tokens"]
 PER_STEP = {
     "learner_idle_share": "share of the time the learner waits",
-    "rollout_idle_share": "share of the time nothing is generated or scored",
+    "rollout_idle_share": "share of the engines' time without a request",
     "trained_tokens_per_s": "trained tokens a second",
     "step_s": "seconds a step",
 }

@@ -130,7 +130,7 @@ def bound(run: Run) -> Finding | None:
         return None
     text = f"the learner waited for groups {learner:.0%} of the time"
     if rollouts is not None:
-        text += f", nothing was generated or scored for {rollouts:.0%} of it"
+        text += f", the engines stood still for {rollouts:.0%} of theirs"
     if learner >= NOTABLE_IDLE and learner > (rollouts or 0.0):
         verdict = "Rollout-bound"
     elif (rollouts or 0.0) >= NOTABLE_IDLE:

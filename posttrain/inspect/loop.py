@@ -18,7 +18,7 @@ TEACHER = ("teacher/", "trainer/distill/")
 
 ROLES = {
     "learner_idle_share": "learner waits for groups",
-    "rollout_idle_share": "nothing is generated or scored",
+    "rollout_idle_share": "engines without a request",
 }
 
 

@@ -26,7 +26,7 @@ SPARKS = {
     "reward_mean": "reward",
     "zero_advantage_share": "groups without signal",
     "learner_idle_share": "learner waits",
-    "rollout_idle_share": "rollouts stand still",
+    "rollout_idle_share": "engines stand still",
     "lag_mean": "lag",
     "trained_tokens_per_s": "trained tokens a second",
     "learner/entropy": "entropy",

@@ -2,41 +2,40 @@
 
 from __future__ import annotations
 
-from posttrain.types import RolloutGroup
+from typing import Generic, TypeVar
 
-Answer = tuple[str, RolloutGroup | None]
-"""(draw id, its scored group; None past its deadline)"""
+T = TypeVar("T")
 
 
-class Arrivals:
+class Arrivals(Generic[T]):
     """Hands answers on as they come or, `ordered`, in the order in which they were expected.
 
     What the curriculum learns decides what it draws next, so only ordered arrivals make a run
     repeatable; the price is that an early answer waits for the slow ones drawn before it.
 
-    >>> arrivals = Arrivals(ordered=True)
+    >>> arrivals = Arrivals[str](ordered=True)
     >>> arrivals.expect("a"); arrivals.expect("b")
-    >>> list(arrivals.arrive("b", None))
+    >>> arrivals.arrive("b", "second")
     []
-    >>> list(arrivals.arrive("a", None))
-    [('a', None), ('b', None)]
+    >>> arrivals.arrive("a", "first")
+    [('a', 'first'), ('b', 'second')]
     """
 
     def __init__(self, *, ordered: bool) -> None:
         self._ordered = ordered
         self._expected: dict[str, None] = {}
-        self._waiting: dict[str, RolloutGroup | None] = {}
+        self._waiting: dict[str, T] = {}
 
     def expect(self, draw_id: str) -> None:
         self._expected[draw_id] = None
 
-    def arrive(self, draw_id: str, group: RolloutGroup | None) -> list[Answer]:
+    def arrive(self, draw_id: str, answer: T) -> list[tuple[str, T]]:
         """What can be taken now that this one is here, in the order to take it in."""
         if not self._ordered:
             del self._expected[draw_id]
-            return [(draw_id, group)]
-        self._waiting[draw_id] = group
-        taken: list[Answer] = []
+            return [(draw_id, answer)]
+        self._waiting[draw_id] = answer
+        taken: list[tuple[str, T]] = []
         for oldest in list(self._expected):
             if oldest not in self._waiting:
                 break

@@ -20,8 +20,9 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
-from posttrain.online.accounting import Accounting, Draw, DrawLedger, stable_seed
+from posttrain.online.accounting import Accounting, Draw, DrawLedger
 from posttrain.online.admission import Admission
+from posttrain.online.answering import Answering, Late
 from posttrain.online.arrivals import Arrivals
 from posttrain.online.gate import Reason, classify
 from posttrain.online.lag import checked_lag
@@ -34,7 +35,6 @@ from posttrain.online.metrics import (
     step_metrics,
     summarise_loop,
 )
-from posttrain.online.playing import Playing
 from posttrain.online.settings import LoopSettings
 from posttrain.online.starvation import StarvationWatch
 from posttrain.online.teaching import REWARDS_ALONE, GroupTeacher
@@ -42,15 +42,12 @@ from posttrain.packing import pack
 from posttrain.types import (
     Curriculum,
     DrawOutcome,
-    GenerationRequest,
     Learner,
     ObservedGenerator,
     PolicyVersion,
     Prompt,
     Publisher,
-    Rollout,
     RolloutGroup,
-    Sampling,
     Scorer,
     SystemInstruction,
 )
@@ -113,17 +110,14 @@ class Controller:
     ) -> None:
         self._settings = settings
         self._curriculum = curriculum
-        self._generator = generator
-        self._scorer = scorer
         self._learner = learner
         self._publisher = publisher
-        self._encode = encode
         self._draw_system = draw_system
         self._pad_token_id = pad_token_id
         self._on_step = on_step
         self._beside = beside
         self._teacher = teacher
-        self._seed = seed
+        self._answering = Answering(settings, generator, scorer, encode, seed)
         self._version = PolicyVersion(attempt, first_step)
         self._first_step = first_step
         self._num_draws = first_draw
@@ -139,9 +133,9 @@ class Controller:
         self._accounting = Accounting(ledger, attempt=attempt, on_group=on_group)
         self._starvation = StarvationWatch(settings.starvation_draws)
         self._trainable: dict[str, RolloutGroup] = {}
-        self._arrivals = Arrivals(ordered=settings.max_lag == 0)
+        self._arrivals: Arrivals[RolloutGroup | Late] = Arrivals(ordered=settings.max_lag == 0)
         self._tasks = asyncio.TaskGroup()
-        self._playing = Playing(self._tasks)
+        self._playing: set[asyncio.Task[None]] = set()
         self._slot_freed = asyncio.Event()
         self._group_ready = asyncio.Event()
         self._interval = Interval()
@@ -197,7 +191,9 @@ class Controller:
             self._admission.admit(draw.draw_id, draw.prompt.domain)
             self._arrivals.expect(draw.draw_id)
             self._accounting.open(draw, drawn_at_step=self._version.step)
-            self._playing.start(self._play(draw))
+            task = self._tasks.create_task(self._play(draw))
+            self._playing.add(task)
+            task.add_done_callback(self._playing.discard)
 
     def _next_draw(self, domain: str) -> Draw:
         number, self._num_draws = self._num_draws, self._num_draws + 1
@@ -213,59 +209,14 @@ class Controller:
         Waits for: the generator, then the scorer, both within the draw's deadline. Wakes the
         train loop.
         """
-        group = await self._answer(draw)
-        for draw_id, arrived in self._arrivals.arrive(draw.draw_id, group):
-            if arrived is None:
+        answer = await self._answering.answer(draw)
+        for draw_id, arrived in self._arrivals.arrive(draw.draw_id, answer):
+            if isinstance(arrived, Late):
+                if arrived.longest is not None:
+                    self._interval.stale_lengths.append(arrived.longest)
                 self._end(draw_id, DrawOutcome.STALE, Reason.DEADLINE, group=None)
             else:
                 self._receive(arrived)
-
-    async def _answer(self, draw: Draw) -> RolloutGroup | None:
-        """The draw's scored answers; None past its deadline."""
-        sampling = self._sampling_of(draw)
-        request = GenerationRequest(
-            request_id=draw.draw_id,
-            prompt_token_ids=self._encode(draw.prompt, draw.system),
-            num_rollouts=self._settings.group_size,
-            sampling=sampling,
-        )
-        rollouts: tuple[Rollout, ...] = ()
-
-        async def work() -> RolloutGroup:
-            nonlocal rollouts
-            rollouts = await self._generator.generate(request)
-            return RolloutGroup(
-                draw_id=draw.draw_id,
-                prompt=draw.prompt,
-                system=draw.system.name if draw.system else None,
-                sampling=sampling,
-                rollouts=rollouts,
-                rewards=await self._scorer.score(draw.prompt, rollouts, draw.system),
-            )
-
-        working = asyncio.create_task(work())
-        try:
-            await asyncio.wait([working], timeout=self._settings.draw_deadline_s)
-            if working.done():
-                return working.result()
-            # What is cut off is biased towards long answers: only its length shows how much.
-            longest = max((len(r.completion_token_ids) for r in rollouts), default=None)
-            if longest is None:
-                longest = await self._generator.tokens_written(draw.draw_id)
-            if longest is not None:
-                self._interval.stale_lengths.append(longest)
-            return None
-        finally:
-            working.cancel()
-
-    def _sampling_of(self, draw: Draw) -> Sampling:
-        # Seeded sampling costs an engine throughput, and buys nothing where time decides anyway.
-        lock_step = self._settings.max_lag == 0
-        return Sampling(
-            max_tokens=self._settings.max_tokens,
-            temperature=self._settings.temperature,
-            seed=stable_seed(self._seed, draw.number) if lock_step else None,
-        )
 
     def _receive(self, group: RolloutGroup) -> None:
         self._interval.groups.append(group)
@@ -372,7 +323,6 @@ class Controller:
             waiting=waited,
             learning=publishing_at - learning_at,
             publishing=published_at - publishing_at,
-            rollouts_idle=self._playing.take_idle_s(),
         )
         self._totals.add(batch.num_loss_tokens, interval, times, lesson)
         metrics = step_metrics(

@@ -94,14 +94,12 @@ class Totals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTimes:
-    """Seconds from the last record to this one, and the parts of it that have an owner. Beside
-    them, `rollouts_idle`: those in which no draw was being answered or scored."""
+    """Seconds from the last record to this one, and the parts of it that have an owner."""
 
     interval: float
     waiting: float
     learning: float
     publishing: float
-    rollouts_idle: float
 
 
 def summarise_loop(
@@ -188,8 +186,7 @@ def step_metrics(
 
     `outstanding` counts the draws being generated or scored. The busy share is the time inside
     `Learner.step`, the idle share the time spent waiting for groups; publishing and whatever
-    runs after a step (evaluation, checkpoints) are neither. Rollouts are idle while nothing is
-    being generated or scored.
+    runs after a step (evaluation, checkpoints) are neither.
     """
     lags = [lag_of(group, current) for group in trained]
     gated = len(interval.groups)
@@ -206,7 +203,6 @@ def step_metrics(
         "generated_tokens_per_s": interval.generated_tokens / times.interval,
         "learner_busy_share": times.learning / times.interval,
         "learner_idle_share": times.waiting / times.interval,
-        "rollout_idle_share": times.rollouts_idle / times.interval,
         "publish_s": times.publishing,
         "step_s": times.interval,
         "outstanding": outstanding,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -76,8 +77,10 @@ class AfterStep:
             teacher_lead=record.metrics.get("teacher/lead"),
         )
         self._last = state, record.version
-        self._write(record)
-        self._progress.advance(status(record.metrics))
+        idle = {"rollout_idle_share": self._generators.idle_share()}
+        metrics = {**record.metrics, **idle}
+        self._write(record.step, metrics)
+        self._progress.advance(status(metrics))
         last = record.step == self._settings.num_steps
         if record.step % self._settings.checkpoint_every == 0 or last:
             await self._save(state, record.version)
@@ -104,12 +107,11 @@ class AfterStep:
         self._saved_step = state.step
         await self._context.keep()
 
-    def _write(self, record: StepRecord) -> None:
+    def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         pool = {
             f"pool/{domain}/{bucket}": count
             for domain, buckets in self._curriculum.pool().items()
             for bucket, count in buckets.items()
         }
-        named = {"stage": STAGE, "step": record.step, "attempt": self._attempt}
-        idle = {"engines_idle_share": self._generators.idle_share()}
-        self._context.metrics.append(named | dict(record.metrics) | idle | pool)
+        named = {"stage": STAGE, "step": step, "attempt": self._attempt}
+        self._context.metrics.append({**named, **metrics, **pool})

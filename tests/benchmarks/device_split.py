@@ -79,9 +79,9 @@ def run(directory: Path, overrides: list[str]) -> dict[str, float]:
     for group in groups.values():
         group.rmdir()
     assert driver.returncode == 0, driver.returncode
-    records = [r for r in read_metrics(directory / "metrics.jsonl") if "engines_idle_share" in r]
+    records = [r for r in read_metrics(directory / "metrics.jsonl") if "rollout_idle_share" in r]
     steady = records[int(len(records) * WARM_UP) :]
-    names = ("step_s", "trained_tokens_per_s", "learner_idle_share", "engines_idle_share")
+    names = ("step_s", "trained_tokens_per_s", "learner_idle_share", "rollout_idle_share")
     return {name: fmean(record[name] for record in steady) for name in names}
 
 

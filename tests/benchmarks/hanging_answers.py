@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import reasoning_gym  # noqa: F401  (its verifiers import it when first called: see rewards.custom)
+
 from posttrain.metrics import read_metrics
 from posttrain.starter.families import FAMILIES
 from posttrain.types import Prompt
