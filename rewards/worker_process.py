@@ -16,9 +16,9 @@ from rewards.verifiers import verifier_names
 from rewards.worker_requests import AskModel, ScoreOne
 from rewards.worker_template import Closed, Forked, Template, WorkerDied
 
-LOW_PRIORITY = 10
-"""Niceness while an answer is late: what hangs takes a tenth of a busy processor. At the lowest
-priority a right answer that needs a second would not get it within a deadline of many."""
+LOW_PRIORITY = 15
+"""Niceness while an answer is late: beside a busy process what hangs gets a thirtieth of the
+processor. At the lowest, 19, a right answer of .3 s of work would miss a deadline of 10 s there."""
 
 
 class DeadlineHit(Exception):
