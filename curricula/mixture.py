@@ -1,4 +1,4 @@
-"""Which domain draws next, so that what is trained keeps the quotas."""
+"""Which domains a batch holds, so that what is trained keeps the quotas."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def check_quotas(quotas: Mapping[str, float], sizes: Mapping[str, int]) -> None:
         raise SettingsError(f"quotas sum to nothing: {dict(quotas)}; give a domain a share above 0")
 
 
-_MEMORY = 0.95  # of a domain's share of groups with a signal, per group
+_MEMORY = 0.95  # of a domain's share of trainable groups, per group
 _MOST_EFFORT = 4.0
 _PATIENCE = 16
 
@@ -55,9 +55,10 @@ class DomainMixture:
     """Names the domains of a batch. Quotas are shares of what is *trained*: whoever draws for a
     seat draws until a group of its domain carries a signal.
 
-    A domain whose groups carry one less than a `_MOST_EFFORT`th as often as the best one's gets
-    accordingly less than its quota, else a hopeless domain would take all the effort. For the
-    same reason `_PATIENCE` groups in a row without a signal let a seat pass to another domain.
+    A domain whose groups can be trained less than a `_MOST_EFFORT`th as often as the best one's
+    gets accordingly less than its quota, else a hopeless domain would take all the effort. For the
+    same reason `_PATIENCE` draws in a row that end untrained let a seat pass to another domain; it
+    is not owed back.
 
     Every batch is within one of the shares as they are then. What rounding denies a domain in one
     batch it is owed in the next, so a share below one group a batch is met over time.
@@ -83,20 +84,21 @@ class DomainMixture:
 
     def instead_of(self, domain: str) -> str:
         """Whose prompt a seat of `domain` gets next: its own, unless the patience with it is over;
-        then that of the domain with the most signal."""
-        if self._fruitless[self._names.index(domain)] < _PATIENCE:
+        then that of the most often trainable domain with which it is not."""
+        hopeful = self._fruitless < _PATIENCE
+        if hopeful[self._names.index(domain)] or not hopeful.any():
             return domain
-        return self._names[int(self._trainable.argmax())]
+        return self._names[int(np.where(hopeful, self._trainable, -1.0).argmax())]
 
     def observe(self, domain: str, *, trainable: bool) -> None:
-        """Learns whether a group of a domain that is drawn from carried a signal."""
+        """Learns whether a draw from a domain came to be trainable."""
         index = self._names.index(domain)
         self._trainable[index] += (1.0 - _MEMORY) * (trainable - self._trainable[index])
         self._fruitless[index] = 0 if trainable else self._fruitless[index] + 1
 
     def shares(self) -> dict[str, float]:
         """Of the trained groups, by domain."""
-        best = max(float(self._trainable.max()), 1e-3)  # no domain may have had a signal for long
+        best = max(float(self._trainable.max()), 1e-3)  # none may have been trainable for long
         weights = self._weights * np.minimum(1.0, self._trainable * _MOST_EFFORT / best)
         return dict(zip(self._names, (weights / weights.sum()).tolist(), strict=True))
 

@@ -110,19 +110,20 @@ class DifficultySampler:
 
         Raises DataError for a prompt that is not of this curriculum.
         """
-        index = self._learn(prompt_id, num_scored, num_correct, step)
-        _observe_mixture(self._mixture, self._catalogue, index, num_scored, num_correct)
+        self._learn(prompt_id, num_scored, num_correct, step)
+
+    def gated(self, domain: str, *, trainable: bool) -> None:
+        self._mixture.observe(domain, trainable=trainable)
 
     def observe_verdict(self, verdict: Verdict, step: int) -> None:
-        """Learns from a judge's answers: about the prompt alone, since nobody drew it."""
+        """Learns from a judge's answers."""
         self._learn(verdict.prompt_id, verdict.num_samples, verdict.num_correct, step)
 
-    def _learn(self, prompt_id: str, num_scored: int, num_correct: int, step: int) -> int:
+    def _learn(self, prompt_id: str, num_scored: int, num_correct: int, step: int) -> None:
         index = self._catalogue.index_of(prompt_id)
         self._posterior.observe(index, num_scored, num_correct, step)
         if not self._pool.is_dropped(index):
             self._pool.move(index, self._bucket(index))
-        return index
 
     def rescreen_slice(self, size: int, retest_share: float) -> list[Prompt]:
         """Those of a random few whose last observation is oldest: what is drawn often is known
@@ -261,13 +262,15 @@ class UniformSampler:
     def observe(
         self,
         prompt_id: str,
-        num_scored: int,
-        num_correct: int,
-        step: int,  # noqa: ARG002 (other curricula date what they learn)
+        num_scored: int,  # noqa: ARG002 (difficulty is nothing to it)
+        num_correct: int,  # noqa: ARG002
+        step: int,  # noqa: ARG002
     ) -> None:
-        """Learns how often a domain's groups carry a signal, and nothing about prompts."""
-        index = self._catalogue.index_of(prompt_id)
-        _observe_mixture(self._mixture, self._catalogue, index, num_scored, num_correct)
+        """Learns nothing about prompts. Raises DataError for one that is not of this curriculum."""
+        self._catalogue.index_of(prompt_id)
+
+    def gated(self, domain: str, *, trainable: bool) -> None:
+        self._mixture.observe(domain, trainable=trainable)
 
     def pool(self) -> dict[str, dict[str, int]]:
         """Nothing is known of any prompt's difficulty."""
@@ -317,13 +320,6 @@ def build_curriculum(
     return DifficultySampler(
         catalogue, mixture, posterior, settings, group_size=group_size, seed=seed
     )
-
-
-def _observe_mixture(
-    mixture: DomainMixture, catalogue: PromptCatalogue, index: int, scored: int, correct: int
-) -> None:
-    domain = catalogue.domains[catalogue.domain[index]]
-    mixture.observe(domain, trainable=0 < correct < scored)
 
 
 def _rng_state(rng: np.random.Generator) -> NDArray[np.uint8]:

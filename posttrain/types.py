@@ -365,8 +365,12 @@ class Curriculum(Protocol):
         """The domain of each group of the next batch that is planned."""
         ...
 
+    def gated(self, domain: str, *, trainable: bool) -> None:
+        """Learns whether a draw from `domain` came to a group that can be trained."""
+        ...
+
     def instead_of(self, domain: str) -> str:
-        """The domain to draw from after a group of `domain` ended untrained; mostly the same."""
+        """The domain to draw from after a draw from `domain` ended untrained; mostly the same."""
         ...
 
     def draw(self, domain_name: str) -> Prompt: ...

@@ -22,13 +22,15 @@ from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from typing import Any
 
+from posttrain.errors import SandboxError
 from posttrain.types import Prompt
 from rewards import reward_model
+from rewards.sandbox import shared_sandbox
 from rewards.score import Verifier
 from rewards.scorer import score_rollout
 from rewards.shaping import RewardSettings
 from rewards.verifiers import check_reference
-from rewards.worker_requests import AskModel, Check, Fork, Reap, ScoreOne
+from rewards.worker_requests import AskModel, Check, Fork, Reap, ScoreOne, StartSandbox
 
 _PR_SET_PDEATHSIG = 1
 
@@ -101,9 +103,13 @@ def _serve(
 ) -> None:
     last: Prompt | None = None
 
-    def answer(request: ScoreOne | AskModel) -> object:
+    def answer(request: ScoreOne | AskModel | StartSandbox) -> object:
         nonlocal last
         match request:
+            case StartSandbox():
+                with contextlib.suppress(SandboxError):  # each answer that needs it will say so
+                    shared_sandbox(settings.code.sandbox)
+                return None
             case AskModel(prompt=prompt, texts=texts, system=system):
                 assert settings.reward_model is not None
                 return reward_model.score_texts(prompt, texts, system, settings.reward_model)

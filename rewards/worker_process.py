@@ -13,12 +13,13 @@ from posttrain.types import Prompt, Reward, Rollout, SystemInstruction
 from rewards.score import Finding
 from rewards.shaping import RewardSettings
 from rewards.verifiers import verifier_names
-from rewards.worker_requests import AskModel, ScoreOne
-from rewards.worker_template import Closed, Forked, Template, WorkerDied
+from rewards.worker_requests import AskModel, ScoreOne, StartSandbox
+from rewards.worker_template import START_DEADLINE_S, Closed, Forked, Template, WorkerDied
 
-LOW_PRIORITY = 15
-"""Niceness while an answer is late: beside a busy process what hangs gets a thirtieth of the
-processor. At the lowest, 19, a right answer of .3 s of work would miss a deadline of 10 s there."""
+LOW_PRIORITY = 10
+"""Niceness while an answer is late: beside a busy process it gets a tenth of the processor, so a
+deadline of 10 s leaves a slow but right answer a second of work. Not of programs in a sandbox,
+which have a session of their own."""
 
 
 class DeadlineHit(Exception):
@@ -83,6 +84,9 @@ class WorkerProcess:
             self.kill()  # else it would import during the answer's time
         if self._process is None:
             self._process = self._template.fork(prompt)
+            if "code" in names:  # the start of a sandbox is no answer's time either
+                self._send(self._process, StartSandbox())
+                self._receive(self._process, START_DEADLINE_S)
         return self._process
 
     def _send(self, process: Forked, request: object) -> None:

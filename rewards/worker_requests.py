@@ -31,6 +31,11 @@ class Reap:
     pid: int
 
 
+@dataclass(frozen=True, slots=True)
+class StartSandbox:
+    """To a process that is going to score programs. Answered with None."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreOne:
     """To a process: one answer; `prompt` is None for that of the request before. Answered with a

@@ -127,17 +127,24 @@ class CountingCurriculum:
         self.num_drawn = 0
         self.observed: list[tuple[str, int, int, int]] = []
         self.dropped: set[str] = set()
+        self.domain_of: dict[str, str] = {}
+        self.gates: list[tuple[str, bool]] = []
         self._domains = domains
 
     def next_batch(self) -> list[str]:
         return [self._domains[i % len(self._domains)] for i in range(self.batch_size)]
+
+    def gated(self, domain: str, *, trainable: bool) -> None:
+        self.gates.append((domain, trainable))
 
     def instead_of(self, domain: str) -> str:
         return domain
 
     def draw(self, domain_name: str) -> Prompt:
         self.num_drawn += 1
-        return make_prompt(self.num_drawn - 1, domain_name)
+        prompt = make_prompt(self.num_drawn - 1, domain_name)
+        self.domain_of[prompt.prompt_id] = domain_name
+        return prompt
 
     def observe(self, prompt_id: str, num_scored: int, num_correct: int, step: int) -> None:
         self.observed.append((prompt_id, num_scored, num_correct, step))

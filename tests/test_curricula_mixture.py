@@ -103,8 +103,11 @@ def test_a_seat_stays_with_its_domain_until_the_patience_is_over():
     assert mixture.instead_of("a") == "a"
     mixture.observe("a", trainable=False)
     assert mixture.instead_of("a") == mixture.instead_of("b") == "b"
+    for _ in range(16):
+        mixture.observe("b", trainable=False)
+    assert mixture.instead_of("a") == "a"  # nobody is left to pass it to
     mixture.observe("a", trainable=True)
-    assert mixture.instead_of("a") == "a"
+    assert [mixture.instead_of(domain) for domain in "ab"] == ["a", "a"]
 
 
 def test_a_domain_with_too_little_signal_gets_less_than_its_quota():

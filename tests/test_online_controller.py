@@ -142,6 +142,26 @@ def test_a_draw_without_signal_frees_its_slot_at_once() -> None:
     assert world.ledger.ids(DrawOutcome.ZERO_ADVANTAGE) == ["d1-0000000"]
 
 
+def test_a_seat_of_a_domain_without_hope_passes_to_another() -> None:
+    class Impatient(CountingCurriculum):
+        def instead_of(self, domain: str) -> str:
+            return "easy" if self.gates.count(("hopeless", False)) >= 3 else domain
+
+    world = World(
+        loop_settings(num_steps=2, max_lag=0),
+        ScriptedGenerator(marks=lambda n: ""),
+        curriculum=(curriculum := Impatient(("easy", "hopeless"))),
+    )
+    world.generator.marks = lambda n: "11" if curriculum.domain_of[f"p{n}"] == "hopeless" else "10"
+    world.run()
+    trained = [g.prompt.domain for g, end in world.groups if end is DrawOutcome.TRAINED]
+    assert trained == ["easy"] * 4
+    # Three draws until the patience is over, one more for the second step's seat.
+    assert curriculum.gates.count(("hopeless", False)) == 4
+    assert curriculum.gates.count(("easy", True)) == 4
+    assert [record.metrics["seats_passed_on"] for record in world.records] == [1, 1]
+
+
 def test_ready_groups_leave_before_slow_ones_that_may_still_leave_later() -> None:
     world = World(
         loop_settings(num_steps=3, groups_per_step=2),

@@ -24,6 +24,7 @@ from posttrain.online.accounting import Draw
 from posttrain.types import DrawOutcome
 
 NUM_STEPS = 12
+BATCH = ("sums", "sums", "words")
 MARKS = ["10", "11", "01", "00", "10", "1?"]
 
 
@@ -35,14 +36,16 @@ class Run:
         self.step = 0
         self.num_draws = 0
         self.plans: list[list[str]] = []
+        self.domain_of: dict[str, str] = {}
         self.curriculum_state: dict[str, Any] = {"num_drawn": 0}
 
     def attempt(self, *, seconds: float | None) -> World:
         """One start of the run, cancelled after `seconds`. A checkpoint every third step."""
         with Ledger(self.path) as ledger:
             attempt = ledger.open_attempt("rl", self.step)
-            curriculum = CountingCurriculum()
+            curriculum = CountingCurriculum(BATCH, len(BATCH))
             curriculum.load_state_dict(self.curriculum_state)
+            curriculum.domain_of = self.domain_of  # of every attempt
 
             async def on_step(record: Any) -> None:
                 state, num_draws = curriculum.state_dict(), record.num_draws
@@ -54,7 +57,7 @@ class Run:
                     ledger.commit_step(record.step)
 
             world = World(
-                loop_settings(num_steps=NUM_STEPS, max_lag=2),
+                loop_settings(num_steps=NUM_STEPS, groups_per_step=len(BATCH), max_lag=2),
                 ScriptedGenerator(
                     marks=lambda n: MARKS[n % len(MARKS)], seconds=lambda n: 0.5 + n % 4
                 ),
@@ -68,7 +71,7 @@ class Run:
                 reissue=[
                     Draw(
                         draw_id=draw.draw_id,
-                        prompt=make_prompt(int(draw.prompt_id[1:])),
+                        prompt=make_prompt(int(draw.prompt_id[1:]), self.domain_of[draw.prompt_id]),
                         system=None,
                     )
                     for draw in ledger.open_draws(attempt)
@@ -99,15 +102,19 @@ def test_exactly_once_over_crashes(tmp_path: Path, crashes: list[float]) -> None
     assert report.ok, report.describe()
     assert report.num_attempts == len(crashes) + 1
     assert (report.counts["in_flight"], report.num_provisional) == (0, 0)
-    assert report.counts[DrawOutcome.TRAINED] == NUM_STEPS * 2
+    assert report.counts[DrawOutcome.TRAINED] == NUM_STEPS * 3
     with Ledger.open_readonly(run.path) as ledger:
         rows = ledger._connection.execute("SELECT prompt_id, as_of_step, state FROM lineage")
         lineage = rows.fetchall()
+    seats = Counter(BATCH)
+    for step in range(1, NUM_STEPS + 1):
+        trained_in = [p for p, at, state in lineage if (at, state) == (step, DrawOutcome.TRAINED)]
+        assert Counter(run.domain_of[prompt_id] for prompt_id in trained_in) == seats
     # The curriculum of a checkpoint had drawn what its ledger had opened: none lost, none twice.
     prompts = sorted(int(prompt_id[1:]) for prompt_id, _, _ in lineage)
     assert prompts == list(range(run.curriculum_state["num_drawn"]))
     trained = Counter(step for _, step, state in lineage if state == DrawOutcome.TRAINED)
-    assert trained == dict.fromkeys(range(1, NUM_STEPS + 1), 2)
+    assert trained == dict.fromkeys(range(1, NUM_STEPS + 1), 3)
 
 
 def test_a_resumed_run_draws_again_what_was_open(tmp_path: Path) -> None:
@@ -118,6 +125,6 @@ def test_a_resumed_run_draws_again_what_was_open(tmp_path: Path) -> None:
     again = run.attempt(seconds=None)
     requested = [request.request_id for request in again.generator.requests]
     reissued = [draw_id for draw_id in requested if draw_id.startswith("d1-")]
-    assert 0 < len(reissued) <= 6
+    assert 0 < len(reissued) <= 9
     assert requested[: len(reissued) + 1] == [*reissued, f"d2-{first_draw:07d}"]
     assert audit(run.path).num_voided > 0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from online_fakes import ScriptedGenerator, TimedLearner, World, loop_settings
+from online_fakes import CountingCurriculum, ScriptedGenerator, TimedLearner, World, loop_settings
 
 from posttrain.types import DrawOutcome
 
@@ -35,6 +36,7 @@ def test_any_schedule_keeps_the_bound_and_ends_every_draw_once(
     serial: bool,
 ) -> None:
     marks = [*marks, "10"]
+    straggler_lag = min(straggler_lag, max_lag)  # none in lock-step
     settings = loop_settings(
         num_steps=5,
         groups_per_step=groups_per_step,
@@ -51,6 +53,7 @@ def test_any_schedule_keeps_the_bound_and_ends_every_draw_once(
             serial=serial,
         ),
         learner=TimedLearner(seconds=lambda step: learning[step % len(learning)]),
+        curriculum=CountingCurriculum(("a", "b", "c"), groups_per_step),
     )
     world.publisher.seconds = publishing
     summary = world.run()
@@ -60,6 +63,11 @@ def test_any_schedule_keeps_the_bound_and_ends_every_draw_once(
     assert set(world.ledger.opened) == set(world.ledger.closed)
     assert sum(summary.draws.values()) == len(world.ledger.opened)
     assert summary.draws[DrawOutcome.TRAINED] == 5 * groups_per_step
+    trained = [g.prompt.domain for g, end in world.groups if end is DrawOutcome.TRAINED]
+    planned = Counter(world.curriculum.next_batch())
+    for step in range(5):
+        batch = trained[step * groups_per_step : (step + 1) * groups_per_step]
+        assert Counter(batch) == planned
     in_flight = [record.metrics["outstanding"] for record in world.records]
     assert max(in_flight) <= (max_lag + 1) * groups_per_step
 

@@ -277,10 +277,10 @@ def test_a_slow_answer_keeps_its_process_and_runs_at_a_low_priority_meanwhile() 
         before = score(pool, "nice")[0].explanation
         slow, fast = score(pool, "sleep-and-nice 0.5", "nice")
     own = str(os.nice(0))
-    assert (before, slow.explanation, fast.explanation) == (own, "15", own)
+    assert (before, slow.explanation, fast.explanation) == (own, "10", own)
 
 
-def test_workers_share_the_session_so_that_their_priority_counts_against_the_training() -> None:
+def test_workers_share_the_session_so_that_their_priority_counts_outside_of_it() -> None:
     with acting_pool() as pool:
         assert score(pool, "session")[0].explanation == str(os.getsid(0))
 

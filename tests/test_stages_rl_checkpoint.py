@@ -15,7 +15,10 @@ from posttrain.stages.rl_checkpoint import LoopState, RLCheckpoints, read_state
 
 def state(step: int) -> LoopState:
     return LoopState(
-        step=step, num_draws=step * 10, curriculum={"a": np.arange(step, dtype=np.float32)}
+        step=step,
+        num_draws=step * 10,
+        plans=[["sums"] * step, ["words"]],
+        curriculum={"a": np.arange(step, dtype=np.float32)},
     )
 
 
@@ -60,6 +63,7 @@ def test_weights_and_state_then_the_mark_then_the_pointer(tmp_path: Path) -> Non
     assert (latest / "learner" / "weights").read_text() == "10"
     loaded = read_state(latest)
     assert (loaded.step, loaded.num_draws) == (10, 100)
+    assert loaded.plans == [["sums"] * 10, ["words"]]
     assert loaded.curriculum["a"].tolist() == list(range(10))
 
 

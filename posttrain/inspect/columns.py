@@ -128,6 +128,7 @@ STEPS = Frame(
         "pass@1/DOMAIN, pass@G/DOMAIN": "right answers, solved groups of a domain",
         "instruction/SYSTEM": "share of answers that follow a system instruction",
         "draws/OUTCOME, ended/REASON/DOMAIN, trained/DOMAIN": "draws that ended in the step",
+        "seats_passed_on": "places in batches that went from fruitless domains to others",
         "pool/DOMAIN/BUCKET": "prompts of the curriculum by difficulty, and `dropped`",
         "learner/…, publish/…": "what these parts report; k3 and clipped_fraction also by age",
         "trainer/…": "what TRL logged in sft and dpo",

@@ -32,7 +32,7 @@ class Admission:
     admitted after N steps has to leave for step N+1+L at the latest, where the lag bound L is
     S + `straggler_lag`. Ready groups leave oldest first; a batch whose leaving would let something
     older stay that no longer fits into the seats of its domain up to its own last step waits for
-    it. Whatever is admitted fits: at that moment its domain has as many seats as entries.
+    it. Whatever is admitted fits: at that moment its domain has at least as many seats as entries.
 
     Pure and synchronous; whoever waits for a change owns the waiting.
 

@@ -72,7 +72,7 @@ class Controller:
         first_draw: how many draws the checkpoint of `first_step` holds; new ones count on.
         plans: the batches that the checkpoint of `first_step` had planned.
         reissue: the draws that were open in the checkpoint of `first_step`; they are drawn again
-            under their old ids before the curriculum is asked for more.
+            under their old ids before the curriculum is asked for prompts.
         on_step: awaited by the train loop after each step; checkpoints belong here. What it reads
             of curriculum and ledger before its own first await is exactly the state of that step;
             generation goes on meanwhile, except with `max_lag` 0.
@@ -128,7 +128,6 @@ class Controller:
         )
         for seats in plans:
             self._admission.plan(seats)
-        assert len(reissue) <= self._admission.num_slots, "more open draws than slots"
         self._reissue = deque(reissue)
         self._accounting = Accounting(ledger, attempt=attempt, on_group=on_group)
         self._starvation = StarvationWatch(settings.starvation_draws)
@@ -229,6 +228,7 @@ class Controller:
             self._end(group.draw_id, ended.outcome, ended.reason, group=group)
             return
         self._starvation.trainable()
+        self._curriculum.gated(group.prompt.domain, trainable=True)
         self._trainable[group.draw_id] = group
         self._teacher.begin(group, self._tasks)
         self._admission.ready(group.draw_id)
@@ -240,6 +240,7 @@ class Controller:
         """Ends a draw untrained: another takes its seat, of the same domain if that has hope."""
         domain = self._close(draw_id, outcome, group=group, reason=reason).prompt.domain
         self._admission.end(draw_id)
+        self._curriculum.gated(domain, trainable=False)
         instead = self._curriculum.instead_of(domain)
         if instead != domain:
             self._admission.pass_on(domain, to=instead)

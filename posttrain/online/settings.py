@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from posttrain.advantages import AdvantageKind
 
@@ -18,9 +18,9 @@ class LoopSettings(BaseModel):
 
     `num_steps` counts every optimizer step of the stage, those before a resume included.
     `max_lag` S says how many optimizer steps a group's oldest token may lie behind the weights it
-    trains; 0 is lock-step: the learner waits for the generators and they for it.
-    `straggler_lag`: steps beyond `max_lag` that a slow group may be overtaken (see
-    `posttrain.online.admission`).
+    trains; 0 is lock-step: the learner waits for the generators and they for it. `straggler_lag`
+    adds to that bound, and not to what is in flight: for so many more steps a slow group may be
+    overtaken (see `posttrain.online.admission`).
     `draw_deadline_s` runs from a prompt's dispatch to its scores. `starvation_draws` is how many
     draws in a row may end without a trainable group, by default those of 40 steps. `row_tokens`
     and `micro_tokens` size the packed rows and micro-batches (see `posttrain.packing`).
@@ -40,3 +40,9 @@ class LoopSettings(BaseModel):
     advantage: AdvantageKind = "mean"
     row_tokens: int = Field(default=2048, gt=0)
     micro_tokens: int = Field(default=8192, gt=0)
+
+    @model_validator(mode="after")
+    def _nothing_is_overtaken_in_lock_step(self) -> Self:
+        if self.max_lag == 0 and self.straggler_lag > 0:
+            raise ValueError("straggler_lag needs max_lag above 0: in lock-step all groups leave")
+        return self
