@@ -11,7 +11,8 @@ install: $(STAMP)
 
 # The CPU build of torch comes from the configured index if it is there, else from PyTorch's own:
 # plain PyPI would bring several GB of CUDA. The lock is complete, hence --no-deps. DeepSpeed's
-# operator is compiled here once instead of in the first run.
+# operator is compiled here once instead of in the first run, and so is a package that comes as source
+# and warns when it is compiled: pip leaves that out where PYTHONDONTWRITEBYTECODE is set.
 $(STAMP): requirements/cpu.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "posttrain needs Python 3.11 or newer; try: make PYTHON=python3.12"; exit 1; }
@@ -21,6 +22,7 @@ $(STAMP): requirements/cpu.lock pyproject.toml
 		--quiet --no-deps "torch==$(TORCH)+cpu" --index-url https://download.pytorch.org/whl/cpu
 	$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements/cpu.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	$(BIN)/python -W ignore -m compileall -q $(VENV)/lib/python*/site-packages/cellpylib
 	DS_ACCELERATOR=cpu $(BIN)/python -W ignore -c "from deepspeed.comm.torch import build_shm_op; build_shm_op()" > /dev/null
 	@touch $@
 

@@ -13,6 +13,9 @@ from typing import Any, Protocol
 
 from posttrain.errors import DataError
 
+AGAIN = "again"
+"""The event of a stage that runs again because its settings have changed."""
+
 
 class MetricSink(Protocol):
     """Gets every record that metrics.jsonl gets."""
@@ -64,7 +67,8 @@ def read_metrics(
 ) -> list[dict[str, Any]]:
     """All whole records, oldest first; a last line still being written is left out.
 
-    A resumed run has some steps twice: the later record is the one that counts. DataError names
+    A resumed run has some steps twice: the later record is the one that counts. What a stage
+    recorded before it ran again with other settings counts no more and is left out. DataError names
     the line that is no JSON object; with `on_bad_line` it is handed there and the line left out.
     """
     records: list[dict[str, Any]] = []
@@ -73,11 +77,15 @@ def read_metrics(
             if not line.endswith("\n"):
                 break
             try:
-                records.append(_record(line, f"{path}:{number}"))
+                record = _record(line, f"{path}:{number}")
             except DataError as error:
                 if on_bad_line is None:
                     raise
                 on_bad_line(error)
+                continue
+            if record.get("event") == AGAIN:
+                records = [r for r in records if r.get("stage") != record["stage"]]
+            records.append(record)
     return records
 
 

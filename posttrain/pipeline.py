@@ -27,7 +27,7 @@ from posttrain.inspect import load_run
 from posttrain.inspect.page import write_report
 from posttrain.ledger import Ledger
 from posttrain.metric_sinks import open_sinks
-from posttrain.metrics import MetricsLog
+from posttrain.metrics import AGAIN, MetricsLog
 from posttrain.progress import duration, say
 from posttrain.prompt_table import write_prompts
 from posttrain.remote_run import RemoteCopy, run_place
@@ -183,7 +183,7 @@ class _Runner:
             left = run_dir.set_aside(name)
             if left is not None:
                 say(f"{name}: what it had left is in {left}; delete it when you need it no more")
-            self._context.metrics.append({"stage": name, "event": "again", "changed": outlook.why})
+            self._context.metrics.append({"stage": name, "event": AGAIN, "changed": outlook.why})
 
     async def _work(self, name: str) -> tuple[dict[str, Any], list[Path]]:
         """The stage itself: its metrics and what it left on disk."""

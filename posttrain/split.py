@@ -43,11 +43,7 @@ def measure(records: Sequence[Mapping[str, Any]]) -> Measured:
     """
     by_step: dict[int, Mapping[str, Any]] = {}
     for record in records:
-        if record.get("stage") != "rl":
-            continue
-        if record.get("event") == "again":  # what was before counts no more
-            by_step.clear()
-        elif "rollout_idle_share" in record:
+        if record.get("stage") == "rl" and "rollout_idle_share" in record:
             by_step[record["step"]] = record
     steps = [by_step[step] for step in sorted(by_step)]
     steady = steps[int(len(steps) * WARM_UP) :]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from posttrain.errors import DataError
-from posttrain.metrics import MetricsLog, read_metrics, to_json
+from posttrain.metrics import AGAIN, MetricsLog, read_metrics, to_json
 
 
 def test_what_is_appended_is_read_back_at_once(tmp_path):
@@ -81,3 +81,13 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path, line):
     path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
     with pytest.raises(DataError, match=r"metrics\.jsonl:2"):
         read_metrics(path)
+
+
+def test_what_a_stage_recorded_before_it_ran_again_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    sft, old, new = ({"stage": "sft", "step": 1}, {"stage": "rl", "step": 1}, {"stage": "rl"})
+    again = {"stage": "rl", "event": AGAIN, "changed": "rl.num_steps"}
+    with MetricsLog(path) as log:
+        for record in (sft, old, old, again, new):
+            log.append(record)
+    assert read_metrics(path) == [sft, again, new]

@@ -46,12 +46,6 @@ def test_a_step_that_was_repeated_counts_as_it_was_last() -> None:
     assert measure([record(step) for step in range(1, 6)] + again).generating == 4.0
 
 
-def test_what_was_measured_under_earlier_settings_counts_no_more() -> None:
-    old = [record(step, step_s=99.0) for step in range(1, 20)]
-    new = [record(step) for step in range(1, 6)]
-    assert measure([*old, {"stage": "rl", "event": "again"}, *new]).step == 8.0
-
-
 def test_too_few_steps_say_nothing() -> None:
     with pytest.raises(DataError, match="3 steps of RL with idle shares are too few"):
         measure([record(1), record(2), record(3), {"stage": "rl", "step": 4}])
