@@ -77,7 +77,7 @@ def prune_command(
     from posttrain.prune.run import prune
     from posttrain.stages.prune import critic_model, critic_opener
 
-    critic, opener = critic_model(model), critic_opener(settings, out)
+    critic, opener = critic_model(model, settings.critic.max_length), critic_opener(settings, out)
     if dry_run:
         _show(estimate(settings, out, critic, opener), as_json, is_estimate=True)
     else:

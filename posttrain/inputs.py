@@ -89,6 +89,7 @@ def load_inputs(settings: Settings) -> Inputs:
     """
     check_sinks(settings.log)
     model = locate_model(settings.policy.model)
+    check_context(model, settings.policy.max_length, "policy.max_length")
     if settings.policy.lora is not None:
         check_targets(model, settings.policy.lora)
     stage_models = {
@@ -220,6 +221,21 @@ def locate_model(name: str, setting: str = "policy.model") -> Path:
         raise ModelError(f"{setting}: {path} is no readable checkpoint: {error}") from error
     _check_weights(path, setting)
     return path.resolve()
+
+
+def check_context(path: Path, max_length: int, setting: str) -> None:
+    """Raises ModelError if the checkpoint takes fewer tokens than `setting` says, where it says
+    how many."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
+    takes = getattr(config, "max_position_embeddings", None)
+    if takes is None:
+        return
+    scaling = getattr(config, "rope_parameters", None) or {}
+    takes = int(takes * scaling.get("factor", 1))
+    if takes < max_length:
+        raise ModelError(f"{setting} is {max_length}, but {path} takes {takes} tokens: lower it")
 
 
 def _check_weights(path: Path, setting: str) -> None:

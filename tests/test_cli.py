@@ -290,6 +290,12 @@ def cut_short(path: Path) -> None:
 
 
 @pytest.mark.usefixtures("nothing_starts")
+def test_a_policy_that_takes_fewer_tokens_than_asked_for_starts_nothing(desk: Desk) -> None:
+    said = "takes 32768 tokens: lower it"
+    refused(desk.run("policy.max_length=40000"), "policy.max_length is 40000", said)
+
+
+@pytest.mark.usefixtures("nothing_starts")
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [

@@ -49,22 +49,30 @@ def test_an_adapter_is_found_with_its_base_and_merged(
     torch.testing.assert_close(query_weight(tmp_path / "merged"), expected)
     whole = locate_critic(str(tmp_path / "merged"))  # tokenizer and all
     assert whole.adapter is None
-    assert critic_model(str(tmp_path / "merged")).chat.template_hash == (
-        critic_model(str(adapter)).chat.template_hash
+    assert critic_model(str(tmp_path / "merged"), 64).chat.template_hash == (
+        critic_model(str(adapter), 64).chat.template_hash
     )
 
 
 def test_the_fingerprint_is_of_both(adapter: Path, tiny_policy: Path, tmp_path: Path) -> None:
-    base, both = critic_model(str(tiny_policy)), critic_model(str(adapter))
+    base, both = critic_model(str(tiny_policy), 64), critic_model(str(adapter), 64)
     assert both.fingerprint != base.fingerprint
-    assert critic_model(str(adapter)).fingerprint == both.fingerprint
+    assert critic_model(str(adapter), 64).fingerprint == both.fingerprint
     other = tmp_path / "other"
     other.mkdir()
     for file in adapter.iterdir():
         (other / file.name).write_bytes(file.read_bytes())
     config = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 8}))
-    assert critic_model(str(other)).fingerprint != both.fingerprint
+    assert critic_model(str(other), 64).fingerprint != both.fingerprint
+
+
+def test_a_critic_that_takes_fewer_tokens_than_are_asked_for_is_refused(tiny_policy: Path) -> None:
+    critic_model(str(tiny_policy), 32768)
+    with pytest.raises(
+        ModelError, match=r"^--max-length is 32769, but .* takes 32768 tokens: lower"
+    ):
+        critic_model(str(tiny_policy), 32769)
 
 
 def test_an_adapter_that_names_no_base_or_does_not_fit(

@@ -11,7 +11,7 @@ from pathlib import Path
 from posttrain.config import ResourceSettings
 from posttrain.data.chat import ChatFormat
 from posttrain.errors import ModelError
-from posttrain.inputs import locate_model
+from posttrain.inputs import check_context, locate_model
 from posttrain.prune.critic import Critic, CriticModel, OpenCritic
 from posttrain.prune.settings import PruneSettings
 from posttrain.run_dir import fingerprint_directory
@@ -56,13 +56,15 @@ def locate_critic(name: str) -> CriticFiles:
     return CriticFiles(base=base, adapter=adapter)
 
 
-def critic_model(name: str) -> CriticModel:
-    """What judging needs to know of the critic before it is served. Raises ModelError."""
+def critic_model(name: str, max_length: int) -> CriticModel:
+    """What judging needs to know of the critic before it is served. Raises ModelError, also if it
+    takes fewer than `max_length` tokens."""
     try:
         files = locate_critic(name)
         chat = ChatFormat(str(files.tokenizer))
     except ModelError as error:  # a run calls it otherwise
         raise ModelError(f"--model: {str(error).removeprefix('policy.model: ')}") from error
+    check_context(files.base, max_length, "--max-length")
     return CriticModel(name=name, fingerprint=files.fingerprint, chat=chat)
 
 

@@ -58,7 +58,7 @@ async def judge(
     prompts: list[Prompt], settings: PruneSettings
 ) -> tuple[list[Verdict], list[Verdict]]:
     """Verdicts from an adaptive pass and from fresh answers."""
-    model = critic_model(settings.critic.model)
+    model = critic_model(settings.critic.model, settings.critic.max_length)
     async with critic_opener(settings, Path.cwd() / "judge-calibration")() as critic:
         passes = []
         for adaptive, samples in ((True, JUDGED), (False, FRESH)):
