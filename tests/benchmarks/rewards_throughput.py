@@ -11,14 +11,19 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
+import tempfile
 import time
 from pathlib import Path
 
 import reasoning_gym
 
 from posttrain.data.prompts import make_prompt
+from posttrain.inputs import STARTER_POLICY
+from posttrain.starter.tasks import starter_prompts
 from posttrain.types import PolicyVersion, Prompt, Rollout, VersionSpan
 from rewards.pool import ScorerPool
+from rewards.reward_model import RewardModelSettings
 from rewards.shaping import RewardSettings
 
 GROUPS = 125
@@ -128,6 +133,30 @@ async def beside_hanging() -> None:
         print(f"{GROUPS * GROUP_SIZE} good answers behind {num_hanging:2} that hang: {took:6.2f} s")
 
 
+async def reward_model() -> None:
+    """The starter with a fresh scalar head, in the pool's process for it."""
+    from transformers import AutoModelForSequenceClassification
+
+    tasks = starter_prompts("held_out", GROUPS, seed=0)
+    with tempfile.TemporaryDirectory() as directory:
+        shutil.copytree(STARTER_POLICY, directory, dirs_exist_ok=True)
+        net = AutoModelForSequenceClassification.from_pretrained(STARTER_POLICY, num_labels=1)
+        net.save_pretrained(directory)
+        settings = RewardSettings(
+            default_verifier="reward_model",
+            verifiers={task.domain: "reward_model" for task in tasks},
+            reward_model=RewardModelSettings(model=directory, batch_size=32),
+        )
+        answers = [rollout(f"1+1=2,2+2=4#{n}") for n in range(GROUP_SIZE)]
+        with ScorerPool(1, settings) as pool:
+            await pool.score(tasks[0], answers, None)  # loads it
+            started = time.perf_counter()
+            await asyncio.gather(*(pool.score(task, answers, None) for task in tasks))
+            took = time.perf_counter() - started
+    print(f"reward_model    {GROUPS * GROUP_SIZE / took:8.0f} a second, 1.5 million parameters")
+
+
 if __name__ == "__main__":
     asyncio.run(by_verifier())
+    asyncio.run(reward_model())
     asyncio.run(beside_hanging())

@@ -1,6 +1,6 @@
 """How many answers a second each verifier scores, on one core, in this process.
 
-    python tests/benchmarks/verifiers.py [maths reasoning_gym exact]
+    python tests/benchmarks/verifiers.py [maths reasoning_gym exact expression]
 
 Every answer is scored once, so that no cache knows it; imports and the check of the gold answers
 are not counted. Rates are per second of processor time, which a busy machine does not change much;
@@ -19,6 +19,7 @@ import numpy as np
 
 from posttrain.data.prompts import make_prompt
 from posttrain.errors import DataError
+from posttrain.starter.tasks import starter_sft_rows
 from posttrain.types import Prompt
 from rewards.verifiers import REFERENCE_CHECKS, VERIFIERS
 
@@ -57,10 +58,17 @@ def exact() -> list[Item]:
     ]
 
 
+def expression() -> list[Item]:
+    """The starter's own supervised answers to its expression tasks."""
+    rows = starter_sft_rows(20_000, seed=0)
+    return [(r.prompt, r.completion) for r in rows if r.prompt.metadata["verifier"] == "expression"]
+
+
 MIXES: dict[str, Callable[[], list[Item]]] = {
     "maths": maths,
     "reasoning_gym": reasoning_gym,
     "exact": exact,
+    "expression": expression,
 }
 
 
