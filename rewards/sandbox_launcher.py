@@ -152,7 +152,14 @@ def _module_paths(settings: SandboxSettings) -> list[str]:
     if not settings.modules:
         return []
     paths = sysconfig.get_paths()
-    return sorted({os.path.realpath(paths[key]) for key in ("purelib", "platlib")})
+    found = sorted({os.path.realpath(paths[key]) for key in ("purelib", "platlib")})
+    for path in found:
+        if path.startswith(f"{SCRATCH}/"):
+            raise Unavailable(
+                f"modules are installed in {path}, but programs get a {SCRATCH} of their own; "
+                "install elsewhere"
+            )
+    return found
 
 
 def _root() -> str:

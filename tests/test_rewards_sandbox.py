@@ -9,6 +9,7 @@ import platform
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -211,11 +212,20 @@ def test_installed_modules_only_when_asked_for() -> None:
     program = Program(source=source, function="f", arguments=(3,))
     with Sandbox(QUICK, launchers=[OWN]) as bare:
         assert "No module named 'numpy'" in str(bare.run(program).failure)
-    with Sandbox(SandboxSettings(modules=("numpy",)), launchers=[OWN]) as sandbox:
+    with open_or_skip("own", SandboxSettings(modules=("numpy",))) as sandbox:
         assert json.loads(sandbox.run(program).result) == [0, 2, 4]
         assert all(attempt.contained for attempt in sandbox.attempts)
     with pytest.raises(SandboxError, match="No module named 'no_such_module'"):
         Sandbox(SandboxSettings(modules=("no_such_module",)), launchers=[OWN])
+
+
+def test_modules_where_programs_have_their_scratch_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    places = dict.fromkeys(("purelib", "platlib"), "/tmp/clone/site-packages")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: places)
+    with pytest.raises(SandboxError, match="installed in /tmp/clone/site-packages, but programs"):
+        Sandbox(SandboxSettings(modules=("numpy",)), launchers=[OWN])
 
 
 def test_only_the_system_and_python_can_be_seen() -> None:

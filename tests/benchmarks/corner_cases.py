@@ -26,6 +26,8 @@ from posttrain.starter.tasks import starter_sft_rows
 
 ROOT = Path(__file__).parents[2]
 SIZE = 1600
+MOST_STEPS = 40
+"""Characters: three times as many still fit beside a prompt."""
 METRICS = ("pass@1", "pass@8", "greedy", "unparsable", "truncated", "tokens")
 
 
@@ -34,7 +36,7 @@ def spoiled(completion: str, rng: random.Random) -> str:
     steps, mark, answer = completion.rpartition("#")
     if kind < 0.2:
         return steps + answer
-    if kind < 0.4 and steps:
+    if kind < 0.4 and steps and len(steps) <= MOST_STEPS:
         return ",".join([steps] * 3) + mark + answer
     return completion
 
