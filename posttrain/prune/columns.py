@@ -114,7 +114,8 @@ def checkable_task(
     try:
         check_reference(prompt, rewards)
     except DataError as error:
-        raise UnusableRow(str(error)) from error
+        # The row is named already: without the prompt's name, reasons alike count together.
+        raise UnusableRow(str(error.__cause__ or error)) from error
     return Task(task_id=task_id, prompt=prompt, completion=completion)
 
 
