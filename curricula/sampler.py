@@ -49,7 +49,22 @@ class CurriculumSettings(BaseModel):
     cooldown: int = Field(default=128, ge=0)
 
 
-class DifficultySampler:
+class _OfDomains:
+    """What every sampler says of domains is its mixture's word."""
+
+    _mixture: DomainMixture
+
+    def next_batch(self) -> list[str]:
+        return self._mixture.next_batch()
+
+    def instead_of(self, domain: str) -> str:
+        return self._mixture.instead_of(domain)
+
+    def gated(self, domain: str, *, trainable: bool) -> None:
+        self._mixture.observe(domain, trainable=trainable)
+
+
+class DifficultySampler(_OfDomains):
     """Draws where a group promises the most signal, and never gives a prompt up.
 
     Most draws rank a few candidates: those drawn lately and those that would hardly give a signal
@@ -82,12 +97,6 @@ class DifficultySampler:
         self._drawn_at = np.zeros(len(catalogue), np.int32)
         self._cooldown = min(settings.cooldown, len(catalogue) // 2)
 
-    def next_batch(self) -> list[str]:
-        return self._mixture.next_batch()
-
-    def instead_of(self, domain: str) -> str:
-        return self._mixture.instead_of(domain)
-
     def draw(self, domain_name: str) -> Prompt:
         domain = self._catalogue.domains.index(domain_name)
         counts = self._pool.counts(domain)
@@ -111,9 +120,6 @@ class DifficultySampler:
         Raises DataError for a prompt that is not of this curriculum.
         """
         self._learn(prompt_id, num_scored, num_correct, step)
-
-    def gated(self, domain: str, *, trainable: bool) -> None:
-        self._mixture.observe(domain, trainable=trainable)
 
     def observe_verdict(self, verdict: Verdict, step: int) -> None:
         """Learns from a judge's answers."""
@@ -230,7 +236,7 @@ class DifficultySampler:
         return int(candidates[best[np.searchsorted(upto, which * upto[-1], side="right")]])
 
 
-class UniformSampler:
+class UniformSampler(_OfDomains):
     """The baseline: each domain's prompts in shuffled passes, whatever their difficulty."""
 
     def __init__(self, catalogue: PromptCatalogue, mixture: DomainMixture, *, seed: int) -> None:
@@ -242,12 +248,6 @@ class UniformSampler:
         sizes = list(catalogue.sizes().values())
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
         self._drawn = np.array(sizes)
-
-    def next_batch(self) -> list[str]:
-        return self._mixture.next_batch()
-
-    def instead_of(self, domain: str) -> str:
-        return self._mixture.instead_of(domain)
 
     def draw(self, domain_name: str) -> Prompt:
         domain = self._catalogue.domains.index(domain_name)
@@ -268,9 +268,6 @@ class UniformSampler:
     ) -> None:
         """Learns nothing about prompts. Raises DataError for one that is not of this curriculum."""
         self._catalogue.index_of(prompt_id)
-
-    def gated(self, domain: str, *, trainable: bool) -> None:
-        self._mixture.observe(domain, trainable=trainable)
 
     def pool(self) -> dict[str, dict[str, int]]:
         """Nothing is known of any prompt's difficulty."""
