@@ -280,13 +280,17 @@ class TrainingSample:
 class MicroBatch:
     """R packed rows of L tokens, every array `[R, L]`.
 
-    `position_ids` restart at 0 where a sequence starts; padding forms a sequence of its own at the
-    end of a row. Token t's log-probability, mask and advantage stand at index t (not shifted).
+    `sequence_ids` number the sequences of the micro-batch; padding forms one of its own at the end
+    of a row. Sequences with the same prompt may share its tokens, which have no sequence (-1): but
+    for the last one, they stand once before those that share them. `position_ids` count from the
+    start of the prompt, so they are 0 where a sequence starts that shares nothing, or a shared
+    prompt. Token t's log-probability, mask and advantage stand at index t (not shifted).
     `teacher_logprobs` are NaN where there are none; None without a teacher.
     """
 
     token_ids: IntArray
     position_ids: IntArray
+    sequence_ids: IntArray
     loss_mask: FloatArray
     rollout_logprobs: FloatArray
     advantages: FloatArray

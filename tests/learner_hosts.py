@@ -22,6 +22,7 @@ from posttrain.workers.learner_ranks import RemoteLearner
 from posttrain.workers.settings import ActorResources, LearnerSettings
 
 TEMPERATURE = 0.7
+PROMPT = (17, 90, 4, 61, 33)
 MAX_AGE = 2
 
 
@@ -85,15 +86,18 @@ class Hosts:
 
 
 def random_samples(seed: int, num_samples: int = 7) -> list[TrainingSample]:
-    """Sequences of 8 to 40 tokens whose rollout log-probabilities are off enough to clip some."""
+    """Sequences of 8 to 40 tokens whose rollout log-probabilities are off enough to clip some;
+    prompts are the beginnings of one."""
     rng = np.random.default_rng(seed)
     samples = []
     for _ in range(num_samples):
         prompt, length = int(rng.integers(1, 6)), int(rng.integers(8, 40))
         mask = (np.arange(length) >= prompt).astype(np.float32)
+        token_ids = rng.integers(3, 128, length)
+        token_ids[:prompt] = PROMPT[:prompt]
         samples.append(
             TrainingSample(
-                token_ids=rng.integers(3, 128, length),
+                token_ids=token_ids,
                 loss_mask=mask,
                 rollout_logprobs=mask * rng.uniform(-9, -4, length).astype(np.float32),
                 advantages=mask * np.float32(rng.normal()),
@@ -116,13 +120,16 @@ def poisoned_samples() -> list[TrainingSample]:
     return [*others, poisoned]
 
 
-def batch_of(samples: list[TrainingSample], *, micro_tokens: int) -> TrainingBatch:
+def batch_of(
+    samples: list[TrainingSample], *, micro_tokens: int, share_prompts: bool = False
+) -> TrainingBatch:
     return pack(
         samples,
         row_tokens=64,
         micro_tokens=micro_tokens,
         pad_token_id=0,
         current=PolicyVersion(1, 5),
+        share_prompts=share_prompts,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -63,7 +64,7 @@ def share_of(
     num_padding: int = 0,
 ) -> LossShare:
     """The share of a micro-batch of packed rows, the longest padded by `num_padding` tokens."""
-    lengths = [sum(len(s.loss_mask) for s in row) for row in rows]
+    lengths = [sum(map(_length, row)) for row in rows]
     padding = [max(lengths) + num_padding - length for length in lengths]
 
     def laid_out(field: str, filler: float) -> Tensor:
@@ -74,12 +75,13 @@ def share_of(
             ]
         )
 
-    positions = [
-        torch.cat([*(torch.arange(len(s.loss_mask)) for s in row), torch.arange(missing)])
+    numbers = itertools.count()
+    sequence_ids = [
+        torch.cat([torch.full((n,), next(numbers)) for n in (*map(_length, row), missing)])
         for row, missing in zip(rows, padding, strict=True)
     ]
     batch = {
-        "position_ids": torch.stack(positions),
+        "sequence_ids": torch.stack(sequence_ids),
         "loss_mask": laid_out("loss_mask", 0.0),
         "rollout_logprobs": laid_out("rollout_logprobs", 0.0),
         "advantages": laid_out("advantages", 0.0),
@@ -92,6 +94,10 @@ def share_of(
         old_logprobs=laid_out("old_logprobs", JUNK),
         ref_logprobs=laid_out("ref_logprobs", JUNK) if settings.kl_coefficient else None,
     )
+
+
+def _length(sequence: Scored) -> int:
+    return len(sequence.loss_mask)
 
 
 def gradients(loss: Tensor, sequences: Sequence[Scored]) -> list[Tensor]:

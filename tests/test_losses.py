@@ -15,7 +15,6 @@ from posttrain.losses.aggregate import (
     fixed_length_mean,
     global_token_mean,
     sequence_mean,
-    sequence_numbers,
 )
 from posttrain.losses.kl import k3_to_reference
 from posttrain.losses.objective import OBJECTIVES, policy_loss
@@ -133,11 +132,6 @@ def test_aggregates_by_hand():
     assert fixed_length_mean(losses, sequence, over).item() == pytest.approx(-0.05)
 
 
-def test_sequences_start_where_positions_do():
-    position_ids = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]])
-    assert sequence_numbers(position_ids).tolist() == [[0, 0, 0, 1, 1], [2, 3, 3, 3, 3]]
-
-
 TOKEN_WEIGHTS = {
     "cispo": (1 / 5, 1 / 5),
     "grpo": (1 / (2 * 2), 1 / (2 * 3)),
@@ -173,7 +167,7 @@ def one_token(logprob, rollout, old, ref=None, **changes):
     share = policy_loss(
         logprobs,
         {
-            "position_ids": torch.tensor([[0, 1]]),
+            "sequence_ids": torch.tensor([[0, 0]]),
             "loss_mask": torch.tensor([[0.0, 1.0]]),
             "rollout_logprobs": doubles([[0.0, rollout]]),
             "advantages": doubles([[0.0, 3.0]]),

@@ -250,16 +250,17 @@ def test_a_micro_batch_without_a_loss_token_adds_nothing():
 
 
 def test_responsibility_by_hand():
-    weight = responsibility(
-        doubles([0.8, 0.1, 0.5]).log(), doubles([0.2, 0.5, 0.5]).log(), doubles([0.9, 0.9, 0.25])
-    )
+    labels = doubles([0.8, 0.1, 0.5]).log(), doubles([0.2, 0.5, 0.5]).log()
+    prior = doubles([0.9, 0.9, 0.25])
     expected = [0.72 / (0.72 + 0.02), 0.09 / (0.09 + 0.05), 0.25]
-    torch.testing.assert_close(weight, doubles(expected))
+    torch.testing.assert_close(responsibility(*labels, prior, 0.0), doubles(expected))
+    in_doubt = [0.72 / (0.72 + 0.002), 0.09 / (0.09 + 0.005), 0.25 / (0.25 + 0.075)]
+    torch.testing.assert_close(responsibility(*labels, prior, math.log(10)), doubles(in_doubt))
 
 
 def test_responsibility_survives_what_a_teacher_rules_out():
     weight = responsibility(
-        torch.tensor([-200.0, 0.0]), torch.tensor([-1.0, -200.0]), torch.tensor([0.9, 0.9])
+        torch.tensor([-200.0, 0.0]), torch.tensor([-1.0, -200.0]), torch.tensor([0.9, 0.9]), 4.6
     )
     assert weight[0].item() < 1e-30
     assert weight[1].item() == 1
@@ -280,11 +281,35 @@ def test_planted_corruption_is_recovered(corrupted):
         labels[wrong] = torch.randint(size, (int(wrong.sum()),), generator=generator)
         known = q.log().gather(-1, labels[:, None]).squeeze(-1)
         prior = torch.full((tokens,), reliability.prior("maths"))
-        weight = responsibility(known, critic, prior)
+        weight = responsibility(known, critic, prior, 0.0)
         reliability.observe("maths", weight.mean().item())
     assert reliability.prior("maths") == pytest.approx(1 - corrupted, abs=0.03)
     assert weight[~wrong].mean() > 0.85
     assert weight[wrong].mean() < 0.4
+
+
+@pytest.mark.parametrize("corrupted", [0.1, 0.2, 0.4])
+def test_a_teacher_hardly_ahead_of_the_critic_keeps_its_word_where_it_is_right(corrupted):
+    """The critic explains right labels almost as well. Who explains labels better on the whole is
+    then the critic, as soon as the teacher is wrong in some; the margin asks where it is wrong."""
+    generator = torch.Generator().manual_seed(4)
+    size, tokens = 20, 2000
+    priors = {margin: Reliability(prior=0.9, memory=0.8) for margin in (0.0, 4.6)}
+    weights = {}
+    for _ in range(40):
+        logits = 8 * torch.randn(tokens, size, generator=generator)
+        q, p0 = logits.softmax(-1), (0.8 * logits).softmax(-1)
+        labels = torch.multinomial(q, 1, generator=generator)
+        wrong = torch.rand(tokens, generator=generator) < corrupted
+        q[wrong] = q[wrong].roll(1, dims=-1)
+        known, critic = (p.log().gather(-1, labels).squeeze(-1) for p in (q, p0))
+        for margin, reliability in priors.items():
+            prior = torch.full((tokens,), reliability.prior("maths"))
+            weights[margin] = responsibility(known, critic, prior, margin)
+            reliability.observe("maths", weights[margin].mean().item())
+    assert weights[4.6][~wrong].mean() > 0.97
+    assert weights[4.6][wrong].mean() < 0.25
+    assert weights[0.0][~wrong].mean() < 0.9
 
 
 def test_reliability_keeps_domains_apart():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 
 import numpy as np
 import pytest
@@ -12,11 +11,11 @@ import torch
 
 from posttrain.losses.aggregate import Denominators
 from posttrain.losses.diagnostics import diagnostic_sums, summarise
-from posttrain.losses.logprobs import token_logprobs
 from posttrain.losses.objective import OBJECTIVES, policy_loss
 from posttrain.losses.settings import LossSettings
 from posttrain.packing import pack
 from posttrain.types import PolicyVersion, TrainingSample
+from posttrain.workers.policy_model import PackedPolicy
 
 TEMPERATURE = 0.8
 
@@ -47,11 +46,14 @@ def model():
 def samples():
     rng = np.random.default_rng(0)
     made = []
-    for index, length in enumerate([5, 31, 12, 7, 20, 9, 16, 3]):
-        mask = (np.arange(length) >= 2).astype(np.float32)
+    prompts = [rng.integers(1, 40, length) for length in (2, 9, 1)]
+    for index, length in enumerate([3, 29, 10, 5, 18, 7, 14, 1, 2]):
+        prompt = prompts[index % 3]
+        mask = np.r_[np.zeros(len(prompt)), np.ones(length)].astype(np.float32)
+        length += len(prompt)
         made.append(
             TrainingSample(
-                token_ids=rng.integers(1, 40, length),
+                token_ids=np.r_[prompt, rng.integers(1, 40, length - len(prompt))],
                 loss_mask=mask,
                 rollout_logprobs=mask * rng.uniform(-6, -2, length).astype(np.float32),
                 advantages=mask * np.float32(index % 3 - 0.7),
@@ -61,41 +63,47 @@ def samples():
     return made
 
 
-def packed(samples, row_tokens, micro_tokens):
+def packed(samples, row_tokens, micro_tokens, share_prompts=False):
     return pack(
         samples,
         row_tokens=row_tokens,
         micro_tokens=micro_tokens,
         pad_token_id=0,
         current=PolicyVersion(1, 1),
+        share_prompts=share_prompts,
     )
 
 
-def score(model, token_ids, position_ids):
+def score(model, token_ids, position_ids, sequence_ids=None):
     """Log-probabilities and entropies."""
-    hidden = model.model(
-        input_ids=token_ids, position_ids=position_ids, use_cache=False
-    ).last_hidden_state
-    return token_logprobs(hidden, model.lm_head.weight, token_ids, TEMPERATURE, chunk_tokens=16)
+    policy = PackedPolicy(model, chunk_tokens=16)
+    return policy(token_ids, position_ids, TEMPERATURE, sequence_ids)
 
 
+@pytest.mark.parametrize("share_prompts", [False, True])
 @torch.no_grad()
-def test_packed_logprobs_equal_separate_ones(model, samples):
-    (micro,) = packed(samples, row_tokens=40, micro_tokens=400).micro_batches
-    token_ids, position_ids = (torch.from_numpy(a) for a in (micro.token_ids, micro.position_ids))
+def test_packed_logprobs_equal_separate_ones(model, samples, share_prompts):
+    (micro,) = packed(samples, 48, 400, share_prompts).micro_batches
+    layout = [
+        torch.from_numpy(a) for a in (micro.token_ids, micro.position_ids, micro.sequence_ids)
+    ]
+    token_ids, _, sequence_ids = layout
     assert token_ids.shape[0] > 1
-    assert ((position_ids == 0).sum(dim=1) > 1).any()
-    logprobs, _ = score(model, token_ids, position_ids)
-    by_ids = {}
-    for r, row in enumerate(position_ids):
-        starts = [*torch.nonzero(row == 0).flatten().tolist(), len(row)]
-        for start, end in itertools.pairwise(starts):
-            by_ids[tuple(token_ids[r, start:end].tolist())] = logprobs[r, start:end]
+    assert (sequence_ids < 0).any() == share_prompts
+    logprobs, _ = score(model, *layout)
+    found = {
+        tuple(token_ids[own].tolist()): logprobs[own]
+        for own in (
+            (sequence_ids == n) & torch.from_numpy(micro.loss_mask).bool()
+            for n in range(int(sequence_ids.max()) + 1)
+        )
+    }
     for sample in samples:
         ids = torch.from_numpy(sample.token_ids)[None]
         alone = score(model, ids, torch.arange(ids.shape[1])[None])[0][0]
-        together = by_ids[tuple(sample.token_ids.tolist())]
-        torch.testing.assert_close(together[1:], alone[1:], atol=1e-5, rtol=0)
+        own = sample.loss_mask > 0
+        together = found[tuple(sample.token_ids[own].tolist())]
+        torch.testing.assert_close(together, alone[torch.from_numpy(own)], atol=1e-5, rtol=0)
 
 
 def loss_and_gradients(model, batch, settings, reference=None):
@@ -106,7 +114,7 @@ def loss_and_gradients(model, batch, settings, reference=None):
     for micro_batch in batch.micro_batches:
         arrays = dataclasses.asdict(micro_batch)
         tensors = {k: torch.from_numpy(a) for k, a in arrays.items() if a is not None}
-        ids = tensors["token_ids"], tensors["position_ids"]
+        ids = [tensors[name] for name in ("token_ids", "position_ids", "sequence_ids")]
         logprobs, entropy = score(model, *ids)
         share = policy_loss(
             logprobs,
@@ -143,8 +151,11 @@ def test_the_split_changes_neither_loss_nor_gradient(model, samples, kind):
     assert max(g.abs().max() for g in gradients.values()) > 0.01
     assert 0 < metrics["clipped_fraction"] < 1
     assert metrics["ref_kl"] > 0.01
-    for row_tokens, micro_tokens in [(40, 400), (40, 80), (128, 128), (16, 64)]:
-        batch = packed(samples, row_tokens, micro_tokens)
+    for row_tokens, micro_tokens, share_prompts in [
+        *((40, 400, False), (40, 80, False), (128, 128, False), (16, 64, False)),
+        *((40, 400, True), (48, 80, True), (200, 400, True), (16, 64, True)),
+    ]:
+        batch = packed(samples, row_tokens, micro_tokens, share_prompts)
         other_loss, other, other_metrics = loss_and_gradients(model, batch, settings, reference)
         assert other_loss == pytest.approx(loss, abs=1e-5)
         for name, gradient in gradients.items():

@@ -1,5 +1,6 @@
 """Packing: nothing lost, nothing twice, sequences kept apart."""
 
+import dataclasses
 import itertools
 from collections import Counter
 
@@ -180,3 +181,113 @@ def test_dealing_fills_up_with_micro_batches_without_a_loss_token():
     (empty,) = second.micro_batches
     assert empty.loss_mask.sum() == 0
     assert empty.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
+
+
+# --- shared prompts ----------------------------------------------------------------------------
+
+
+def answers(prompt, lengths, first=0):
+    """Samples of one prompt, `prompt` its tokens; the ids of answers are unique."""
+    made = []
+    for number, length in enumerate(lengths, start=first):
+        one = sample(len(prompt), length, number)
+        ids = np.r_[np.array(prompt, dtype=np.int64), one.token_ids[len(prompt) :]]
+        made.append(dataclasses.replace(one, token_ids=ids))
+    return made
+
+
+def put_together(batch):
+    """Of each sequence (ids, mask, rollout_logprobs, advantages, ages), its shared prompt included;
+    each token must stand where its position says."""
+    for micro in batch.micro_batches:
+        for row in range(len(micro.token_ids)):
+            numbers, positions = micro.sequence_ids[row], micro.position_ids[row]
+            blocks = (positions == 0).cumsum()
+            for number in np.unique(numbers[numbers >= 0]):
+                own = np.flatnonzero(numbers == number)
+                block = blocks[own[0]]
+                prompt = np.flatnonzero((numbers < 0) & (blocks == block))
+                places = np.r_[prompt, own]
+                assert positions[places].tolist() == list(range(len(places)))
+                assert not micro.loss_mask[row, prompt].any()
+                fields = (micro.loss_mask, micro.rollout_logprobs, micro.advantages)
+                yield (
+                    tuple(micro.token_ids[row, places].tolist()),
+                    *(tuple(f[row, places].tolist()) for f in fields),
+                    set(micro.ages[row, own].tolist()),
+                )
+
+
+groups_strategy = st.lists(
+    st.tuples(st.integers(1, 20), st.lists(st.integers(1, 40), min_size=1, max_size=8)),
+    min_size=1,
+    max_size=8,
+).map(
+    lambda groups: [
+        sample
+        for number, (prompt, lengths) in enumerate(groups)
+        for sample in answers(range(90_000 + 100 * number, 90_000 + 100 * number + prompt), lengths)
+    ]
+)
+
+
+@given(groups_strategy, st.integers(8, 200), st.integers(8, 400), st.integers(1, 3))
+def test_a_shared_prompt_belongs_to_each_of_its_answers(
+    samples, row_tokens, micro_tokens, num_ranks
+):
+    sizes = {"row_tokens": row_tokens, "micro_tokens": micro_tokens, "pad_token_id": PAD}
+    batch = pack(samples, **sizes, current=CURRENT, share_prompts=True)
+    found = Counter(
+        (*fields, *ages)
+        for share in deal(batch, num_ranks)
+        for ids, *fields, ages in put_together(share)
+        for fields in [(ids, *fields)]
+        if ids[0] != PAD and any(fields[1])
+    )
+    assert found == Counter(
+        (
+            tuple(s.token_ids.tolist()),
+            tuple(s.loss_mask.tolist()),
+            tuple(s.rollout_logprobs.tolist()),
+            tuple(s.advantages.tolist()),
+            0,
+        )
+        for s in samples
+    )
+    longest = max(len(s.token_ids) for s in samples)
+    for micro in batch.micro_batches:
+        rows, length = micro.token_ids.shape
+        assert length < max(row_tokens, longest) + 8
+        assert rows == 1 or rows * length <= micro_tokens
+
+
+def test_a_prompt_stands_once_but_for_its_last_token():
+    samples = answers([7, 8, 9], [3, 2]) + answers([5], [1, 1], first=2)
+    (micro,) = pack(
+        samples,
+        row_tokens=16,
+        micro_tokens=64,
+        pad_token_id=PAD,
+        current=CURRENT,
+        share_prompts=True,
+    ).micro_batches
+    assert micro.token_ids.tolist() == [
+        [7, 8, 9, 4, 5, 6, 9, 1004, 1005, 5, 2002, 5, 3002, PAD, PAD, PAD]
+    ]
+    assert micro.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 2, 3, 4, 0, 1, 0, 1, 0, 1, 2]]
+    assert micro.sequence_ids.tolist() == [[-1, -1, 0, 0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 4, 4]]
+    assert micro.loss_mask.tolist() == [[0, 0, 0, 1, 1, 1, 0, 1, 1, 0, 1, 0, 1, 0, 0, 0]]
+
+
+def test_answers_that_do_not_fit_beside_each_other_repeat_the_prompt():
+    samples = answers(range(50, 60), [6, 6, 6, 6])
+    batch = pack(
+        samples,
+        row_tokens=24,
+        micro_tokens=48,
+        pad_token_id=PAD,
+        current=CURRENT,
+        share_prompts=True,
+    )
+    # 9 shared tokens and 7 of each answer: two answers in 23.
+    assert [m.token_ids.shape for m in batch.micro_batches] == [(2, 24)]

@@ -76,10 +76,10 @@ class Pair:
         self._written = 0
         self._steps = 0
 
-    def step(self, samples, *, micro_tokens):
+    def step(self, samples, *, micro_tokens, share_prompts=False):
         warmed_up = (self._steps + 1) / (SETTINGS.warmup_steps + 1)
         self._steps += 1
-        batch = batch_of(samples, micro_tokens=micro_tokens)
+        batch = batch_of(samples, micro_tokens=micro_tokens, share_prompts=share_prompts)
         metrics = asyncio.run(self.learner.step(batch))
         assert metrics["learning_rate"] == SETTINGS.learning_rate * min(1.0, warmed_up)
         return metrics
@@ -110,9 +110,14 @@ def pair(one_rank, tmp_path_factory):
 
 
 def test_a_step_equals_plain_torch_however_the_batch_is_split(pair):
-    for seed, micro_tokens in ((1, 8), (2, 128), (3, 4096)):
+    assert asyncio.run(pair.learner.can_share_prompts())
+    for seed, micro_tokens, share_prompts in (
+        (1, 8, False),
+        (2, 4096, False),
+        (3, 128, True),
+    ):
         samples = random_samples(seed)
-        metrics = pair.step(samples, micro_tokens=micro_tokens)
+        metrics = pair.step(samples, micro_tokens=micro_tokens, share_prompts=share_prompts)
         loss, norm = pair.reference.step(samples, metrics["learning_rate"])
         assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
         assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)

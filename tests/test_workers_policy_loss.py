@@ -14,7 +14,7 @@ def test_a_step_starts_from_its_own_old_policy():
     torch.manual_seed(0)
     mask = torch.tensor([[0.0, 0, 1, 1, 1, 1, 1, 1]] * 2)
     batch = {
-        "position_ids": torch.arange(8).repeat(2, 1),
+        "sequence_ids": torch.tensor([[0], [1]]).repeat(1, 8),
         "loss_mask": mask,
         "rollout_logprobs": mask * (-4 - torch.rand(2, 8)),
         "advantages": mask * torch.tensor([[1.0], [-0.5]]),

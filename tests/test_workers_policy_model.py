@@ -6,10 +6,10 @@ import pytest
 import torch
 from engine_models import save_policy
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from posttrain.errors import ModelError
-from posttrain.workers.policy_model import load_model, model_fingerprint
+from posttrain.workers.policy_model import can_share_prompts, load_model, model_fingerprint
 from posttrain.workers.settings import LearnerSettings
 
 
@@ -85,3 +85,34 @@ def test_the_fingerprint_tells_policies_apart_and_knows_them_elsewhere(tmp_path)
         for name, seed in (("first", 0), ("again", 0), ("other", 1))
     )
     assert first == again != other
+
+
+SMALL = {
+    "vocab_size": 16,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "shares"),
+    [
+        ("qwen3", {"head_dim": 8}, True),
+        ("llama", {}, True),
+        ("mistral", {"sliding_window": None}, True),
+        ("mistral", {"sliding_window": 8}, False),
+        ("llama4_text", {"head_dim": 8, "intermediate_size_mlp": 16}, False),  # chunks
+        ("gemma2", {"head_dim": 8}, False),  # windows in every second layer
+        ("gpt2", {"n_embd": 16, "n_head": 2, "n_layer": 1}, False),  # learnt positions
+        ("mamba", {"state_size": 2}, False),
+        ("falcon_h1", {"head_dim": 8, "mamba_d_ssm": 16, "mamba_n_heads": 2}, False),  # half of it
+    ],
+)
+def test_prompts_are_shared_where_a_mask_says_all(model_type, changes, shares):
+    config = AutoConfig.for_model(model_type, **(SMALL | changes))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert can_share_prompts(model) == shares

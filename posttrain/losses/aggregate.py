@@ -20,14 +20,6 @@ class Denominators(NamedTuple):
     max_tokens: int
 
 
-def sequence_numbers(position_ids: Tensor) -> Tensor:
-    """The number of each token's sequence in its micro-batch, `[R, L]`, from 0, row by row.
-
-    `position_ids` `[R, L]` tell packed sequences apart: each starts at 0, padding included.
-    """
-    return (position_ids == 0).flatten().cumsum(0).view_as(position_ids) - 1
-
-
 def global_token_mean(losses: Tensor, _sequence: Tensor, over: Denominators) -> Tensor:
     """Every token weighs the same: sum / num_loss_tokens (DAPO, Yu et al. 2025)."""
     return losses.sum() / over.num_loss_tokens

@@ -95,13 +95,17 @@ def distillation_losses(
     )
 
 
-def responsibility(label_logprobs: Tensor, critic_logprobs: Tensor, prior: Tensor) -> Tensor:
-    """π·q(y) / (π·q(y) + (1−π)·p₀(y)), `[N]`: does the teacher explain the verified label y better
-    than the background p₀ does, which is the frozen critic?
+def responsibility(
+    label_logprobs: Tensor, critic_logprobs: Tensor, prior: Tensor, margin: float
+) -> Tensor:
+    """π·q(y) / (π·q(y) + (1−π)·e^−margin·p₀(y)), `[N]`: could the teacher have said the verified
+    label y, or is it wrong here? p₀ is the frozen critic; that it explains a label a little better
+    than a teacher who would have said the same in other words does not make the teacher wrong.
 
-    `label_logprobs` and `critic_logprobs` are log q(y) and log p₀(y), nats; `prior` is π in (0, 1).
+    `label_logprobs` and `critic_logprobs` are log q(y) and log p₀(y), nats, as is `margin`; `prior`
+    is π in (0, 1).
     """
-    return torch.sigmoid(torch.logit(prior) + label_logprobs - critic_logprobs)
+    return torch.sigmoid(torch.logit(prior) + label_logprobs - critic_logprobs + margin)
 
 
 def teacher_advantages(

@@ -12,7 +12,14 @@ WeightKind = Literal["dynamic", "constant", "ce_only"]
 Divergence = Literal["forward_kl", "reverse_kl"]
 
 READS: Mapping[WeightKind, Mapping[str, float]] = {
-    "dynamic": {"slope": 5.0, "offset": 0.0, "min_lead": 0.1, "prior": 0.9, "memory": 0.9},
+    "dynamic": {
+        "slope": 5.0,
+        "offset": 0.0,
+        "min_lead": 0.1,
+        "prior": 0.9,
+        "margin": 4.6,
+        "memory": 0.9,
+    },
     "constant": {"alpha": 0.5},
     "ce_only": {},
 }
@@ -45,9 +52,10 @@ class DistillationSettings(BaseModel):
       *reverse_kl*, KL(p ‖ q), lets it pick. That needs q beside what was drawn from it, hence
       `teacher.targets.kind = top_k`.
     - dynamic: λ = clip(σ(`slope`·EMA[CE_student − CE_teacher] + `offset`), `min_lead`, 1) on
-      `held_out` rows that are not trained on, measured every `every_steps` steps. `prior` is how
-      reliable a teacher counts in a domain before anything is known, and `memory` what both EMAs
-      keep of their last value.
+      `held_out` rows that are not trained on, measured every `every_steps` steps over the labels
+      that the teacher is responsible for. `prior` is how reliable a teacher counts in a domain
+      before anything is known, `margin` by how many nats the critic must explain a label better to
+      make the teacher wrong there, and `memory` what both EMAs keep of their last value.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -59,6 +67,7 @@ class DistillationSettings(BaseModel):
     offset: float | None = Field(default_factory=_of_the_kind("offset"))
     min_lead: float | None = Field(default_factory=_of_the_kind("min_lead"), ge=0, le=1)
     prior: float | None = Field(default_factory=_of_the_kind("prior"), gt=0, lt=1)
+    margin: float | None = Field(default_factory=_of_the_kind("margin"), ge=0)
     memory: float | None = Field(default_factory=_of_the_kind("memory"), ge=0, lt=1)
     held_out: int = Field(default=64, gt=0, description="rows")
     every_steps: int = Field(default=5, gt=0)

@@ -12,7 +12,6 @@ from posttrain.losses.aggregate import (
     fixed_length_mean,
     global_token_mean,
     sequence_mean,
-    sequence_numbers,
 )
 from posttrain.losses.kl import k3_to_reference
 from posttrain.losses.policy import (
@@ -84,7 +83,7 @@ def policy_loss(
         logprobs=logprobs[trained],
         behaviour_logprobs=rollout_logprobs if settings.tis_max is None else old,
         advantages=batch["advantages"][trained],
-        sequence=sequence_numbers(batch["position_ids"])[trained],
+        sequence=batch["sequence_ids"][trained],
     )
     objective = OBJECTIVES[settings.kind]
     losses, clipped = objective.token_losses(tokens, **settings.bounds)

@@ -38,7 +38,6 @@ from posttrain.online.metrics import (
 from posttrain.online.settings import LoopSettings
 from posttrain.online.starvation import StarvationWatch
 from posttrain.online.teaching import REWARDS_ALONE, GroupTeacher
-from posttrain.packing import pack
 from posttrain.types import (
     Curriculum,
     DrawOutcome,
@@ -50,6 +49,7 @@ from posttrain.types import (
     RolloutGroup,
     Scorer,
     SystemInstruction,
+    TrainingBatch,
 )
 
 
@@ -66,6 +66,7 @@ class Controller:
     Args:
         encode: token ids of a prompt under a system instruction, generation prompt included.
         draw_system: the system instruction of a draw by its number, or None for none.
+        pack: `posttrain.packing.pack` with its sizes.
         attempt: how often the run has been started; policy versions and draw ids begin with it.
         seed: where the seeds of the draws' samples come from when they have one.
         first_step: optimizer steps done by earlier attempts.
@@ -96,7 +97,7 @@ class Controller:
         ledger: DrawLedger,
         encode: Callable[[Prompt, SystemInstruction | None], tuple[int, ...]],
         draw_system: Callable[[int], SystemInstruction | None],
-        pad_token_id: int,
+        pack: Callable[..., TrainingBatch],
         attempt: int,
         seed: int,
         first_step: int = 0,
@@ -113,7 +114,7 @@ class Controller:
         self._learner = learner
         self._publisher = publisher
         self._draw_system = draw_system
-        self._pad_token_id = pad_token_id
+        self._pack = pack
         self._on_step = on_step
         self._beside = beside
         self._teacher = teacher
@@ -298,11 +299,8 @@ class Controller:
         lags = [checked_lag(group, trained_under, bound) for group in groups]
         self._totals.max_lag = max(self._totals.max_lag, *lags)
         lesson = await self._teacher.lesson(groups)
-        batch = pack(
+        batch = self._pack(
             lesson.samples(groups, self._settings.advantage),
-            row_tokens=self._settings.row_tokens,
-            micro_tokens=self._settings.micro_tokens,
-            pad_token_id=self._pad_token_id,
             current=trained_under,
             teacher_weight=lesson.weight,
         )

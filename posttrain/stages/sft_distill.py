@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ from posttrain.stages.teaching import DistillationJob, Teachers
 from posttrain.teaching.acquire import wait_for
 from posttrain.teaching.records import Record, TokenSequence, padded_targets
 from posttrain.teaching.store import TargetStore
+
+if TYPE_CHECKING:
+    from posttrain.types import FloatArray
 
 CHUNK_TOKENS = 4096
 """Of a micro-batch, whose log-probabilities exist at once beside the model's own logits."""
@@ -185,7 +188,7 @@ class DistillingTrainer(SFTTrainer):  # type: ignore[misc]
             priors = [self._reliability.prior(domain) for domain in self._domains]
             records = [self._critic.read(s.key).per_label["label_logprobs"] for s in sequences]
             critic = torch.as_tensor(np.concatenate(records or [np.zeros(0)])).to(known)
-            weight = responsibility(known, critic, torch.tensor(priors).to(known)[numbers])
+            weight = self._responsibility(known, critic, torch.tensor(priors).to(known)[numbers])
             alpha = self._lead.weight * weight
             self._learn_reliability(numbers, weight)
             self._note_by_domain("alpha", numbers, alpha)
@@ -200,6 +203,10 @@ class DistillingTrainer(SFTTrainer):  # type: ignore[misc]
                 value = alpha.float().quantile(quantile).item()
                 self._metrics["train"][f"distill/alpha/q{quantile:g}"].append(value)
         return alpha
+
+    def _responsibility(self, known: Tensor, critic: Tensor, prior: Tensor) -> Tensor:
+        assert self._job.settings.margin is not None
+        return responsibility(known, critic, prior, self._job.settings.margin)
 
     def _domain_numbers(self, sequences: Sequence[TokenSequence], device: Any) -> Tensor:
         numbers = [self._domains.index(self._domain_of[s.key]) for s in sequences]
@@ -225,12 +232,12 @@ class DistillingTrainer(SFTTrainer):  # type: ignore[misc]
         due = step % self._job.settings.every_steps == 0 and step != self._measured_at
         if self._lead is None or not due:
             return
-        assert self._targets is not None
         self._measured_at = step
         sequences = [row.sequence for row in self._held_out]
-        heard = [self._targets.read(s.key).per_label["label_logprobs"] for s in sequences]
-        teacher_ce = -float(np.concatenate(heard).mean())
-        student_ce = _cross_entropy(model, sequences, self.args.per_device_train_batch_size)
+        teacher, weight = self._trusted_labels()
+        student = _label_logprobs(model, sequences, self.args.per_device_train_batch_size)
+        student_ce = -float(np.average(student, weights=weight))
+        teacher_ce = -float(np.average(teacher, weights=weight))
         self._lead.observe(student_ce, teacher_ce)
         measured = {
             "gap": self._lead.gap,
@@ -240,6 +247,22 @@ class DistillingTrainer(SFTTrainer):  # type: ignore[misc]
         }
         for name, value in measured.items():
             self._metrics["train"][f"distill/{name}"].append(value)
+
+    def _trusted_labels(self) -> tuple[FloatArray, FloatArray]:
+        """log q of the held-out labels, and the teacher's responsibility for each, both `[N]`."""
+        assert self._targets is not None
+        assert self._critic is not None
+        assert self._reliability is not None
+        heard, weights = [], []
+        for row in self._held_out:
+            teacher, critic = (
+                torch.as_tensor(store.read(row.sequence.key).per_label["label_logprobs"])
+                for store in (self._targets, self._critic)
+            )
+            prior = torch.tensor(self._reliability.prior(row.domain))
+            heard.append(teacher.numpy())
+            weights.append(self._responsibility(teacher, critic, prior).numpy())
+        return np.concatenate(heard), np.concatenate(weights)
 
     def _targets_of(self, sequences: Sequence[TokenSequence], device: Any) -> TeacherTargets:
         assert self._targets is not None
@@ -307,9 +330,9 @@ def _split(rows: Sequence[_Row], settings: DistillationSettings) -> tuple[list[i
 
 
 @torch.no_grad()
-def _cross_entropy(model: Any, sequences: Sequence[TokenSequence], batch_size: int) -> float:
-    """Mean over all labels, nats. Every rank computes all of it: under ZeRO-3 they meet inside."""
-    total, count = 0.0, 0
+def _label_logprobs(model: Any, sequences: Sequence[TokenSequence], batch_size: int) -> FloatArray:
+    """Of all labels in order, `[N]`, nats. All ranks compute all: under ZeRO-3 they meet inside."""
+    found = []
     with _evaluating(model):
         for start in range(0, len(sequences), batch_size):
             part = sequences[start : start + batch_size]
@@ -322,10 +345,10 @@ def _cross_entropy(model: Any, sequences: Sequence[TokenSequence], batch_size: i
             # Padding on the right, where causal attention never looks.
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1][mask[:, 1:]]
             losses = torch.nn.functional.cross_entropy(
-                logits.float(), ids[:, 1:][mask[:, 1:]], reduction="sum"
+                logits.float(), ids[:, 1:][mask[:, 1:]], reduction="none"
             )
-            total, count = total + losses.item(), count + int(mask.sum())
-    return total / count
+            found.append(-losses.cpu().numpy())
+    return np.concatenate(found)
 
 
 @contextmanager

@@ -26,7 +26,13 @@ from posttrain.workers import checkpoints, policy_export
 from posttrain.workers.experts import fetch_experts_as_one, refuse_expert_parallel
 from posttrain.workers.learner_config import backend, prepare_process, training_config
 from posttrain.workers.policy_loss import micro_batch_loss
-from posttrain.workers.policy_model import PackedPolicy, add_adapter, load_model, model_fingerprint
+from posttrain.workers.policy_model import (
+    PackedPolicy,
+    add_adapter,
+    can_share_prompts,
+    load_model,
+    model_fingerprint,
+)
 from posttrain.workers.reference import Reference, adapter_reference, frozen_reference
 from posttrain.workers.schedule import learning_rate
 from posttrain.workers.settings import LearnerSettings, LoraSettings
@@ -149,7 +155,10 @@ class DeepSpeedLearner:
         for index, (batch, ref_logprobs) in enumerate(zip(batches, references, strict=True)):
             self._engine.set_gradient_accumulation_boundary(is_boundary=index == len(batches) - 1)
             logprobs, entropy = self._engine(
-                batch["token_ids"], batch["position_ids"], self._temperature
+                batch["token_ids"],
+                batch["position_ids"],
+                self._temperature,
+                batch["sequence_ids"],
             )
             part, micro_sums = micro_batch_loss(
                 logprobs,
@@ -166,6 +175,10 @@ class DeepSpeedLearner:
             loss += part.detach()
             sums = {k: v + sums[k] if sums else v for k, v in micro_sums.items()}
         return loss, sums
+
+    def can_share_prompts(self) -> bool:
+        """Whether `step` may be given batches that were packed with shared prompts."""
+        return can_share_prompts(self._model)
 
     def write_weights(self, directory: str) -> float:
         """Writes the current weights for the engines to load; returns the seconds it took."""

@@ -29,6 +29,9 @@ class LearnerActor:
     def step(self, share: TrainingBatch) -> dict[str, float]:
         return self._running.step(share)
 
+    def can_share_prompts(self) -> bool:
+        return self._running.can_share_prompts()
+
     def write_weights(self, directory: str) -> float:
         return self._running.write_weights(directory)
 

@@ -119,6 +119,11 @@ class RemoteLearner:
         node_id: str = await _answer(self._ranks[0].__ray_call__.remote(_node_id))
         return node_id
 
+    async def can_share_prompts(self) -> bool:
+        """Whether its batches may be packed with shared prompts."""
+        answer: bool = await _answer(self._ranks[0].can_share_prompts.remote())
+        return answer
+
     async def write_weights(self, directory: Path) -> float:
         """Writes the current weights, adapters merged, for the engines; returns the seconds."""
         seconds: float = await self._first(

@@ -36,19 +36,49 @@ class PackedPolicy(nn.Module):
         self.head = _Head(model.get_output_embeddings().weight, chunk_tokens)
 
     def forward(
-        self, token_ids: Tensor, position_ids: Tensor, temperature: float
+        self,
+        token_ids: Tensor,
+        position_ids: Tensor,
+        temperature: float,
+        sequence_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`logprobs` and `entropy`, `[R, L]`, as `posttrain.losses.logprobs` defines them.
 
-        `token_ids` and `position_ids` are `[R, L]`; positions start at 0 with each sequence.
+        `token_ids`, `position_ids` and `sequence_ids` are `[R, L]`, as a `MicroBatch` has them.
+        Without shared prompts positions tell all: they start at 0 with each sequence.
         """
         hidden = self.model(
             input_ids=token_ids,
             position_ids=position_ids,
+            attention_mask=_shared_prompt_mask(position_ids, sequence_ids),
             use_cache=False,  # with a cache, packed sequences would see each other
         ).last_hidden_state
         logprobs, entropy = self.head(hidden, token_ids, temperature)
         return logprobs, entropy
+
+
+def _shared_prompt_mask(position_ids: Tensor, sequence_ids: Tensor | None) -> Tensor | None:
+    """Which tokens each one attends to, `[R, 1, L, L]`: those before it of its own sequence, and of
+    a prompt that it shares. None where nothing is shared: transformers knows that case itself."""
+    if sequence_ids is None or not (sequence_ids < 0).any():
+        return None
+    block = (position_ids == 0).cumsum(dim=1)
+    seen = sequence_ids[:, None, :]
+    allowed = (seen < 0) | (seen == sequence_ids[:, :, None])
+    allowed &= block[:, None, :] == block[:, :, None]
+    return allowed.tril()[:, None]
+
+
+def can_share_prompts(model: Any) -> bool:
+    """Whether a mask and positions alone decide what a token of this model sees, so that sequences
+    can share a prompt: full attention in every layer, rotary positions, nothing recurrent."""
+    layers = getattr(model.config, "layer_types", None) or ["full_attention"]
+    return (
+        set(layers) == {"full_attention"}
+        and getattr(model.config, "sliding_window", None) is None
+        and getattr(model.config, "rope_parameters", None) is not None
+        and not getattr(model, "_is_stateful", False)
+    )
 
 
 class _Head(nn.Module):

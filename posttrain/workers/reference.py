@@ -42,7 +42,9 @@ def _scorer(policy: Any, temperature: float) -> Reference:
     @torch.no_grad()
     def score(batch: Mapping[str, Tensor]) -> Tensor:
         logprobs: Tensor
-        logprobs, _ = policy(batch["token_ids"], batch["position_ids"], temperature)
+        logprobs, _ = policy(
+            batch["token_ids"], batch["position_ids"], temperature, batch["sequence_ids"]
+        )
         return logprobs
 
     return score

@@ -265,7 +265,7 @@ def found_out(trainer: DistillingTrainer, corruption: float) -> dict[str, float]
         prior = trainer._reliability.prior(row.domain)
         q = trainer._targets.read(key).per_label["label_logprobs"]
         p0 = trainer._critic.read(key).per_label["label_logprobs"]
-        weight = 1 / (1 + np.exp(p0 - q) * (1 - prior) / prior)
+        weight = 1 / (1 + np.exp(p0 - q - trainer._job.settings.margin) * (1 - prior) / prior)
         weights[is_corrupted(key, corruption)] += weight.tolist()
     return {
         f"responsibility/{'wrong' if wrong else 'right'}": float(np.mean(found))

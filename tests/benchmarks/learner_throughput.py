@@ -1,14 +1,15 @@
-"""Tokens a second of the learner: packed, padded, and of TRL's `GRPOTrainer` on the same batch.
+"""Tokens a second of the learner, as a run packs and otherwise, and of TRL's `GRPOTrainer`.
 
     python tests/benchmarks/learner_throughput.py [rounds]
 
 The batch: 16 tasks, eight answers of the starter policy each, one thread, fp32, CISPO, AdamW. The
-learner takes it packed into rows of 128 tokens, and with one sequence a row as long as the longest;
-micro-batches have up to 2048 tokens each time. TRL gets micro-batches of as many rows and is asked
-for its loss alone, so that neither its data loading nor its generation counts. Prompt and answer
-tokens count, padding does not. Seconds are the process's own, which with one thread are those of
-the clock as long as nothing else runs. The three take turns round by round; a first round is thrown
-away, and must give one loss.
+learner takes it packed into rows of 128 tokens, with a prompt once for its answers (shared) or once
+for each (packed), and with one sequence a row as long as the longest (padded); micro-batches have
+up to 2048 tokens each time. TRL gets micro-batches of as many rows and is asked for its loss alone,
+so that neither its data loading nor its generation counts. Prompt and answer tokens of each
+sequence count, whether they are shared or not, padding does not. Seconds are the process's own,
+which with one thread are those of the clock as long as nothing else runs. All take turns round by
+round; a first round is thrown away, and must give one loss.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from posttrain.workers.settings import LearnerSettings
 NUM_PROMPTS, NUM_ANSWERS, MAX_TOKENS = 16, 8, 96
 ROW_TOKENS, MICRO_TOKENS = 128, 2048
 RATE = 1e-6
+OURS = ("shared", "packed", "padded")
 CURRENT = PolicyVersion(1, 0)
 
 
@@ -70,13 +72,16 @@ def answers() -> list[TrainingSample]:
     return samples
 
 
-def packed(samples: list[TrainingSample], row_tokens: int) -> TrainingBatch:
+def packed(
+    samples: list[TrainingSample], row_tokens: int, *, share_prompts: bool = False
+) -> TrainingBatch:
     return pack(
         samples,
         row_tokens=row_tokens,
         micro_tokens=MICRO_TOKENS,
         pad_token_id=0,
         current=CURRENT,
+        share_prompts=share_prompts,
     )
 
 
@@ -99,7 +104,7 @@ def padded(samples: list[TrainingSample]) -> TrainingBatch:
 
 
 def ours(samples: list[TrainingSample], connection: Any) -> None:
-    """Answers "packed" and "padded" with (loss, seconds) of one step."""
+    """Answers each name of `OURS` with (loss, seconds) of one step."""
     from posttrain.workers.learner import DeepSpeedLearner
     from posttrain.workers.learner_config import free_address
 
@@ -115,7 +120,12 @@ def ours(samples: list[TrainingSample], connection: Any) -> None:
         num_ranks=1,
         address=free_address(),
     )
-    batches = {"packed": packed(samples, ROW_TOKENS), "padded": padded(samples)}
+    layouts = (
+        packed(samples, ROW_TOKENS, share_prompts=True),
+        packed(samples, ROW_TOKENS),
+        padded(samples),
+    )
+    batches = dict(zip(OURS, layouts, strict=True))
     connection.send("ready")
     while (order := connection.recv()) != "stop":
         began = time.process_time()
@@ -212,7 +222,7 @@ def main() -> None:
     print(f"{len(samples)} sequences, {tokens} tokens, {trained} of them of answers")
     context = multiprocessing.get_context("spawn")
     sides = {}
-    for work, orders in ((ours, ("packed", "padded")), (theirs, ("trl",))):
+    for work, orders in ((ours, OURS), (theirs, ("trl",))):
         here, there = context.Pipe()
         context.Process(target=work, args=(samples, there), daemon=True).start()
         there.close()  # so that a process that died is noticed
@@ -234,10 +244,10 @@ def main() -> None:
             print(f"round {index}: {line}  tokens/s", flush=True)
     for side in set(sides.values()):
         side.send("stop")
-    for order in ("padded", "trl"):
-        ratios = [a / b for a, b in zip(speeds["packed"], speeds[order], strict=True)]
+    for order in ("packed", "padded", "trl"):
+        ratios = [a / b for a, b in zip(speeds["shared"], speeds[order], strict=True)]
         print(
-            f"median of {rounds}: packed {statistics.median(speeds['packed']):.0f}, "
+            f"median of {rounds}: shared {statistics.median(speeds['shared']):.0f}, "
             f"{order} {statistics.median(speeds[order]):.0f} tokens/s, "
             f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         )
