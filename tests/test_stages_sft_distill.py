@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 
 import numpy as np
@@ -239,17 +240,33 @@ def test_held_out_rows_are_not_trained_on(made):
     assert len(trainer.train_dataset) + len(held_out) == len(ROWS)
 
 
-def test_the_gap_is_the_difference_of_mean_cross_entropies(made, tiny_policy, teacher_dir):
-    trainer = made({"held_out": 3})
+@torch.no_grad()
+def label_logprobs(path, sequences):
+    """[N]"""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval()
+    found = []
+    for sequence in sequences:
+        ids = torch.as_tensor(sequence.token_ids)
+        logprobs = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+        labels = torch.as_tensor(sequence.label_mask)[1:]
+        found.append(logprobs.gather(-1, ids[1:, None])[:, 0][labels])
+    return torch.cat(found)
+
+
+def test_the_gap_is_measured_over_labels_that_the_teacher_is_responsible_for(
+    made, tiny_policy, teacher_dir
+):
+    trainer = made({"held_out": 3, "margin": 0.5})
     trainer.model.train()
     trainer.compute_loss(trainer.model, batch_of(trainer, 4))
-    gap = 0.0
-    for path, sign in ((tiny_policy, 1), (teacher_dir, -1)):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval()
-        sequences = [row.sequence for row in trainer._held_out]
-        with torch.no_grad():
-            gap += sign * loss_by_hand(model, teacher_dir, sequences, alpha=0.0).item()
-    assert trainer._metrics["train"]["distill/gap"] == [pytest.approx(gap, abs=1e-4)]
+    sequences = [row.sequence for row in trainer._held_out]
+    student, teacher = (label_logprobs(path, sequences) for path in (tiny_policy, teacher_dir))
+    # Before the first step the student is the critic.
+    weight = torch.sigmoid(math.log(9) + teacher - student + 0.5)
+    assert weight.max() - weight.min() > 0.1
+    gap = (weight * (teacher - student)).sum() / weight.sum()
+    assert gap.item() != pytest.approx((teacher - student).mean().item(), abs=1e-3)
+    assert trainer._metrics["train"]["distill/gap"] == [pytest.approx(gap.item(), abs=1e-4)]
     assert trainer.model.training
 
 
