@@ -13,6 +13,7 @@ from prune_fakes import FakeCritics, FakeEngine, model_of, question
 
 from posttrain.errors import DataError
 from posttrain.prune import shards
+from posttrain.prune.card import describe_selection
 from posttrain.prune.run import prune
 from posttrain.prune.settings import PruneSettings
 
@@ -229,3 +230,26 @@ def test_large_sets_come_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert sizes == [12, 12, 6]
     written = "".join(f.read_text() for f in sorted((tmp_path / "jsonl").iterdir()))
     assert written.split() == [str(x) for x in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("method", "selection", "words"),
+    [
+        ("critic", {"drop_easiest": 0.5}, "the easiest 50% by pass@1 dropped"),
+        ("grade", {"drop_below": 3}, "rows with grade (experimental) below 3 dropped"),
+        ("ifd", {"drop_easiest": 0.2}, "the lowest 20% by ifd (experimental) dropped"),
+    ],
+)
+def test_card_and_summary_say_which_judgements_are_experimental(
+    method: str, selection: dict[str, float], words: str
+) -> None:
+    metric = "pass@1" if method == "critic" else method
+    settings = PruneSettings.model_validate(
+        {
+            "source": {"path": "rows.jsonl"},
+            "critic": {"model": "critic"},
+            "method": method,
+            "selection": {"metric": metric} | selection,
+        }
+    )
+    assert describe_selection(settings.model_dump()) == words

@@ -69,6 +69,8 @@ def describe_selection(settings: Mapping[str, Any]) -> str:
     """The cut in words: `the easiest 50% by pass@1 dropped`."""
     chosen = settings["selection"]
     metric = f"pass@{chosen['k']}" if chosen["k"] else chosen["metric"]
+    if settings["method"] != "critic":
+        metric += " (experimental)"
     if chosen["drop_easiest"] is not None:
         of_each = " of each domain" if chosen["by_domain"] else ""
         most = "easiest" if metric.startswith("pass") else "lowest"
