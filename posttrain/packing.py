@@ -46,12 +46,11 @@ def pack(
     """Pack `samples` by first-fit-decreasing; the same samples always give the same batch.
 
     A row holds up to `row_tokens` tokens; a longer sample has a row of its own. With
-    `share_prompts`, samples of one prompt lie beside each other after it, in as few rows as they
-    fit into. A micro-batch
-    takes rows of similar length up to `micro_tokens` tokens, but at least one; its L is the
-    longest of them, rounded up to a multiple of 8, so micro-batches differ in shape. `ages` are
-    `current.step` minus the step of the sample's oldest token, on all of its tokens, and 0 on
-    padding.
+    `share_prompts`, samples of one prompt lie behind it, longest first, as many as a row holds.
+    A micro-batch takes rows of similar length up to `micro_tokens` tokens, but at least one; its L
+    is the longest of them, rounded up to a multiple of 8, so micro-batches differ in shape. `ages`
+    are `current.step` minus the step of the sample's oldest token, on all of its own tokens, and 0
+    on padding and shared prompts.
 
     The split changes neither loss nor gradient: `num_loss_tokens` and `num_sequences` count the
     whole batch, and no sequence spans two micro-batches.
@@ -120,13 +119,19 @@ def _by_prompt(samples: Sequence[TrainingSample], row_tokens: int) -> Iterator[_
         prompt = sample.token_ids[: _shareable(sample) + 1]
         groups.setdefault(prompt.tobytes(), []).append(sample)
     for group in groups.values():
-        segment = _Segment([], _shareable(group[0]))
+        shared = _shareable(group[0])
+        together: list[TrainingSample] = []
         for sample in sorted(group, key=_length, reverse=True):
-            if segment.samples and segment.length + _length(sample) - segment.shared > row_tokens:
-                yield segment
-                segment = _Segment([], segment.shared)
-            segment.samples.append(sample)
-        yield segment
+            if together and _behind(shared, [*together, sample]).length > row_tokens:
+                yield _behind(shared, together)
+                together = []
+            together.append(sample)
+        yield _behind(shared, together)
+
+
+def _behind(shared: int, samples: list[TrainingSample]) -> _Segment:
+    """One sample shares with nobody."""
+    return _Segment(samples, shared if len(samples) > 1 else 0)
 
 
 def _shareable(sample: TrainingSample) -> int:

@@ -134,11 +134,12 @@ def batch_of(
 
 
 def train(learner: RemoteLearner, seeds: range, *, micro_tokens: int = 64) -> list[Any]:
-    """The metrics of one step per seed."""
-    return [
-        asyncio.run(learner.step(batch_of(random_samples(seed), micro_tokens=micro_tokens)))
+    """The metrics of one step per seed, on batches with shared prompts."""
+    batches = [
+        batch_of(random_samples(seed), micro_tokens=micro_tokens, share_prompts=True)
         for seed in seeds
     ]
+    return [asyncio.run(learner.step(batch)) for batch in batches]
 
 
 def published(learner: RemoteLearner, directory: Path) -> dict[str, Any]:

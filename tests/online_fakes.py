@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
 
 from posttrain.online.controller import Controller
 from posttrain.online.settings import LoopSettings
-from posttrain.packing import pack
 from posttrain.types import (
     DrawOutcome,
     GenerationRequest,
@@ -305,7 +303,7 @@ class World:
             ledger=self.ledger,
             encode=parts.pop("encode", lambda prompt, system: (1, 2)),
             draw_system=parts.pop("draw_system", lambda number: None),
-            pack=partial(pack, row_tokens=32, micro_tokens=32, pad_token_id=0),
+            pad_token_id=0,
             attempt=parts.pop("attempt", 1),
             seed=parts.pop("seed", 0),
             on_step=self._record,
@@ -330,5 +328,7 @@ def loop_settings(**changed: Any) -> LoopSettings:
         "group_size": 2,
         "groups_per_step": 2,
         "max_tokens": 8,
+        "row_tokens": 32,
+        "micro_tokens": 32,
     }
     return LoopSettings.model_validate({**small, **changed})

@@ -222,7 +222,8 @@ def test_settings_that_nobody_would_read_are_refused(given, said):
 # --- samples and batches --------------------------------------------------------------------------
 
 
-def test_teacher_logprobs_stay_with_their_tokens_through_packing_and_dealing():
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_teacher_logprobs_stay_with_their_tokens_through_packing_and_dealing(share_prompts):
     groups = [make_group("10?", draw_id=f"d1-{i:07d}", length=i + 1) for i in range(5)]
     samples = []
     for number, group in enumerate(groups):
@@ -240,6 +241,7 @@ def test_teacher_logprobs_stay_with_their_tokens_through_packing_and_dealing():
         pad_token_id=0,
         current=PolicyVersion(1, 0),
         teacher_weight=0.2,
+        share_prompts=share_prompts,
     )
     found = []
     for share in deal(batch, 3):

@@ -187,10 +187,10 @@ def test_dealing_fills_up_with_micro_batches_without_a_loss_token():
 
 
 def answers(prompt, lengths, first=0):
-    """Samples of one prompt, `prompt` its tokens; the ids of answers are unique."""
+    """Samples of one prompt, `prompt` its tokens; the ids of answers are unique, ages differ."""
     made = []
     for number, length in enumerate(lengths, start=first):
-        one = sample(len(prompt), length, number)
+        one = sample(len(prompt), length, number, step=10 - number % 3)
         ids = np.r_[np.array(prompt, dtype=np.int64), one.token_ids[len(prompt) :]]
         made.append(dataclasses.replace(one, token_ids=ids))
     return made
@@ -250,7 +250,7 @@ def test_a_shared_prompt_belongs_to_each_of_its_answers(
             tuple(s.loss_mask.tolist()),
             tuple(s.rollout_logprobs.tolist()),
             tuple(s.advantages.tolist()),
-            0,
+            10 - s.oldest_version.step,
         )
         for s in samples
     )

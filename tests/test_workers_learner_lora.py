@@ -79,7 +79,8 @@ def test_the_reference_is_the_policy_that_entered(one_rank, policy, tmp_path, lo
     assert first["ref_kl"] == 0
     weights = published(learner, tmp_path / "weights")
     samples = random_samples(2)
-    metrics = asyncio.run(learner.step(batch_of(samples, micro_tokens=64)))
+    batch = batch_of(samples, micro_tokens=64, share_prompts=True)
+    metrics = asyncio.run(learner.step(batch))
     assert metrics["ref_kl"] == pytest.approx(k3_by_hand(policy, weights, samples), rel=1e-3)
     assert metrics["ref_kl"] > 1e-4
 

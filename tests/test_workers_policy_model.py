@@ -107,6 +107,7 @@ SMALL = {
         ("llama4_text", {"head_dim": 8, "intermediate_size_mlp": 16}, False),  # chunks
         ("gemma2", {"head_dim": 8}, False),  # windows in every second layer
         ("gpt2", {"n_embd": 16, "n_head": 2, "n_layer": 1}, False),  # learnt positions
+        ("falcon", {"alibi": True}, False),  # positions made from the mask
         ("mamba", {"state_size": 2}, False),
         ("falcon_h1", {"head_dim": 8, "mamba_d_ssm": 16, "mamba_n_heads": 2}, False),  # half of it
     ],

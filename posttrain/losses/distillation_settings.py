@@ -13,11 +13,11 @@ Divergence = Literal["forward_kl", "reverse_kl"]
 
 READS: Mapping[WeightKind, Mapping[str, float]] = {
     "dynamic": {
-        "slope": 5.0,
-        "offset": 0.0,
+        "slope": 20.0,
+        "offset": 4.0,
         "min_lead": 0.1,
         "prior": 0.9,
-        "margin": 4.6,
+        "margin": 2.3,
         "memory": 0.9,
     },
     "constant": {"alpha": 0.5},
@@ -53,9 +53,11 @@ class DistillationSettings(BaseModel):
       `teacher.targets.kind = top_k`.
     - dynamic: λ = clip(σ(`slope`·EMA[CE_student − CE_teacher] + `offset`), `min_lead`, 1) on
       `held_out` rows that are not trained on, measured every `every_steps` steps over the labels
-      that the teacher is responsible for. `prior` is how reliable a teacher counts in a domain
-      before anything is known, `margin` by how many nats the critic must explain a label better to
-      make the teacher wrong there, and `memory` what both EMAs keep of their last value.
+      that the teacher is responsible for. By default that is .98 for a teacher as good as the
+      student, whose soft targets then say no more than the student knows, and .5 where the student
+      is .2 nats ahead. `prior` is how reliable a teacher counts in a domain before anything is
+      known, `margin` how many nats better the critic may explain a label before that speaks against
+      the teacher, and `memory` what both EMAs keep of their last value.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

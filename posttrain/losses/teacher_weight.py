@@ -21,7 +21,8 @@ PRIOR_BOUND = 1e-3
 
 
 class Lead:
-    """λ: how far ahead of the student the teacher still is, on labels that are not trained on."""
+    """λ: how far ahead of the student the teacher still is, on labels that are not trained on and
+    that the teacher can stand for."""
 
     def __init__(
         self,
@@ -61,11 +62,11 @@ class Lead:
 
 
 class Reliability:
-    """π by domain: the share of labels that the teacher explains better than the critic does.
+    """π by domain: an EMA of the mean responsibility, for how many labels the teacher can stand.
 
-    The running EMA of the mean responsibility is online expectation-maximisation for the weight of
-    the teacher in a mixture with the critic (Cappé and Moulines 2009): where the teacher is wrong
-    in a share of the labels, π finds that share.
+    Without a margin that is online expectation-maximisation for the weight of the teacher in a
+    mixture with the critic (Cappé and Moulines 2009). It sinks to little where the critic explains
+    right labels almost as well and the teacher is wrong in a few: hence the margin.
     """
 
     def __init__(self, *, prior: float, memory: float) -> None:

@@ -38,6 +38,7 @@ from posttrain.online.metrics import (
 from posttrain.online.settings import LoopSettings
 from posttrain.online.starvation import StarvationWatch
 from posttrain.online.teaching import REWARDS_ALONE, GroupTeacher
+from posttrain.packing import pack
 from posttrain.types import (
     Curriculum,
     DrawOutcome,
@@ -49,7 +50,6 @@ from posttrain.types import (
     RolloutGroup,
     Scorer,
     SystemInstruction,
-    TrainingBatch,
 )
 
 
@@ -66,7 +66,7 @@ class Controller:
     Args:
         encode: token ids of a prompt under a system instruction, generation prompt included.
         draw_system: the system instruction of a draw by its number, or None for none.
-        pack: `posttrain.packing.pack` with its sizes.
+        share_prompts: whether the learner's model lets answers share a prompt.
         attempt: how often the run has been started; policy versions and draw ids begin with it.
         seed: where the seeds of the draws' samples come from when they have one.
         first_step: optimizer steps done by earlier attempts.
@@ -97,7 +97,8 @@ class Controller:
         ledger: DrawLedger,
         encode: Callable[[Prompt, SystemInstruction | None], tuple[int, ...]],
         draw_system: Callable[[int], SystemInstruction | None],
-        pack: Callable[..., TrainingBatch],
+        pad_token_id: int,
+        share_prompts: bool = False,
         attempt: int,
         seed: int,
         first_step: int = 0,
@@ -114,7 +115,8 @@ class Controller:
         self._learner = learner
         self._publisher = publisher
         self._draw_system = draw_system
-        self._pack = pack
+        self._pad_token_id = pad_token_id
+        self._share_prompts = share_prompts
         self._on_step = on_step
         self._beside = beside
         self._teacher = teacher
@@ -299,10 +301,14 @@ class Controller:
         lags = [checked_lag(group, trained_under, bound) for group in groups]
         self._totals.max_lag = max(self._totals.max_lag, *lags)
         lesson = await self._teacher.lesson(groups)
-        batch = self._pack(
+        batch = pack(
             lesson.samples(groups, self._settings.advantage),
+            row_tokens=self._settings.row_tokens,
+            micro_tokens=self._settings.micro_tokens,
+            pad_token_id=self._pad_token_id,
             current=trained_under,
             teacher_weight=lesson.weight,
+            share_prompts=self._share_prompts,
         )
         learning_at = _now()
         learner_metrics = await self._learner.step(batch)

@@ -14,7 +14,6 @@ from posttrain.online.accounting import Draw
 from posttrain.online.controller import Controller
 from posttrain.online.metrics import LoopSummary
 from posttrain.online.teaching import REWARDS_ALONE, GroupTeacher, OnlineTeacher
-from posttrain.packing import pack
 from posttrain.progress import say
 from posttrain.stages.context import StageContext
 from posttrain.stages.rl_after_step import STAGE, AfterStep
@@ -74,13 +73,8 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
         ledger=context.ledger,
         encode=context.chat.encode,
         draw_system=context.instruction_mix(1).draw,
-        pack=partial(
-            pack,
-            row_tokens=settings.row_tokens,
-            micro_tokens=settings.micro_tokens,
-            pad_token_id=context.chat.pad_token_id,
-            share_prompts=await learner.can_share_prompts(),
-        ),
+        pad_token_id=context.chat.pad_token_id,
+        share_prompts=await learner.can_share_prompts(),
         attempt=attempt,
         seed=context.seed,
         first_step=first_step,

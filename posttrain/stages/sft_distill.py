@@ -227,7 +227,8 @@ class DistillingTrainer(SFTTrainer):  # type: ignore[misc]
                 self._metrics["train"][f"distill/prior/{domain}"].append(prior)
 
     def _measure_lead(self, model: Any) -> None:
-        """Before a step that is due: cross-entropies of student and teacher on held-out rows."""
+        """Before a step that is due: cross-entropies of student and teacher on held-out rows, over
+        the labels that the teacher can stand for."""
         step = self.state.global_step
         due = step % self._job.settings.every_steps == 0 and step != self._measured_at
         if self._lead is None or not due:
@@ -249,7 +250,8 @@ class DistillingTrainer(SFTTrainer):  # type: ignore[misc]
             self._metrics["train"][f"distill/{name}"].append(value)
 
     def _trusted_labels(self) -> tuple[FloatArray, FloatArray]:
-        """log q of the held-out labels, and the teacher's responsibility for each, both `[N]`."""
+        """log q of the held-out labels, and the teacher's responsibility for each, both `[N]`;
+        responsibilities are positive, so that they can weigh a mean."""
         assert self._targets is not None
         assert self._critic is not None
         assert self._reliability is not None
@@ -262,7 +264,7 @@ class DistillingTrainer(SFTTrainer):  # type: ignore[misc]
             prior = torch.tensor(self._reliability.prior(row.domain))
             heard.append(teacher.numpy())
             weights.append(self._responsibility(teacher, critic, prior).numpy())
-        return np.concatenate(heard), np.concatenate(weights)
+        return np.concatenate(heard), np.concatenate(weights) + np.finfo(np.float32).tiny
 
     def _targets_of(self, sequences: Sequence[TokenSequence], device: Any) -> TeacherTargets:
         assert self._targets is not None

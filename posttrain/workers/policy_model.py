@@ -77,6 +77,7 @@ def can_share_prompts(model: Any) -> bool:
         set(layers) == {"full_attention"}
         and getattr(model.config, "sliding_window", None) is None
         and getattr(model.config, "rope_parameters", None) is not None
+        and not getattr(model.config, "alibi", False)
         and not getattr(model, "_is_stateful", False)
     )
 
