@@ -307,9 +307,9 @@ def test_a_teacher_hardly_ahead_of_the_critic_keeps_its_word_where_it_is_right(c
             prior = torch.full((tokens,), reliability.prior("maths"))
             weights[margin] = responsibility(known, critic, prior, margin)
             reliability.observe("maths", weights[margin].mean().item())
-    assert weights[2.3][~wrong].mean() > 0.97
-    assert weights[2.3][wrong].mean() < 0.25
-    assert weights[0.0][~wrong].mean() < 0.9
+    assert weights[2.3][~wrong].mean() > 0.92
+    assert weights[2.3][wrong].mean() < 0.1
+    assert weights[0.0][~wrong].mean() < 0.5
 
 
 def test_reliability_keeps_domains_apart():

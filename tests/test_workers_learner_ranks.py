@@ -119,6 +119,13 @@ CHECKPOINTING = {"gradient_checkpointing": True}
 slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
+def assert_neighbours(first, second):
+    """Hardly a bf16 weight differs, and then by one rounding of fp32 masters that nearly agree."""
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, rtol=2**-7, atol=1e-5)
+        assert (second[name] != weight).float().mean() < 0.01, name
+
+
 @pytest.mark.parametrize(
     ("zero_stage", "lora", "changes"),
     [
@@ -141,7 +148,10 @@ def test_every_way_to_train_gives_the_same_on_two_ranks(
             [m[name] for m in expected], rel=1e-5, abs=1e-6
         )
     weights = [published(single, tmp_path / "one"), published(several, tmp_path / "two")]
-    assert largest_difference(*weights) < 1e-5
+    if changes is BF16:
+        assert_neighbours(*weights)
+    else:
+        assert largest_difference(*weights) < 1e-5
     scores = [
         asyncio.run(learner.score_tokens([[5, 60, 7], [9, 8]])) for learner in (single, several)
     ]

@@ -95,15 +95,20 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
     _say_whether_the_teacher_kept_up(summary)
     after_step.rollouts.flush()
     beside.stop()
+    await _hand_on(context, learner, model)
+    metrics = _metrics(summary)
+    write_rollouts_card(context.run, metrics, settings.model_dump())
+    return metrics
+
+
+async def _hand_on(context: StageContext, learner: RemoteLearner, model: Path) -> None:
+    """The last policy becomes the stage's, which the generators serve already."""
     target = context.policy_of(STAGE)
     await learner.save_policy(target, str(model))
     if context.settings.policy.lora is not None:
         await learner.save_adapter(context.adapter_of(STAGE))
     context.pools.serves_checkpoint(str(target))
     learner.stop()
-    metrics = _metrics(summary)
-    write_rollouts_card(context.run, metrics, settings.model_dump())
-    return metrics
 
 
 def _learner(context: StageContext, model: Path, checkpoint: Path | None) -> RemoteLearner:
