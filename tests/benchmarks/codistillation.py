@@ -8,8 +8,9 @@ the same rows, number of steps and held-out tasks for every method of a seed. A 
 wrong in a share of the rows, all through the answer and with full confidence: its distributions
 there have their digits and letters exchanged, each row's in another way.
 
-`ce longer` gets as many steps more as fit into the seconds that teacher and critic took. Every
-method with a teacher pays for the same targets, once. Results are appended to DIR/runs.jsonl; what
+`ce longer` gets as many steps more as fit into the processor's seconds that teacher and critic took
+(set OMP_NUM_THREADS=1, so that they are those of an idle machine). Every method with a teacher pays
+for the same targets, once. Results are appended to DIR/runs.jsonl; what
 is there is not run again. `--report` prints the tables of what is there.
 """
 
@@ -64,7 +65,8 @@ METHODS: dict[str, dict[str, Any]] = {
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """What was run, and what came of it. `correct` counts each held-out prompt's right samples;
-    `told` is what the trainer said of its weights at the end."""
+    `told` is what the trainer said of its weights at the end; seconds are the processor's, and a
+    teacher's count for every method that heard it, though its targets were stored."""
 
     method: str
     corruption: float
@@ -118,14 +120,18 @@ def exchange(key: bytes) -> list[int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalTeachers(Teachers):
-    """Asks in this process, a teacher that is wrong in a share of the rows; the critic never is."""
+    """Asks in this process, a teacher that is wrong in a share of the rows; the critic never is.
+    `spent` gets the processor's seconds of each model that was asked."""
 
     share: float
+    spent: list[float]
 
     @contextmanager
     def _asked(self, model: str) -> Iterator[Any]:
         share = self.share if model == self.teaching.teacher else 0.0
+        began = time.process_time()
         yield CorruptedTeacher(model, self.pool, rank=0, address="", share=share)
+        self.spent.append(time.process_time() - began)
 
 
 def main() -> None:
@@ -187,8 +193,9 @@ def once(
     teaching = teaching_of(
         STARTER_TEACHER_DIR, STARTER_POLICY, chat, TeacherSettings(store=str(store)), Path.cwd()
     )
+    taught = settings.weight != "ce_only"
     teachers = LocalTeachers(
-        teaching=teaching, pool=TeacherPoolSettings(), deadline_s=1.0, share=corruption
+        teaching=teaching, pool=TeacherPoolSettings(), deadline_s=1.0, share=corruption, spent=[]
     )
     epochs = arguments.epochs
     if name == "ce longer":
@@ -215,13 +222,12 @@ def once(
         ),
         train_dataset=Dataset.from_list(records),
         processing_class=AutoTokenizer.from_pretrained(STARTER_POLICY),
-        distillation=DistillationJob(
-            settings=settings, teachers=None if settings.weight == "ce_only" else teachers
-        ),
+        distillation=DistillationJob(settings=settings, teachers=teachers if taught else None),
     )
-    began = time.perf_counter()
+    began = time.process_time()
     trainer.train()
-    train_s = time.perf_counter() - began
+    train_s = time.process_time() - began
+    stored = [r.teacher_s for r in runs.values() if (r.seed, r.corruption) == (seed, corruption)]
     correct, stepwise = measure(model.eval(), seed, arguments)
     told = [r for r in trainer.state.log_history if "loss" in r]
     return Run(
@@ -233,9 +239,7 @@ def once(
         stepwise=stepwise,
         steps=trainer.state.global_step,
         train_s=train_s,
-        teacher_s=sum(
-            found["seconds"] + found["seconds_saved"] for found in trainer.teaching_report.values()
-        ),
+        teacher_s=max(stored, default=0.0) + sum(teachers.spent) if taught else 0.0,
         told=_told(told, len(told) // 2) | found_out(trainer, corruption),
     )
 
