@@ -150,6 +150,22 @@ def test_overlong_wants_the_ratio_and_two_correct_answers(length: int, paired: b
 
 
 @pytest.mark.parametrize(
+    ("short_wrong", "long_wrong", "paired"),
+    [(0, 0, True), (1, 1, True), (1, 2, True), (2, 1, False)],
+)
+def test_answers_that_are_long_for_a_reason_are_not_overlong(
+    short_wrong: int, long_wrong: int, paired: bool
+) -> None:
+    """One of each length is right, and so many beside it are wrong."""
+    guesses = [answer(f"guess {i}", WRONG, length=8) for i in range(short_wrong)]
+    tries = [answer(f"try {i}", WRONG, length=40) for i in range(long_wrong)]
+    between = answer("between", WRONG, length=20)
+    short, long = answer("short", CORRECT, length=10), answer("long", CORRECT, length=30)
+    pairs = mine("overlong", *guesses, long, between, short, *tries)
+    assert pairs == ([("short", "long")] if paired else [])
+
+
+@pytest.mark.parametrize(
     ("chosen", "rejected", "paired"),
     [
         (CORRECT, CORRECT, True),
@@ -175,7 +191,7 @@ def test_cases_come_in_the_order_of_the_settings() -> None:
     answers = (
         answer("short", CORRECT, length=10),
         answer("long", CORRECT, length=40),
-        answer("bad", WRONG, length=10),
+        answer("bad", WRONG, length=12),
     )
     for first, rejected in (("overlong", "long"), ("wrong", "bad")):
         cases = [first, *({"overlong", "wrong"} - {first})]
@@ -245,8 +261,9 @@ def test_whatever_is_mined_obeys_the_common_rules(
 
 @given(st.lists(answers_of_any_kind, max_size=8))
 def test_no_pair_is_missed_while_there_is_room(answers: list[Answer]) -> None:
-    """Whatever two unused texts are left, no case fits them."""
-    settings = MiningSettings(pairs_per_prompt=8)
+    """Whatever two unused texts are left, no case fits them; but overlong, which asks the whole
+    group."""
+    settings = MiningSettings(cases=["instruction", "malformed", "wrong"], pairs_per_prompt=8)
     mined = group(*answers)
     used = {t for pair in mine_pairs(mined, settings) for t in (pair.chosen, pair.rejected)}
     left = [a for a in answers if a[0].text not in used]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,9 +18,10 @@ class MiningSettings(BaseModel):
 
     `num_prompts` training prompts get `samples` answers each, a share `instructed_share` of them
     under a system instruction, each of these as often as the others: whether an instruction is
-    followed shows nowhere else. A pair is *overlong* when the
-    rejected answer has at least `overlong_ratio` times the tokens of the chosen one; *wrong*
-    keeps the longer answer below `matched_ratio` times the shorter, so that length teaches nothing.
+    followed shows nowhere else. A pair is *overlong* when the rejected answer has at least
+    `overlong_ratio` times the tokens of the chosen one, and answers of its length are not right
+    more often than those of the chosen one's; *wrong* keeps the longer answer below
+    `matched_ratio` times the shorter, so that length teaches nothing.
 
     Of the newest groups that online RL left on disk `stored_groups` are looked at, too. They were
     written by earlier policies: a pair of theirs is taken only if the policy that DPO starts from
@@ -58,7 +60,12 @@ class Candidate(NamedTuple):
         return self.reward.components.get("instruction")
 
 
-def _wrong(chosen: Candidate, rejected: Candidate, settings: MiningSettings) -> bool:
+Group = Sequence[Candidate]
+Rule = Callable[[Candidate, Candidate, Group, MiningSettings], bool]
+"""Whether (chosen, rejected) of a group are a pair of the corner case."""
+
+
+def _wrong(chosen: Candidate, rejected: Candidate, _: Group, settings: MiningSettings) -> bool:
     shorter, longer = sorted((chosen.length, rejected.length))
     return (
         chosen.reward.correct
@@ -68,7 +75,7 @@ def _wrong(chosen: Candidate, rejected: Candidate, settings: MiningSettings) -> 
     )
 
 
-def _malformed(chosen: Candidate, rejected: Candidate, _: MiningSettings) -> bool:
+def _malformed(chosen: Candidate, rejected: Candidate, _: Group, __: MiningSettings) -> bool:
     return (
         rejected.reward.outcome is Outcome.UNPARSABLE
         and chosen.reward.correctness == rejected.reward.correctness
@@ -76,16 +83,27 @@ def _malformed(chosen: Candidate, rejected: Candidate, _: MiningSettings) -> boo
     )
 
 
-def _overlong(chosen: Candidate, rejected: Candidate, settings: MiningSettings) -> bool:
+def _overlong(
+    chosen: Candidate, rejected: Candidate, group: Group, settings: MiningSettings
+) -> bool:
     return (
         chosen.reward.correct
         and rejected.reward.correct
         and chosen.follows == rejected.follows
         and rejected.length >= settings.overlong_ratio * chosen.length
+        and not _length_pays(chosen, rejected, group)
     )
 
 
-def _instruction(chosen: Candidate, rejected: Candidate, _: MiningSettings) -> bool:
+def _length_pays(chosen: Candidate, rejected: Candidate, group: Group) -> bool:
+    """Whether answers as long as the rejected one are right more often than those as short as the
+    chosen one. Then they are long for a reason, and DPO would take the reasoning away."""
+    short = [c.reward.correct for c in group if c.length <= chosen.length]
+    long = [c.reward.correct for c in group if c.length >= rejected.length]
+    return fmean(long) > fmean(short)
+
+
+def _instruction(chosen: Candidate, rejected: Candidate, _: Group, __: MiningSettings) -> bool:
     return (
         chosen.follows == 1.0
         and rejected.follows == 0.0
@@ -93,7 +111,7 @@ def _instruction(chosen: Candidate, rejected: Candidate, _: MiningSettings) -> b
     )
 
 
-RULES: Mapping[CornerCase, Callable[[Candidate, Candidate, MiningSettings], bool]] = {
+RULES: Mapping[CornerCase, Rule] = {
     "instruction": _instruction,
     "malformed": _malformed,
     "overlong": _overlong,
@@ -120,7 +138,7 @@ def mine_pairs(group: RolloutGroup, settings: MiningSettings) -> list[Preference
             if len(pairs) == settings.pairs_per_prompt:
                 return pairs
             texts = {chosen.rollout.text, rejected.rollout.text}
-            if not texts & used and RULES[case](chosen, rejected, settings):
+            if not texts & used and RULES[case](chosen, rejected, scored, settings):
                 used |= texts
                 pairs.append(_pair(group, chosen, rejected, case))
     return pairs
