@@ -39,9 +39,9 @@ ARMS: dict[str, tuple[str, ...]] = {
 METRICS = ("pass@1", "pass@8")
 
 
-def ungated(group: RolloutGroup) -> Ended | None:
+def ungated(group: RolloutGroup, *, needs_contrast: bool) -> Ended | None:
     """Groups without signal are trained as well: they take the place of others in the batch."""
-    ended = classify(group)
+    ended = classify(group, needs_contrast=needs_contrast)
     return None if ended and ended.outcome is DrawOutcome.ZERO_ADVANTAGE else ended
 
 
