@@ -10,7 +10,7 @@ from engine_models import save_policy
 from learner_hosts import TEMPERATURE, batch_of, poisoned_samples, published, random_samples
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from posttrain.errors import DivergenceError
+from posttrain.errors import DivergenceError, ModelError
 from posttrain.workers.settings import LearnerSettings
 from posttrain.workers.weights import with_lm_head
 
@@ -178,3 +178,15 @@ def test_the_saved_policy_loads_in_transformers_with_equal_weights(pair, tmp_pat
     tokenizers = [AutoTokenizer.from_pretrained(d) for d in (tmp_path / "saved", source)]
     assert len({tuple(t(text)["input_ids"]) for t in tokenizers}) == 1
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["tie_word_embeddings"]
+
+
+def test_an_architecture_whose_packed_sequences_see_each_other_is_refused(one_rank, tmp_path):
+    from transformers import FalconConfig, FalconForCausalLM
+
+    policy = save_policy(tmp_path / "policy", tied=True)
+    config = FalconConfig(
+        vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    FalconForCausalLM(config).save_pretrained(policy)
+    with pytest.raises(ModelError, match=r"see each other.*cannot train it"):
+        one_rank.begin(policy, SETTINGS)

@@ -25,6 +25,7 @@ from posttrain.types import MicroBatch, PolicyVersion, TrainingBatch
 from posttrain.workers import checkpoints, policy_export
 from posttrain.workers.experts import fetch_experts_as_one, refuse_expert_parallel
 from posttrain.workers.learner_config import backend, prepare_process, training_config
+from posttrain.workers.packing_check import check_packing
 from posttrain.workers.policy_loss import micro_batch_loss
 from posttrain.workers.policy_model import (
     PackedPolicy,
@@ -54,7 +55,8 @@ class DeepSpeedLearner:
         checkpoint: what `save_checkpoint` wrote, to go on from there.
 
     Raises:
-        ModelError: the model cannot be loaded, or `checkpoint` was made from another one.
+        ModelError: the model cannot be loaded, its sequences cannot be packed, or `checkpoint` was
+            made from another one.
         SettingsError: an adapter cannot be put where it should be.
         RunDirError: `checkpoint` is not whole, or was made by other ranks or another ZeRO stage.
     """
@@ -106,6 +108,13 @@ class DeepSpeedLearner:
             model=PackedPolicy(self._model, settings.logprob_chunk_tokens),
             model_parameters=[p for p in self._model.parameters() if p.requires_grad],
             config=training_config(settings, self._model.config.model_type),
+        )
+        check_packing(
+            model_path,
+            self._score,
+            vocab_size=self._model.get_input_embeddings().num_embeddings,
+            dtype=settings.dtype,
+            share_prompts=self.can_share_prompts(),
         )
         self._reference = self._load_reference(model_path)
         torch.manual_seed(seed + rank)  # what an adapter's dropout hides differs between ranks
@@ -185,6 +194,17 @@ class DeepSpeedLearner:
         began = time.perf_counter()
         policy_export.publish(self._model, Path(directory))
         return time.perf_counter() - began
+
+    @torch.no_grad()
+    def _score(self, batch: MicroBatch) -> Tensor:
+        """Log-probabilities `[R, L]` at temperature 1, on the CPU."""
+        self._engine.eval()
+        tensors = self._tensors(batch)
+        logprobs: Tensor
+        logprobs, _ = self._engine(
+            tensors["token_ids"], tensors["position_ids"], 1.0, tensors["sequence_ids"]
+        )
+        return logprobs.cpu()
 
     @torch.no_grad()
     def score_tokens(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:

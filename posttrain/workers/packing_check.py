@@ -1,0 +1,90 @@
+"""Whether sequences that are packed into one row stay apart in this very model.
+
+Transformers tells them apart by their positions, but an architecture may not hand them on to its
+attention. Then each sequence would silently see those before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posttrain.errors import ModelError
+from posttrain.packing import pack
+from posttrain.types import MicroBatch, PolicyVersion, TrainingSample
+
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
+"""Nats, of the median token: rounding, and experts that are chosen otherwise because of it, move
+few tokens far; what is seen and should not be moves nearly all of them."""
+LENGTHS = ((5, 9), (5, 8), (3, 7))
+"""Prompt and answer; the first two have one prompt."""
+
+
+def check_packing(
+    model_path: str,
+    score: Callable[[MicroBatch], Tensor],
+    *,
+    vocab_size: int,
+    dtype: str,
+    share_prompts: bool,
+) -> None:
+    """`score` gives log-probabilities `[R, L]`; all ranks call this at once.
+
+    Raises:
+        ModelError: a sequence's log-probabilities depend on what is packed beside it.
+    """
+    samples = _samples(vocab_size)
+    together = _answers(samples, score, share_prompts)
+    for sample in samples:
+        for tokens, alone in _answers([sample], score, share_prompts).items():
+            moved = (together[tokens] - alone).abs().median().item()
+            if not moved <= TOLERANCE[dtype]:
+                raise ModelError(
+                    f"{model_path!r}: sequences that are packed into one row see each other (by "
+                    f"{moved:.2g} nats) as transformers computes this architecture, so the learner "
+                    "cannot train it; take another architecture, or mend its attention mask"
+                )
+
+
+def _samples(vocab_size: int) -> list[TrainingSample]:
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(vocab_size, size=max(length for length, _ in LENGTHS))
+    samples = []
+    for prompt_length, answer_length in LENGTHS:
+        answer = rng.integers(vocab_size, size=answer_length)
+        mask = np.r_[np.zeros(prompt_length), np.ones(answer_length)].astype(np.float32)
+        samples.append(
+            TrainingSample(
+                token_ids=np.r_[prompt[:prompt_length], answer],
+                loss_mask=mask,
+                rollout_logprobs=np.zeros_like(mask),
+                advantages=np.zeros_like(mask),
+                oldest_version=PolicyVersion(0, 0),
+            )
+        )
+    return samples
+
+
+def _answers(
+    samples: Sequence[TrainingSample], score: Callable[[MicroBatch], Tensor], share_prompts: bool
+) -> Mapping[tuple[int, ...], Tensor]:
+    """Log-probabilities of each answer's tokens, by its tokens; all samples in one row."""
+    tokens = sum(len(sample.token_ids) for sample in samples)
+    (batch,) = pack(
+        samples,
+        row_tokens=tokens,
+        micro_tokens=tokens,
+        pad_token_id=0,
+        current=PolicyVersion(0, 0),
+        share_prompts=share_prompts,
+    ).micro_batches
+    logprobs = score(batch)
+    found = {}
+    for number in range(int(batch.sequence_ids.max()) + 1):
+        own = (batch.sequence_ids == number) & (batch.loss_mask > 0)
+        if own.any():
+            found[tuple(batch.token_ids[own].tolist())] = logprobs[torch.from_numpy(own)]
+    return found
