@@ -125,6 +125,12 @@ def test_malformed_prefers_what_can_be_read_at_equal_correctness(
     assert pairs == ([("form", "mess")] if paired else [])
 
 
+@pytest.mark.parametrize(("length", "paired"), [(6, False), (7, True), (14, True), (15, False)])
+def test_malformed_teaches_no_length(length: int, paired: bool) -> None:
+    pairs = mine("malformed", answer("form", WRONG, length=length), answer("mess", UNPARSABLE))
+    assert bool(pairs) == paired
+
+
 @pytest.mark.parametrize(
     ("chosen", "rejected", "paired"),
     [(None, None, True), (1.0, 0.0, True), (1.0, 1.0, True), (0.0, 0.0, False), (0.0, 1.0, False)],

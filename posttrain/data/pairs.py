@@ -20,8 +20,8 @@ class MiningSettings(BaseModel):
     under a system instruction, each of these as often as the others: whether an instruction is
     followed shows nowhere else. A pair is *overlong* when the rejected answer has at least
     `overlong_ratio` times the tokens of the chosen one, and answers of its length are not right
-    more often than those of the chosen one's; *wrong* keeps the longer answer below
-    `matched_ratio` times the shorter, so that length teaches nothing.
+    more often than those of the chosen one's; *wrong* and *malformed* keep the longer answer
+    below `matched_ratio` times the shorter, so that length teaches nothing.
 
     Of the newest groups that online RL left on disk `stored_groups` are looked at, too. They were
     written by earlier policies: a pair of theirs is taken only if the policy that DPO starts from
@@ -66,21 +66,26 @@ Rule = Callable[[Candidate, Candidate, Group, MiningSettings], bool]
 
 
 def _wrong(chosen: Candidate, rejected: Candidate, _: Group, settings: MiningSettings) -> bool:
-    shorter, longer = sorted((chosen.length, rejected.length))
     return (
         chosen.reward.correct
         and rejected.reward.outcome is Outcome.WRONG
         and chosen.follows == rejected.follows
-        and longer < settings.matched_ratio * shorter
+        and _lengths_match(chosen, rejected, settings)
     )
 
 
-def _malformed(chosen: Candidate, rejected: Candidate, _: Group, __: MiningSettings) -> bool:
+def _malformed(chosen: Candidate, rejected: Candidate, _: Group, settings: MiningSettings) -> bool:
     return (
         rejected.reward.outcome is Outcome.UNPARSABLE
         and chosen.reward.correctness == rejected.reward.correctness
         and chosen.reward.outcome not in (Outcome.UNPARSABLE, Outcome.LIMIT)
+        and _lengths_match(chosen, rejected, settings)
     )
+
+
+def _lengths_match(chosen: Candidate, rejected: Candidate, settings: MiningSettings) -> bool:
+    shorter, longer = sorted((chosen.length, rejected.length))
+    return longer < settings.matched_ratio * shorter
 
 
 def _overlong(
