@@ -79,7 +79,6 @@ def spoil_and_mend(out: Path, seed: int) -> Path:
         f"policy.model={before / 'policy'}",
         "dpo.mining.cases=[malformed, overlong]",
         "dpo.mining.instructed_share=0",
-        "dpo.mining.num_prompts=512",  # both cases are frequent: a dozen steps
     )
 
 
