@@ -185,7 +185,11 @@ def test_an_architecture_whose_packed_sequences_see_each_other_is_refused(one_ra
 
     policy = save_policy(tmp_path / "policy", tied=True)
     config = FalconConfig(
-        vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=2
+        vocab_size=128,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.2,
     )
     FalconForCausalLM(config).save_pretrained(policy)
     with pytest.raises(ModelError, match=r"see each other.*cannot train it"):
