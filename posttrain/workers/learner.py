@@ -34,7 +34,12 @@ from posttrain.workers.policy_model import (
     load_model,
     model_fingerprint,
 )
-from posttrain.workers.reference import Reference, adapter_reference, frozen_reference
+from posttrain.workers.reference import (
+    Reference,
+    adapter_reference,
+    batch_scorer,
+    frozen_reference,
+)
 from posttrain.workers.schedule import learning_rate
 from posttrain.workers.settings import LearnerSettings, LoraSettings
 
@@ -109,9 +114,11 @@ class DeepSpeedLearner:
             model_parameters=[p for p in self._model.parameters() if p.requires_grad],
             config=training_config(settings, self._model.config.model_type),
         )
+        self._engine.eval()
+        score = batch_scorer(self._engine, temperature)
         check_packing(
             model_path,
-            self._score,
+            lambda batch: score(self._tensors(batch)).cpu(),
             vocab_size=self._model.get_input_embeddings().num_embeddings,
             dtype=settings.dtype,
             share_prompts=self.can_share_prompts(),
@@ -194,17 +201,6 @@ class DeepSpeedLearner:
         began = time.perf_counter()
         policy_export.publish(self._model, Path(directory))
         return time.perf_counter() - began
-
-    @torch.no_grad()
-    def _score(self, batch: MicroBatch) -> Tensor:
-        """Log-probabilities `[R, L]` at temperature 1, on the CPU."""
-        self._engine.eval()
-        tensors = self._tensors(batch)
-        logprobs: Tensor
-        logprobs, _ = self._engine(
-            tensors["token_ids"], tensors["position_ids"], 1.0, tensors["sequence_ids"]
-        )
-        return logprobs.cpu()
 
     @torch.no_grad()
     def score_tokens(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:

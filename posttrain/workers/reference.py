@@ -20,16 +20,16 @@ def frozen_reference(model: Any, settings: LearnerSettings, temperature: float) 
     """A model of its own, divided over the ranks as the policy is."""
     policy = PackedPolicy(model.requires_grad_(False).eval(), settings.logprob_chunk_tokens)
     if settings.zero_stage < 3:
-        return _scorer(policy.to(device()), temperature)
+        return batch_scorer(policy.to(device()), temperature)
     import deepspeed
 
     engine, _, _, _ = deepspeed.initialize(model=policy, config=common_config(settings))
-    return _scorer(engine, temperature)
+    return batch_scorer(engine, temperature)
 
 
 def adapter_reference(engine: Any, adapted: Any, temperature: float) -> Reference:
     """The policy itself with its adapter switched off: costs a forward pass and no memory."""
-    score = _scorer(engine, temperature)
+    score = batch_scorer(engine, temperature)
 
     def reference(batch: Mapping[str, Tensor]) -> Tensor:
         with adapted.disable_adapter():
@@ -38,7 +38,9 @@ def adapter_reference(engine: Any, adapted: Any, temperature: float) -> Referenc
     return reference
 
 
-def _scorer(policy: Any, temperature: float) -> Reference:
+def batch_scorer(policy: Any, temperature: float) -> Reference:
+    """Log-probabilities of micro-batches under `policy` as it then is, without gradient."""
+
     @torch.no_grad()
     def score(batch: Mapping[str, Tensor]) -> Tensor:
         logprobs: Tensor
