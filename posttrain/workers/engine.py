@@ -67,6 +67,8 @@ def _engine_args(model: str, settings: EngineSettings) -> Any:
             "distributed_executor_backend": backend,
             # A prompt in pieces winds a seeded generator back, which a CPU generator cannot do.
             "enable_chunked_prefill": False,
+            # Of vLLM's 128 its attention computes all, however short a sequence is.
+            "block_size": 32,
         }
     return AsyncEngineArgs(**(arguments | settings.extra))
 
