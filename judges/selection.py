@@ -187,9 +187,11 @@ def select(
     """One decision per verdict, in their order.
 
     `domains` (prompt id -> domain) is needed for `by_domain` and `min_per_domain`. Raises
-    ValueError if a prompt has two verdicts.
+    ValueError if it is needed and not given, or if a prompt has two verdicts.
     """
     _check_unique(verdicts)
+    if domains is None and (settings.by_domain or settings.min_per_domain):
+        raise ValueError("by_domain and min_per_domain need the prompts' domains")
     names = [domains[v.prompt_id] if domains else "" for v in verdicts]
     codes = {name: code for code, name in enumerate(sorted(set(names)))}
     domain = np.array([codes[name] for name in names], dtype=np.int64)

@@ -79,7 +79,8 @@ def prune_command(
 
     critic, opener = critic_model(model, settings.critic.max_length), critic_opener(settings, out)
     if dry_run:
-        _show(estimate(settings, out, critic, opener), as_json, is_estimate=True)
+        guess = estimate(settings, out, critic, opener, fresh=fresh, top_up=top_up)
+        _show(guess, as_json, is_estimate=True)
     else:
         report = prune(settings, out, critic, opener, fresh=fresh, top_up=top_up)
         _show(report, as_json, is_estimate=False)

@@ -97,6 +97,15 @@ class ScreenSettings(_Section):
     judge: JudgeSettings = JudgeSettings()
     selection: SelectionSettings = SelectionSettings(drop_easiest=0.5)
 
+    @model_validator(mode="after")
+    def _answers_are_what_it_selects_by(self) -> Self:
+        if not self.selection.is_rate:
+            raise ValueError(
+                f"screening has answers alone to select by, no {self.selection.metric}: take pass@1"
+                " or pass@k, or `posttrain prune --method` beforehand"
+            )
+        return self
+
 
 class TrainingEvalSettings(EvalSettings):
     """Evaluation on the first `prompts` held-out prompts every so many steps, beside training."""

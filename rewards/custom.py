@@ -12,9 +12,12 @@ of an answer, and again in each process that takes the place of one that was kil
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
+import sys
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 from posttrain.errors import SettingsError
@@ -47,6 +50,15 @@ def load(name: str, path: str) -> Verifier:
     except (TypeError, ValueError) as error:
         raise SettingsError(f"{place}: it is called with (prompt, text); {error}") from error
     return partial(_score, function)
+
+
+def source_hash(name: str, path: str) -> str:
+    """Of the module's file (16 hex digits): what else that imports does not count. Raises as `load`
+    does."""
+    load(name, path)
+    file = inspect.getsourcefile(sys.modules[path.partition(":")[0]])
+    assert file is not None, "a module with functions written in Python has a file"
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
 
 def _score(function: Any, prompt: Prompt, text: str) -> Score:

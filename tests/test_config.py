@@ -174,6 +174,10 @@ def test_what_has_no_default_must_be_set(minimal: Path) -> None:
             "screen.selection: set exactly one of",
         ),
         (
+            ["screen.selection={metric: grade, drop_below: 3}"],
+            "screen: screening has answers alone to select by, no grade",
+        ),
+        (
             ["system_instructions=[{name: a, text: x}, {name: a, text: y}]"],
             "system_instructions: each name may stand once, got ['a', 'a']",
         ),

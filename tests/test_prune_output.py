@@ -105,7 +105,8 @@ def test_mixed_rows_of_json_stay_where_json_is_asked_for(tmp_path: Path, tiny_po
     assert (out / "quarantine.jsonl").read_text() == ""
 
 
-def test_a_data_set_keeps_its_features(tmp_path: Path, tiny_policy: Path) -> None:
+@pytest.mark.parametrize("kind", ["directory", "parquet"])
+def test_a_data_set_keeps_its_features(tmp_path: Path, tiny_policy: Path, kind: str) -> None:
     from datasets import ClassLabel, Dataset, Features, List, Value
 
     kinds = {
@@ -118,8 +119,12 @@ def test_a_data_set_keeps_its_features(tmp_path: Path, tiny_policy: Path) -> Non
         {"prompt": question(i, (i % 4) / 3), "answer": "1", "where": i % 2, "ids": [i]}
         for i in range(NUM)
     ]
-    Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "set"))
-    out = pruned(tmp_path / "set", tiny_policy)
+    data = Dataset.from_list(rows, features=features)
+    if kind == "directory":
+        data.save_to_disk(str(tmp_path / "set"))
+    else:
+        data.to_parquet(str(tmp_path / "set.parquet"))
+    out = pruned(tmp_path / ("set" if kind == "directory" else "set.parquet"), tiny_policy)
     assert loaded(out).features == features
     annotated = loaded(out, "annotated")
     assert {name: annotated.features[name] for name in features} == features

@@ -226,6 +226,40 @@ def test_another_critic_template_or_verifier_is_refused(
         bench.prune()
 
 
+def test_a_verifier_of_ones_own_that_changed_is_another(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tmp_path / "changing_reward.py"
+    module.write_text("def score(prompt, text):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    mine = {"rewards__custom": {"mine": "changing_reward:score"}}
+    bench.prune(**mine)
+    bench.prune(**mine)
+    assert bench.critics.opened == 0
+    module.write_text("def score(prompt, text):\n    return 0.0\n")
+    with pytest.raises(RunDirError, match=r"verifier\.custom\.mine: '.*', now '.*--fresh"):
+        bench.prune(**mine)
+
+
+def test_nothing_is_written_into_the_source(bench: Bench, tmp_path: Path) -> None:
+    inside = tmp_path / "set"
+    inside.mkdir()
+    bench.source.rename(inside / "a.jsonl")
+    bench.source, bench.out = inside, inside / "pruned"
+    with pytest.raises(RunDirError, match="lies in the source"):
+        bench.prune()
+    with pytest.raises(RunDirError, match="lies in the source"):
+        estimate(bench.settings(), bench.out, bench.model, FakeCritics(bench.engine))
+    assert [path.name for path in inside.iterdir()] == ["a.jsonl"]
+
+
+def test_a_fixed_number_must_suffice_for_its_metric(bench: Bench) -> None:
+    few = {"selection": {"metric": "pass@k", "k": 32, "drop_easiest": 0.5}}
+    with pytest.raises(ValueError, match="pass@32 cannot be estimated from the fixed number"):
+        bench.settings(judge__adaptive=False, **few)
+    bench.settings(judge__adaptive=False, judge__max_samples=32, **few)
+
+
 def test_a_directory_that_is_not_ours_is_left_alone(bench: Bench) -> None:
     bench.out.mkdir()
     (bench.out / "thesis.txt").write_text("years of work")
@@ -446,3 +480,36 @@ def test_the_estimate_is_near_and_leaves_nothing(bench: Bench) -> None:
     left = estimate(more, bench.out, bench.model, critics)
     assert 0 < left["prompts_to_judge"] < 400
     assert Store(bench.out / "store.sqlite").usage() == before
+
+
+def test_the_estimate_is_of_what_the_same_command_would_do(bench: Bench) -> None:
+    bench.write(rows(400))
+    critics = FakeCritics(FakeEngine(bench.model.chat))
+    bench.prune()
+    other = bench.settings(selection={"drop_easiest": 0.8})
+    guessed = estimate(other, bench.out, bench.model, critics)
+    assert (guessed["prompts_to_judge"], guessed["answers"], critics.opened) == (0, 0, 0)
+    guessed = estimate(other, bench.out, bench.model, critics, top_up=True)
+    assert guessed["prompts_to_judge"] > 0
+    hotter = bench.settings(judge__temperature=0.5)
+    with pytest.raises(RunDirError, match="judged with something else"):
+        estimate(hotter, bench.out, bench.model, critics)
+    guessed = estimate(hotter, bench.out, bench.model, critics, fresh=True)
+    assert guessed["prompts_to_judge"] == 400
+    assert bench.prune()["figures"]["prompts"]["judged"] == 400  # nothing was deleted
+
+
+def test_too_few_open_prompts_to_estimate_from(bench: Bench) -> None:
+    """Whether what is never right stays open depends on how much is too easy, among all."""
+    easy = [{"question": question(i, 1.0), "answer": "1"} for i in range(1000)]
+    never = [{"question": question(i, 0.0), "answer": "1"} for i in range(1000, 1002)]
+    bench.write([*easy, *never])
+    cut = {"selection": {"easy_above": 0.9}}
+    bench.prune(judge__adaptive=False, judge__max_samples=16, **cut)
+    critics = FakeCritics(bench.engine)
+    guessed = estimate(
+        bench.settings(judge__max_samples=32, **cut), bench.out, bench.model, critics, top_up=True
+    )
+    assert (guessed["prompts_to_judge"], guessed["answers"]) == (2, 32)
+    assert guessed["seconds"] is None
+    assert critics.opened == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,33 @@ def test_only_what_is_wanted_is_read(tmp_path: Path, kind: str) -> None:
     wanted = np.array([True, False, True])
     assert [row.number for row in source.rows(wanted, ["question"])] == [0, 2]
     assert tables(source, [2], total=3) == [ROWS[2]]
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_chunk_of_which_nothing_is_wanted(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("posttrain.prune.table_source.CHUNK_ROWS", 2)
+    source = opened(MAKERS[kind](tmp_path))
+    wanted = np.array([True, False, False, False, False, True, False])
+    found = [(row.number, row.record["n"]) for row in source.rows(wanted, ["n"])]
+    assert found == [(0, 0), (5, 5)]
+
+
+# `datasets` leaves it to the garbage collector to close the file in which it looked for features.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("suffix", [".csv", ".json"])
+def test_a_directory_in_a_format_of_others(tmp_path: Path, suffix: str) -> None:
+    lines = "question,n\n" + "".join(f"q{i},{i}\n" for i in range(7))
+    array = json.dumps([{"question": f"q{i}", "n": i} for i in range(7)])
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / f"x{suffix}").write_text(lines if suffix == ".csv" else array)
+    source = opened(tmp_path / "s")
+    assert list(source.columns) == ["question", "n"]
+    assert source.count() == 7
+    assert [row.record for row in source.rows(None, ["n"])] == [{"n": i} for i in range(7)]
+    gc.collect()
 
 
 def test_a_row_of_several_files_is_named_by_its_own(tmp_path: Path) -> None:

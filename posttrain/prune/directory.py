@@ -16,6 +16,12 @@ MANIFEST_NAME = "manifest.json"
 _LOCK_NAME = "lock"
 
 
+def refuse_within(source: str, out: Path) -> None:
+    """What is written into a source would be read as a part of it. Raises RunDirError."""
+    if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
+        raise RunDirError(f"--out {out} lies in the source {source}; give a place outside of it")
+
+
 class PruneDir:
     """Holds the lease while it is open. Use it as a context manager."""
 

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from posttrain.prune.critic import CriticModel, OpenCritic
-from posttrain.prune.directory import STORE_NAME, PruneDir
+from posttrain.prune.directory import STORE_NAME, PruneDir, refuse_within
 from posttrain.prune.encoding import Encoding
 from posttrain.prune.identity import claim, identity
 from posttrain.prune.intake import take_in
-from posttrain.prune.judging import judge, num_open, open_tasks
+from posttrain.prune.judging import judge, may_sample, num_open, open_tasks
 from posttrain.prune.reading import make_reader
 from posttrain.prune.settings import PruneSettings
 from posttrain.prune.store import Store, TaskTable
@@ -26,17 +26,25 @@ PROBE_PROMPTS = 64
 
 
 def estimate(
-    settings: PruneSettings, out: Path, model: CriticModel, open_critic: OpenCritic
+    settings: PruneSettings,
+    out: Path,
+    model: CriticModel,
+    open_critic: OpenCritic,
+    *,
+    fresh: bool = False,
+    top_up: bool = False,
 ) -> dict[str, Any]:
-    """Prompts that are left to judge, and about how many answers, tokens and seconds they take.
+    """Prompts that `prune` would judge, and about how many answers, tokens and seconds they take.
 
     A random part of them is judged by the same rule in a copy of the store that is thrown away. The
     seconds leave out the engine's start, and are rather too many: a few prompts do not keep an
-    engine as busy as all of them. Raises as `prune` does.
+    engine as busy as all of them. Where the open prompts are too few to stand for themselves,
+    answers are those that they take at most, and tokens and seconds None. Raises as `prune` does.
     """
+    refuse_within(settings.source.path, out)
     with tempfile.TemporaryDirectory(prefix="posttrain-prune-") as scratch:
         path = Path(scratch) / STORE_NAME
-        if (out / STORE_NAME).exists():
+        if (out / STORE_NAME).exists() and not fresh:
             with PruneDir(out, fresh=False) as directory:
                 original = Store(directory.store_path)
                 original.copy_to(path)
@@ -46,7 +54,16 @@ def estimate(
             claim(store, identity(settings, model))
             encoding = Encoding(model.chat, settings)
             take_in(store, settings, make_reader(settings, encoding))
-            return _probe(store, store.tasks(), open_critic, encoding, settings)
+            tasks = store.tasks()
+            asks = may_sample(store, tasks, settings, top_up=top_up)
+            left = num_open(tasks, settings) if asks else 0
+            result = {
+                "rows": int(tasks.num_rows.sum()),
+                "quarantined": store.counts()[1],
+                "prompts": len(tasks),
+                "prompts_to_judge": left,
+            }
+            return result | _probe(store, tasks, left, open_critic, encoding, settings)
         finally:
             store.close()
 
@@ -54,28 +71,26 @@ def estimate(
 def _probe(
     store: Store,
     tasks: TaskTable,
+    left: int,
     open_critic: OpenCritic,
     encoding: Encoding,
     settings: PruneSettings,
 ) -> dict[str, Any]:
-    left = num_open(tasks, settings)
-    result: dict[str, Any] = {
-        "rows": int(tasks.num_rows.sum()),
-        "quarantined": store.counts()[1],
-        "prompts": len(tasks),
-        "prompts_to_judge": left,
-    }
     if not left:
-        return result | {"answers": 0, "prompt_tokens": 0, "completion_tokens": 0, "seconds": 0.0}
+        return {"answers": 0, "prompt_tokens": 0, "completion_tokens": 0, "seconds": 0.0}
     chosen = _sample(tasks, settings)
     probe = tasks.take(chosen)
+    if not num_open(probe, settings):  # the cut that leaves them open is made among all
+        scored = tasks.scored[open_tasks(tasks, settings)]
+        most = int((settings.judge.max_samples - scored).sum())
+        return {"answers": most, "prompt_tokens": None, "completion_tokens": None, "seconds": None}
     before = store.usage()
     seconds = asyncio.run(_timed(store, probe, open_critic, encoding, settings))
     requests, tokens = (now - then for now, then in zip(store.usage(), before, strict=True))
     answers = int((store.tasks().take(chosen).asked - probe.asked).sum())
     lengths = [encoding.length(store.task(key)) for key in probe.key.tolist()]
     scale = left / num_open(probe, settings)
-    return result | {
+    return {
         "answers": round(answers * scale),
         "prompt_tokens": round(requests * fmean(lengths) * scale),
         "completion_tokens": round(tokens * scale),

@@ -108,10 +108,11 @@ def _unsolved_share(tasks: TaskTable, chosen: NDArray[np.bool_]) -> float | None
 
 def _rates(tasks: TaskTable, decided: Decisions, settings: PruneSettings) -> dict[str, Any]:
     """pass@1, and pass@k where that is the metric, with 95% intervals over prompts."""
-    fixed = not settings.judge.adaptive and bool((tasks.scored == tasks.scored[0]).all())
     n, c, kept = tasks.scored, tasks.correct, decided.kept
+    equally_many = not settings.judge.adaptive and bool((n == n[0]).all())
     rates = {}
     for k in sorted({1, settings.selection.k or 1}):
+        fixed = equally_many and k <= n[0]  # answers that could not be scored may be lacking
         estimates = {"all": asdict(pass_rate(n, c, k, fixed_n=fixed))}
         if kept.any():
             estimates["kept"] = asdict(pass_rate(n[kept], c[kept], k, fixed_n=fixed))

@@ -13,6 +13,7 @@ from posttrain.errors import RunDirError
 from posttrain.prune.critic import CriticModel
 from posttrain.prune.settings import PruneSettings
 from posttrain.prune.store import Store
+from rewards import custom
 
 _LIBRARIES = ("math-verify", "reasoning-gym")
 """Verifiers are made of these; another version may score otherwise."""
@@ -43,6 +44,9 @@ def identity(settings: PruneSettings, model: CriticModel) -> dict[str, Any]:
             "settings": settings.rewards.model_dump(mode="json"),
             "version": verifier_version(),
         }
+        if own := settings.rewards.custom:
+            hashes = {name: custom.source_hash(name, path) for name, path in own.items()}
+            judged_with["verifier"]["custom"] = hashes
     return judged_with
 
 

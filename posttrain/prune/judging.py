@@ -35,6 +35,24 @@ def num_open(tasks: TaskTable, settings: PruneSettings) -> int:
     return int(open_tasks(tasks, settings).sum())
 
 
+def may_sample(store: Store, tasks: TaskTable, settings: PruneSettings, *, top_up: bool) -> bool:
+    """Whether answers are missing and may be asked for. A selection that the answers were not made
+    for costs nothing without `top_up`; what was begun, raised or added to is gone on with."""
+    if not num_open(tasks, settings):
+        note_complete(store, settings)
+        return False
+    complete_for = store.meta("complete_for") or []
+    same = not complete_for or settings.selection.model_dump(mode="json") in complete_for
+    return top_up or same or bool(tasks.unjudged.any())
+
+
+def note_complete(store: Store, settings: PruneSettings) -> None:
+    selection = settings.selection.model_dump(mode="json")
+    complete_for = store.meta("complete_for") or []
+    if selection not in complete_for:
+        store.set_meta("complete_for", [*complete_for, selection])
+
+
 async def judge(
     store: Store, tasks: TaskTable, critic: Critic, encoding: Encoding, settings: PruneSettings
 ) -> None:

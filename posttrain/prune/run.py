@@ -12,12 +12,12 @@ from posttrain.progress import say
 from posttrain.prune.card import dataset_card
 from posttrain.prune.critic import CriticModel, OpenCritic
 from posttrain.prune.decisions import Decisions, decide
-from posttrain.prune.directory import PruneDir
+from posttrain.prune.directory import PruneDir, refuse_within
 from posttrain.prune.encoding import Encoding
 from posttrain.prune.figures import examples, figures
 from posttrain.prune.identity import claim, identity
 from posttrain.prune.intake import take_in
-from posttrain.prune.judging import judge, num_open
+from posttrain.prune.judging import judge, may_sample, note_complete
 from posttrain.prune.output import Annotator, row_table, write_rows
 from posttrain.prune.reading import make_reader
 from posttrain.prune.settings import PruneSettings
@@ -47,6 +47,7 @@ def prune(
         RunDirError: `out` is not ours, in use, or was judged with something else.
         StageError: judging failed.
     """
+    refuse_within(settings.source.path, out)
     with PruneDir(out, fresh=fresh) as directory:
         store = Store(directory.store_path)
         try:
@@ -54,7 +55,7 @@ def prune(
             encoding = Encoding(model.chat, settings)
             source = take_in(store, settings, make_reader(settings, encoding))
             tasks = store.tasks()
-            if _may_sample(store, tasks, settings, top_up):
+            if may_sample(store, tasks, settings, top_up=top_up):
                 asyncio.run(_judge(store, tasks, open_critic, encoding, settings))
                 tasks = store.tasks()
             decided = decide(tasks, settings)
@@ -68,24 +69,6 @@ def prune(
             store.close()
 
 
-def _may_sample(store: Store, tasks: TaskTable, settings: PruneSettings, top_up: bool) -> bool:
-    """Whether answers are missing and may be asked for. A selection that the answers were not made
-    for costs nothing without `top_up`; what was begun, raised or added to is gone on with."""
-    if not num_open(tasks, settings):
-        _note_complete(store, settings)
-        return False
-    complete_for = store.meta("complete_for") or []
-    same = not complete_for or settings.selection.model_dump(mode="json") in complete_for
-    return top_up or same or bool(tasks.unjudged.any())
-
-
-def _note_complete(store: Store, settings: PruneSettings) -> None:
-    selection = settings.selection.model_dump(mode="json")
-    complete_for = store.meta("complete_for") or []
-    if selection not in complete_for:
-        store.set_meta("complete_for", [*complete_for, selection])
-
-
 async def _judge(
     store: Store,
     tasks: TaskTable,
@@ -95,7 +78,7 @@ async def _judge(
 ) -> None:
     async with open_critic() as critic:
         await judge(store, tasks, critic, encoding, settings)
-    _note_complete(store, settings)
+    note_complete(store, settings)
 
 
 def _write(

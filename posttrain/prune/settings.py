@@ -88,6 +88,16 @@ class PruneSettings(_Section):
         return self
 
     @model_validator(mode="after")
+    def _as_many_answers_as_are_read(self) -> Self:
+        k, most = self.selection.k or 1, self.judge.max_samples
+        if not self.judge.adaptive and k > most:
+            raise ValueError(
+                f"selection.metric = pass@{k} cannot be estimated from the fixed number of"
+                f" judge.max_samples = {most} answers"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _answers_fit(self) -> Self:
         if self.method == "critic" and self.judge.max_tokens >= self.critic.max_length:
             raise ValueError(

@@ -17,6 +17,9 @@ from posttrain.prune.source import CHUNK_ROWS, Row, hash_files, is_wanted
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_FEATURES = b"huggingface"
+"""Where `datasets` says in a schema what its columns mean, names of classes for example."""
+
 Tables = Callable[[Sequence[str] | None], Iterator[tuple[str, "pa.Table"]]]
 """Chunks of given columns (None: all) in order, each with the file it is from."""
 
@@ -58,7 +61,8 @@ class TableSource:
             left = table.num_rows if wanted is None else len(wanted) - number
             indices = range(min(table.num_rows, left))
             chosen = [i for i in indices if is_wanted(wanted, number + i)]
-            for i, record in zip(chosen, _records(table.take(chosen)), strict=True):
+            records = _records(table.take(np.array(chosen, dtype=np.int64)))
+            for i, record in zip(chosen, records, strict=True):
                 shared = {"number": number + i, "file": file, "place": place + i + 1}
                 if isinstance(record, str):
                     yield Row(**shared, record=None, problem=record)  # type: ignore[arg-type]
@@ -112,16 +116,20 @@ def parquet_source(files: Sequence[Path]) -> TableSource:
     import pyarrow.parquet as pq
 
     schema = pa.schema([])
+    features: set[bytes | None] = set()
     count = 0
     for file in files:
         try:
             with pq.ParquetFile(file) as opened:
                 count += opened.metadata.num_rows
+                features.add((opened.schema_arrow.metadata or {}).get(_FEATURES))
                 schema = pa.unify_schemas(
                     [schema, opened.schema_arrow], promote_options="permissive"
                 )
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{file} cannot be read as Parquet: {error}") from error
+    if len(features) == 1 and (described := features.pop()) is not None:
+        schema = schema.with_metadata({_FEATURES: described})
 
     def read(columns: Sequence[str] | None) -> Iterator[tuple[str, pa.Table]]:
         wanted = schema if columns is None else pa.schema([schema.field(c) for c in columns])
@@ -175,10 +183,9 @@ def datasets_source(
             f"{name}: neither a .jsonl or .parquet file nor anything that `datasets` can load as "
             f"split {split!r}: {type(error).__name__}: {error}"
         ) from error
-    features = data.features
-    if features is None:
-        features = data._resolve_features().features
-    schema = features.arrow_schema
+    if data.features is None:  # a stream of a format that does not state them
+        data = data._resolve_features()
+    schema = data.features.arrow_schema
 
     def read(columns: Sequence[str] | None) -> Iterator[tuple[str, Any]]:
         view = data if columns is None else data.select_columns(list(columns))

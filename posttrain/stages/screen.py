@@ -47,8 +47,9 @@ async def screen(context: StageContext, model: Path) -> Screened:
         progress.advance(f"{judge.usage.samples} samples")
 
     verdicts = await judge.judge(prompts, on_verdict=on_verdict)
-    sft_prompts = {row.prompt.prompt_id for row in context.sft_rows}
-    decisions = select([v for v in verdicts if v.prompt_id in sft_prompts], settings.selection)
+    domains = {row.prompt.prompt_id: row.prompt.domain for row in context.sft_rows}
+    of_sft = [v for v in verdicts if v.prompt_id in domains]
+    decisions = select(of_sft, settings.selection, domains)
     context.ledger.record_decisions("sft", decisions)
     context.ledger.flush()
     kept = {d.prompt_id for d in decisions if d.action is Action.KEEP}
