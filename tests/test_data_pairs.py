@@ -116,18 +116,16 @@ def test_what_ignores_its_instruction_is_never_chosen(case: CornerCase) -> None:
 
 @pytest.mark.parametrize(
     ("chosen", "paired"),
-    [(WRONG, True), (CORRECT, False), (LIMIT, False), (TRUNCATED, False), (UNPARSABLE, False)],
+    [(CORRECT, True), (WRONG, False), (LIMIT, False), (TRUNCATED, False), (UNPARSABLE, False)],
 )
-def test_malformed_prefers_what_can_be_read_at_equal_correctness(
-    chosen: Outcome, paired: bool
-) -> None:
+def test_malformed_prefers_what_can_be_read_and_is_right(chosen: Outcome, paired: bool) -> None:
     pairs = mine("malformed", answer("form", chosen), answer("mess", UNPARSABLE))
     assert pairs == ([("form", "mess")] if paired else [])
 
 
 @pytest.mark.parametrize(("length", "paired"), [(6, False), (7, True), (14, True), (15, False)])
 def test_malformed_teaches_no_length(length: int, paired: bool) -> None:
-    pairs = mine("malformed", answer("form", WRONG, length=length), answer("mess", UNPARSABLE))
+    pairs = mine("malformed", answer("form", CORRECT, length=length), answer("mess", UNPARSABLE))
     assert bool(pairs) == paired
 
 
@@ -140,7 +138,7 @@ def test_malformed_never_teaches_to_ignore_an_instruction(
 ) -> None:
     pairs = mine(
         "malformed",
-        answer("form", WRONG, follows=chosen),
+        answer("form", CORRECT, follows=chosen),
         answer("mess", UNPARSABLE, follows=rejected),
     )
     assert bool(pairs) == paired

@@ -75,10 +75,11 @@ def _wrong(chosen: Candidate, rejected: Candidate, _: Group, settings: MiningSet
 
 
 def _malformed(chosen: Candidate, rejected: Candidate, _: Group, settings: MiningSettings) -> bool:
+    # Not "of equal correctness": what cannot be read is never correct, so that the chosen would
+    # always be wrong, and what they say would be learnt together with how they say it.
     return (
         rejected.reward.outcome is Outcome.UNPARSABLE
-        and chosen.reward.correctness == rejected.reward.correctness
-        and chosen.reward.outcome not in (Outcome.UNPARSABLE, Outcome.LIMIT)
+        and chosen.reward.correct
         and _lengths_match(chosen, rejected, settings)
     )
 
