@@ -119,6 +119,14 @@ def test_easy_prompts_leave_and_dropped_ones_come_back_when_they_are_not() -> No
     ]
 
 
+def test_too_few_right_answers_bring_nothing_back() -> None:
+    """Eight of eight do not show that a prompt is easy; and even less that it is not any more."""
+    curriculum = pool_of(2, "p0")
+    report, ledger = rescreen(Critic(["1" * 16] * 2, versions=[V6, V7]), curriculum)
+    assert (report.prompts, report.discarded, report.restored) == (0, 16, 0)
+    assert (curriculum.dropped, curriculum.observed, ledger.recorded) == ({"p0"}, [], [])
+
+
 def test_answers_of_another_version_are_discarded() -> None:
     curriculum = pool_of(1)
     critic = Critic(["10" * 8], versions=[V6, V7])  # what V7 wrote is wrong throughout

@@ -277,6 +277,21 @@ def test_of_two_that_claim_a_store_at_once_the_first_one_counts(tmp_path, monkey
         TargetStore(tmp_path, IDENTITY)
 
 
+def test_a_store_that_somebody_claims_while_one_looks_is_theirs(tmp_path, monkeypatch):
+    TargetStore(tmp_path, IDENTITY)
+    loads, looks = json.loads, iter([True])
+
+    def not_yet(text):
+        if next(looks, False):
+            raise FileNotFoundError
+        return loads(text)
+
+    monkeypatch.setattr("posttrain.teaching.store.json.loads", not_yet)
+    TargetStore(tmp_path, IDENTITY)
+    with pytest.raises(StopIteration):
+        next(looks)
+
+
 def teaching(tmp_path, **changed):
     given = {
         "teacher": "/models/t",

@@ -106,6 +106,12 @@ async def test_all_who_wait_for_a_lost_engine_learn_it_and_the_next_one_answers(
         assert isinstance(lost, EngineLost)
         assert answered == ("slow",) or isinstance(answered, EngineLost)
         assert (place.serving, place.outstanding) == (False, 0)
+        # Whoever chose this place before that learns it as well.
+        with pytest.raises(EngineLost, match="has no engine at the moment"):
+            await place.generate(ask("b"))
+        with pytest.raises(EngineLost, match="has no engine at the moment"):
+            await place.score_tokens([[1, 2]], "probe")
+        assert await place.tokens_written("b") is None
         await place.restart()
         assert not place.serving  # the pool says when
         assert await place.generate(ask("b")) == ("b",)

@@ -138,6 +138,16 @@ def test_surplus_embeddings_are_no_tokens(tiny_policy, tmp_path, teacher):
             np.testing.assert_allclose(record.per_label[name], other.per_label[name], atol=1e-5)
 
 
+def test_a_sampled_id_that_is_no_token_is_not_heard(teacher):
+    """A policy may have more embeddings than there are tokens, and an engine samples among all."""
+    ids = np.array([5, 20, V, 30])
+    everything = np.array([False, True, True, True])
+    (answer,) = teacher.label_logprobs([TokenSequence(token_ids=ids, label_mask=everything)], 1.0)
+    assert np.isnan(answer).tolist() == [False, True, False]
+    until_there = TokenSequence(token_ids=ids[:2], label_mask=everything[:2])
+    np.testing.assert_allclose(answer[:1], teacher.label_logprobs([until_there], 1.0)[0], atol=1e-5)
+
+
 def test_a_checkpoint_that_does_not_load_is_named(tmp_path):
     with pytest.raises(ModelError, match="nowhere"):
         CausalTeacher(

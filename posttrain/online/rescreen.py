@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 from judges.estimators import posterior
-from judges.labels import LabelSettings, label
+from judges.labels import LabelSettings, confident_label, label
 from posttrain.online.accounting import stable_seed
 from posttrain.types import (
     Action,
@@ -159,7 +159,7 @@ class Rescreener:
         )
 
     async def _judge(self, prompt: Prompt, step: int) -> tuple[Verdict | None, int]:
-        """The verdict, None without a usable answer; and how many answers were of no use."""
+        """The verdict, None where the answers decide nothing; and how many were of no use."""
         request_id = f"rescreen-{step}-{prompt.prompt_id}"
         seed = None if self._seed is None else stable_seed(self._seed, request_id)
         request = GenerationRequest(
@@ -172,9 +172,20 @@ class Rescreener:
         version, usable = of_one_version(rollouts)
         rewards = await self._scorer.score(prompt, usable, None) if usable else ()
         discarded = len(rollouts) - len(usable)
-        if not any(reward.correctness is not None for reward in rewards):
+        if not self._decides(rewards):
             return None, discarded
         return self._verdict(prompt, version, rewards), discarded
+
+    def _decides(self, rewards: Sequence[Reward]) -> bool:
+        """Whether the answers that are lacking, all of them right, could not make the prompt easy;
+        or do not need to."""
+        n = sum(reward.correctness is not None for reward in rewards)
+        c = sum(reward.correct for reward in rewards)
+        if n == 0:
+            return False
+        total, labels = self._settings.samples, self._settings.labels
+        at_best = label(total, c + total - n, cap=total, settings=labels)
+        return at_best is not Label.EASY or confident_label(n, c, labels) is Label.EASY
 
     def _verdict(
         self, prompt: Prompt, version: PolicyVersion, rewards: Sequence[Reward]

@@ -197,7 +197,8 @@ class _Gaps:
             for of_domain, is_correct, gaps in self._parts
             if correct in (None, is_correct) and domain in (None, of_domain)
         ]
-        return np.concatenate([np.zeros(0), *chosen])
+        # NaN stands for tokens that the teacher does not know.
+        return np.concatenate([np.zeros(0), *(gaps[~np.isnan(gaps)] for gaps in chosen)])
 
     def metrics(self) -> dict[str, float]:
         """Means and quantiles in nats per token; absent where there is no token."""

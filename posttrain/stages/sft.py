@@ -91,6 +91,9 @@ async def _measure(
     """The policy that came in and those that were saved, on the same tasks."""
     count = context.settings.sft.checkpoints.prompts
     k = context.settings.eval.k
+    # An engine that is lost starts again from what it first served: that must not be a checkpoint
+    # that goes when the choice is made. (What was measured before needs no engine by itself.)
+    await context.pools.serving(str(model))
     entered = (await measure_policy(context, model, "sft-entered"))[:count]
     saved = {}
     for step, policy in policies.items():

@@ -175,7 +175,10 @@ def check_identity(directory: Path, identity: Identity) -> None:
     try:
         found = json.loads((directory / IDENTITY).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        if any(not entry.name.endswith(PARTIAL) for entry in directory.iterdir()):
+        files = [e.name for e in directory.iterdir() if not e.name.endswith(PARTIAL)]
+        if IDENTITY in files:  # somebody has claimed it since
+            check_identity(directory, identity)
+        elif files:
             raise StoreError(
                 f"{directory} is no store of teacher targets: it has files but no {IDENTITY}; "
                 "name another directory"

@@ -138,7 +138,7 @@ class Replica:
 
     async def generate(self, request: GenerationRequest) -> tuple[Rollout, ...]:
         """Raises EngineLost if the engine died or hung; its answer is then lost for good."""
-        actor = self._actor
+        actor = self._engine()
         rollouts: tuple[Rollout, ...] = await self._work(
             actor.generate.remote(request), request.num_rollouts
         )
@@ -150,9 +150,9 @@ class Replica:
         """None too if the engine cannot say."""
         try:
             async with asyncio.timeout(TOKENS_WRITTEN_S):
-                written: int | None = await self._actor.tokens_written.remote(request_id)
+                written: int | None = await self._engine().tokens_written.remote(request_id)
                 return written
-        except (TimeoutError, RayActorError):
+        except (TimeoutError, RayActorError, EngineLost):
             return None
 
     async def score_tokens(
@@ -160,7 +160,7 @@ class Replica:
     ) -> list[list[float]]:
         """Raises EngineLost if the engine died or hung."""
         scores: list[list[float]] = await self._work(
-            self._actor.score_tokens.remote(sequences, label), len(sequences)
+            self._engine().score_tokens.remote(sequences, label), len(sequences)
         )
         return scores
 
@@ -171,8 +171,8 @@ class Replica:
             EngineLost: it died, or did not confirm in time.
             MismatchError: what arrived is not what was published.
         """
-        actor = self._actor
-        assert actor is not None and self._placement is not None, "start() comes first"
+        actor = self._engine()
+        assert self._placement is not None, "start() comes first"
         deadline_s = self._settings.update_deadline_s
         async with weights.delivery(self._placement.node_id) as delivery:
             try:
@@ -192,6 +192,12 @@ class Replica:
                 raise MismatchError(f"{self.name}, {weights.version}: {error}") from error
         self.version = weights.version
         return report
+
+    def _engine(self) -> Any:
+        """Whoever asks may have chosen this place just before its engine was lost."""
+        if self._actor is None:
+            raise EngineLost(f"{self.name} has no engine at the moment")
+        return self._actor
 
     def stop(self) -> None:
         if self._actor is not None:

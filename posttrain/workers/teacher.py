@@ -89,18 +89,23 @@ class CausalTeacher:
     def label_logprobs(
         self, sequences: Sequence[TokenSequence], temperature: float
     ) -> list[FloatArray]:
-        """log q of each sequence's n labels at the given temperature, `[n]` nats, in order."""
+        """log q of each sequence's n labels at the given temperature, `[n]` nats, in order; NaN for
+        a label of an embedding that stands for no token, which an engine may sample."""
         answers: list[FloatArray | None] = [None] * len(sequences)
         for number, labels, logits in self._logits(sequences):
             logprobs = (logits / temperature).log_softmax(dim=-1)
-            answers[number] = _array(logprobs.gather(-1, labels[:, None]).squeeze(-1))
+            known = labels < self._num_ids
+            of_labels = logprobs.gather(-1, (labels * known)[:, None]).squeeze(-1)
+            answers[number] = _array(of_labels.where(known, torch.nan))
         return [answer for answer in answers if answer is not None]
 
     def _logits(self, sequences: Sequence[TokenSequence]) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Number, labels `[n]` and logits `[n, V]` (fp32) of each sequence, in no given order."""
         for batch in _batches(sequences, self._settings.batch_tokens):
             ids = batch.token_ids.to(device())
-            hidden = self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            # An engine may sample an embedding of the policy's that the teacher does not have.
+            known = ids.clamp(max=self._model.get_input_embeddings().num_embeddings - 1)
+            hidden = self._model.base_model(input_ids=known, use_cache=False).last_hidden_state
             # What is known of token t stands in the hidden state before it.
             rows, columns = (i.to(device()) for i in batch.label_mask[:, 1:].nonzero(as_tuple=True))
             labels = ids[rows, columns + 1]
