@@ -14,7 +14,7 @@ from trl import SFTConfig
 
 from posttrain.data.chat import ChatFormat, sft_record
 from posttrain.data.instructions import InstructionMix
-from posttrain.errors import SettingsError
+from posttrain.errors import SettingsError, StageError
 from posttrain.losses.distillation_settings import DistillationSettings
 from posttrain.stages.sft_distill import DistillingTrainer, split_rows
 from posttrain.stages.teach import tokenised
@@ -297,3 +297,29 @@ def test_reverse_kl_is_trained_too(made):
     trainer = made({"weight": "constant", "divergence": "reverse_kl"}, {"kind": "top_k", "k": 8})
     trainer.train()
     assert all(np.isfinite(r["loss"]) for r in trainer.state.log_history if "loss" in r)
+
+
+def test_training_goes_on_with_the_weights_that_it_had(made, tmp_path):
+    weighing = {"weight": "dynamic", "every_steps": 1, "held_out": 8}
+    how = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "seed": 3}
+    whole = made(weighing, trainer=how)
+    whole.train()
+    rest = made(weighing, trainer=how)
+    rest.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert rest._lead.gap == pytest.approx(whole._lead.gap, abs=1e-6)
+    assert rest._reliability.by_domain == pytest.approx(whole._reliability.by_domain, abs=1e-6)
+    losses = [
+        [r["loss"] for r in trainer.state.log_history if "loss" in r] for trainer in (whole, rest)
+    ]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_a_checkpoint_without_weights_is_refused(made, tmp_path):
+    weighing = {"weight": "dynamic", "every_steps": 1, "held_out": 8}
+    how = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    made(weighing, trainer=how).train()
+    (tmp_path / "out" / "checkpoint-1" / "teacher_weight.json").unlink()
+    with pytest.raises(StageError, match=r"checkpoint-1, which does not say how the teacher was"):
+        made(weighing, trainer=how).train(
+            resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1")
+        )

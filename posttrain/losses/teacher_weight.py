@@ -52,6 +52,10 @@ class Lead:
             return 1.0
         return min(1.0, max(self._min_lead, _sigmoid(self._slope * self._gap + self._offset)))
 
+    def go_on_from(self, gap: float | None) -> None:
+        """With an earlier one's."""
+        self._gap = gap
+
     def observe(self, student_ce: float, teacher_ce: float) -> None:
         """Mean cross-entropies (nats per token) of the same labels."""
         gap = student_ce - teacher_ce
@@ -80,6 +84,10 @@ class Reliability:
 
     def prior(self, domain: str) -> float:
         return self._by_domain.get(domain, self._prior)
+
+    def go_on_from(self, by_domain: Mapping[str, float]) -> None:
+        """With an earlier one's."""
+        self._by_domain = dict(by_domain)
 
     def observe(self, domain: str, mean_responsibility: float) -> None:
         moved = self._memory * self.prior(domain) + (1 - self._memory) * mean_responsibility

@@ -27,6 +27,7 @@ from posttrain.losses.distillation import (
 from posttrain.losses.distillation_settings import DistillationSettings
 from posttrain.losses.teacher_weight import Lead, Reliability, dynamic_weight
 from posttrain.stages.teaching import DistillationJob, Teachers
+from posttrain.stages.weight_state import WeightState
 from posttrain.teaching.acquire import wait_for
 from posttrain.teaching.records import Record, TokenSequence, padded_targets
 from posttrain.teaching.store import TargetStore
@@ -74,6 +75,7 @@ class DistillingTrainer(SFTTrainer):  # type: ignore[misc]
         self._reliability: Reliability | None = None
         if settings.weight == "dynamic":
             self._lead, self._reliability = dynamic_weight(settings)
+            self.add_callback(WeightState(self._lead, self._reliability))
         self._targets: TargetStore | None = None
         self._critic: TargetStore | None = None
         if distillation.teachers is not None:
