@@ -1,11 +1,12 @@
 """Is RL sooner at the same accuracy from a co-distilled SFT start, the teacher's cost included?
 
-    python tests/benchmarks/distilled_rl.py OUT --seeds 0 1 2 --target 0.7
+    python tests/benchmarks/distilled_rl.py OUT [KEY=VALUE …] --seeds 0 1 2 --target 0.7
 
 Each seed runs SFT and RL of the quickstart twice, without a teacher and with the starter's in SFT.
 The clock counts SFT as a whole, its pass over the rows with teacher and critic included, and RL's
-steps until held-out pass@1 first reaches the target; what both have in common beforehand (engines'
-start, evaluation of the start) is left out. A run that is there is not run again.
+steps; what both have in common beforehand (engines' start) is left out. Every `EVERY` steps the
+policy is written down and measured afterwards, so that measuring costs no time; the target is
+reached where the line through the points first crosses it. A run that is there is not run again.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from wallclock_vs_trl import crossing
+
+from posttrain.config import load
+from posttrain.inputs import load_inputs
 from posttrain.metrics import read_metrics
+from posttrain.pipeline import evaluate_models
 from posttrain.run_dir import RunDir
 
 ROOT = Path(__file__).parents[2]
-EVERY_STEPS = 3
-COMMON = (
-    "stages=[sft,rl]",
-    "sft.checkpoints.count=1",
-    f"rl.evaluation={{every_steps: {EVERY_STEPS}, prompts: 192, num_samples: 2, max_tokens: 96}}",
-)
+CONFIG = ROOT / "configs" / "quickstart.yaml"
+EVERY = 5
+COMMON = ("stages=[sft,rl]", "sft.checkpoints.count=1", f"rl.export_every={EVERY}")
 KINDS: dict[str, tuple[str, ...]] = {
     "labels alone": (),
     "co-distilled": (
@@ -40,60 +43,51 @@ KINDS: dict[str, tuple[str, ...]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("out", type=Path)
+    parser.add_argument("overrides", nargs="*", help="settings for both kinds")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--target", type=float, default=0.7)
-    parser.add_argument("overrides", nargs="*", help="settings for both kinds")
     arguments = parser.parse_args()
-    print("| start | seed | SFT s | of it teacher s | pass@1 after SFT | steps | s to target |")
-    print("|---|---|---|---|---|---|---|")
-    for kind, settings in KINDS.items():
-        reached = []
-        for seed in arguments.seeds:
-            run = arguments.out / f"{kind.replace(' ', '-')}-{seed}"
-            subprocess.run(
-                [
-                    *(sys.executable, "-m", "posttrain.cli", "run", "configs/quickstart.yaml"),
-                    *(f"run.dir={run.absolute()}", f"run.seed={seed}"),
-                    *(*COMMON, *settings, *arguments.overrides),
-                ],
-                check=True,
-                cwd=ROOT,
-                stdout=subprocess.DEVNULL,
+    reached: dict[str, list[float | None]] = {kind: [] for kind in KINDS}
+    for seed in arguments.seeds:
+        for kind, settings in KINDS.items():
+            run = arguments.out.absolute() / f"{kind.replace(' ', '-')}-{seed}"
+            command = [sys.executable, "-m", "posttrain.cli", "run", str(CONFIG)]
+            overrides = [f"run.dir={run}", f"run.seed={seed}", *COMMON, *settings]
+            subprocess.run([*command, *overrides, *arguments.overrides], check=True, cwd=ROOT)
+            points = curve(RunDir(run))
+            reached[kind].append(crossing(points, arguments.target))
+            print(
+                f"{kind}, seed {seed}: teacher and critic {teacher_seconds(RunDir(run)):.0f} s; "
+                + " ".join(f"{t:.0f}s {a:.3f}" for t, a in points)
+                + f"; {arguments.target} after {reached[kind][-1]} s",
+                flush=True,
             )
-            cells = row(RunDir(run), arguments.target)
-            reached.append(cells[-1])
-            shown = ["–" if c is None else f"{c:.3g}" for c in cells]
-            print(f"| {kind} | {seed} | " + " | ".join(shown) + " |", flush=True)
-        if None not in reached:
-            print(f"| {kind} | mean | | | | | {fmean(reached):.0f} |", flush=True)
+    for kind, seconds in reached.items():
+        there = [s for s in seconds if s is not None]
+        mean = f"{fmean(there):.0f} s" if len(there) == len(seconds) else "not by every seed"
+        print(f"{kind}: {mean}", flush=True)
 
 
-def row(run: RunDir, target: float) -> list[float | None]:
-    """Seconds of SFT, those of its teacher and critic, pass@1 after it, steps and seconds until RL
-    first reaches the target (None: never)."""
-    sft = run.stages()["sft"]
-    assert sft.seconds is not None
-    asked: dict[str, Any] = sft.metrics.get("teacher", {})
-    accuracy = sft.metrics["evaluation"]["all"]["pass@1"]["mean"]
-    steps, seconds = first_reached(read_metrics(run.metrics_path), target)
-    return [
-        sft.seconds,
-        sum(found["seconds"] for found in asked.values()),
-        accuracy,
-        steps,
-        None if seconds is None else sft.seconds + seconds,
-    ]
+def teacher_seconds(run: RunDir) -> float:
+    """Spent on asking teacher and critic."""
+    asked: dict[str, Any] = run.stages()["sft"].metrics.get("teacher", {})
+    return float(sum(found["seconds"] for found in asked.values()))
 
 
-def first_reached(records: list[dict[str, Any]], target: float) -> tuple[int | None, float | None]:
-    """The first evaluated step at the target, and the seconds of all steps until then."""
-    of_rl = [record for record in records if record.get("stage") == "rl"]
-    seconds = {r["step"]: r["step_s"] for r in of_rl if "step_s" in r}
-    for record in of_rl:
-        if record.get("event") == "evaluation" and record["all"]["pass@1"]["mean"] >= target:
-            step = record["step"]
-            return step, sum(s for at, s in seconds.items() if at <= step)
-    return None, None
+def curve(run: RunDir) -> list[tuple[float, float]]:
+    """Seconds of SFT and RL, and held-out pass@1: after SFT and of each policy written down."""
+    elapsed = run.stages()["sft"].seconds
+    assert elapsed is not None
+    times, policies = [elapsed], [run.stage_dir("sft") / "policy"]
+    for record in read_metrics(run.metrics_path):
+        if record["stage"] == "rl" and "lag_max" in record:
+            elapsed += record["step_s"]
+            if record["step"] % EVERY == 0:
+                times.append(elapsed)
+                policies.append(run.stage_dir("rl") / f"export-{record['step']}")
+    settings = load(CONFIG, [f"run.dir={run.path}", "eval.instruction_samples=0"])
+    summaries = evaluate_models(settings, load_inputs(settings), policies)
+    return [(t, s["all"]["pass@1"]["mean"]) for t, s in zip(times, summaries, strict=True)]
 
 
 if __name__ == "__main__":

@@ -159,16 +159,16 @@ def evaluate(directories: list[Path]) -> None:
         summaries = evaluate_models(settings, inputs, [inputs.model, *map(Path, times)])
         accuracy = [summary["all"]["pass@1"]["mean"] for summary in summaries]
         curve = list(zip([0.0, *times.values()], accuracy, strict=True))
-        reached = crossing(curve)
+        reached = crossing(curve, TARGET)
         print(f"{directory.name}: " + " ".join(f"{t:.0f}s {a:.3f}" for t, a in curve))
         print(f"{directory.name}: {TARGET} " + (f"after {reached:.1f} s" if reached else "never"))
 
 
-def crossing(curve: list[tuple[float, float]]) -> float | None:
-    """When the line through the points first reaches TARGET."""
+def crossing(curve: list[tuple[float, float]], target: float) -> float | None:
+    """When the line through the points first reaches the target."""
     for (t0, a0), (t1, a1) in itertools.pairwise(curve):
-        if a1 >= TARGET:
-            return t0 + (t1 - t0) * (TARGET - a0) / (a1 - a0) if a1 > a0 else t0
+        if a1 >= target:
+            return t0 + (t1 - t0) * (target - a0) / (a1 - a0) if a1 > a0 else t0
     return None
 
 
