@@ -34,6 +34,7 @@ ELSEWHERE = (
 """Prefixes of settings that no stage's result rests on, or that count by their content."""
 
 ENGINE_DTYPE = "resources.rollout.engine.dtype"
+TEACHER_DTYPE = "resources.teacher.dtype"
 SCORING = ("screen", "rl", "dpo")
 DATA = {"screen": ("train", "sft"), "sft": ("sft",), "rl": ("train",), "dpo": ("train", "pairs")}
 
@@ -137,6 +138,8 @@ def _settings_of(stage: str, flat: Table) -> Table:
     table = {key: value for key, value in flat.items() if not key.startswith(elsewhere)}
     if stage in SCORING:
         table[ENGINE_DTYPE] = flat[ENGINE_DTYPE]
+    if _is_taught(stage, flat):
+        table[TEACHER_DTYPE] = flat[TEACHER_DTYPE]
     return table
 
 

@@ -141,12 +141,14 @@ def _teacher(settings: Settings, chat: ChatFormat) -> Path | None:
     if name is None or not settings.taught_stages:
         return None
     teacher = locate_teacher(name, chat, settings.policy.model)
-    teaching_of(teacher, teacher, chat, settings.teacher, Path(settings.run.dir)).check_store()
+    dtype = settings.resources.teacher.dtype
+    run = Path(settings.run.dir)
+    teaching_of(teacher, teacher, chat, settings.teacher, dtype, run).check_store()
     return teacher
 
 
 def teaching_of(
-    teacher: Path, critic: Path, chat: ChatFormat, settings: TeacherSettings, run: Path
+    teacher: Path, critic: Path, chat: ChatFormat, settings: TeacherSettings, dtype: str, run: Path
 ) -> Teaching:
     """`critic` is the frozen policy that labels are compared under. Unless `settings` name a store,
     it lies in the directory `run`, one for each kind of targets."""
@@ -157,6 +159,7 @@ def teaching_of(
         critic_fingerprint=fingerprint_directory(critic),
         tokenizer=tokenizer_fingerprint(chat.tokenizer),
         template=chat.template_hash,
+        dtype=dtype,
         targets=settings.targets,
         store=Path(settings.store or "").absolute(),
     )

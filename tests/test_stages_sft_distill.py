@@ -69,6 +69,7 @@ def made(tiny_policy, teacher_dir, tmp_path):
             critic_fingerprint="c" * 64,
             tokenizer="k",
             template="m",
+            dtype="float32",
             targets=TargetSettings(**(targets or {})),
             store=store or tmp_path / "store",
         )

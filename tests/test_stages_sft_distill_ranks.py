@@ -52,6 +52,7 @@ def trained(cluster, tiny_policy, tmp_path_factory):
             critic_fingerprint="c" * 64,
             tokenizer="k",
             template="m",
+            dtype="float32",
             targets=TargetSettings(),
             store=store,
         )

@@ -300,6 +300,7 @@ def teaching(tmp_path, **changed):
         "critic_fingerprint": "c" * 64,
         "tokenizer": "k",
         "template": "m",
+        "dtype": "float32",
         "targets": TargetSettings(),
         "store": tmp_path,
     }
@@ -312,6 +313,7 @@ def teaching(tmp_path, **changed):
         {"teacher_fingerprint": "u" * 64},
         {"tokenizer": "l"},
         {"template": "n"},
+        {"dtype": "bfloat16"},
         {"targets": TargetSettings(temperature=2.0)},
         {"targets": TargetSettings(samples=49)},
         {"targets": TargetSettings(kind="top_k")},

@@ -75,11 +75,12 @@ def _distillation(context: StageContext, model: Path) -> DistillationJob | None:
     if weighing.weight == "ce_only":
         return DistillationJob(settings=weighing, teachers=None)
     assert context.teacher is not None
+    pool = settings.resources.teacher
     teachers = Teachers(
         teaching=teaching_of(
-            context.teacher, model, context.chat, settings.teacher, context.run.path
+            context.teacher, model, context.chat, settings.teacher, pool.dtype, context.run.path
         ),
-        pool=settings.resources.teacher,
+        pool=pool,
         deadline_s=settings.resources.deadline_s,
     )
     return DistillationJob(settings=weighing, teachers=teachers)

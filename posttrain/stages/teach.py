@@ -61,7 +61,8 @@ def teach(settings: TeachSettings) -> dict[str, Any]:
     rows = load_sft_rows(settings.data)
     chat.check_rows(rows, mix, settings.policy.max_length)
     sequences = tokenised(rows, chat, mix)
-    teaching = teaching_of(teacher, policy, chat, settings.teacher, Path.cwd())
+    dtype = settings.resources.teacher.dtype
+    teaching = teaching_of(teacher, policy, chat, settings.teacher, dtype, Path.cwd())
     teaching.check_store()
     teachers = Teachers(
         teaching=teaching,

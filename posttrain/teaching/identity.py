@@ -16,7 +16,7 @@ from posttrain.teaching.store import Identity, TargetStore, check_identity
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Teaching:
     """A teacher and the frozen critic beside it: checkpoint directories, their fingerprints, those
-    of the tokenizer and the chat template, what is stored, and where."""
+    of the tokenizer and the chat template, the dtype both compute in, what is stored, and where."""
 
     teacher: str
     teacher_fingerprint: str
@@ -24,6 +24,7 @@ class Teaching:
     critic_fingerprint: str
     tokenizer: str
     template: str
+    dtype: str
     targets: TargetSettings
     store: Path
 
@@ -42,20 +43,22 @@ class Teaching:
     @property
     def targets_identity(self) -> Identity:
         return {
-            "format": "posttrain teacher targets 1",
+            "format": "posttrain teacher targets 2",
             "teacher": self.teacher_fingerprint,
             "tokenizer": self.tokenizer,
             "template": self.template,
+            "dtype": self.dtype,
             **self.targets.model_dump(mode="json"),
         }
 
     @property
     def critic_identity(self) -> Identity:
         return {
-            "format": "posttrain critic log-probabilities 1",
+            "format": "posttrain critic log-probabilities 2",
             "critic": self.critic_fingerprint,
             "tokenizer": self.tokenizer,
             "template": self.template,
+            "dtype": self.dtype,
         }
 
     @property

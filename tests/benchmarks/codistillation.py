@@ -190,9 +190,9 @@ def once(
     ]
     chat = ChatFormat(str(STARTER_POLICY))
     store = arguments.out / "stores" / f"{seed}-{corruption:g}"
-    teaching = teaching_of(
-        STARTER_TEACHER_DIR, STARTER_POLICY, chat, TeacherSettings(store=str(store)), Path.cwd()
-    )
+    stored = TeacherSettings(store=str(store))
+    dtype = TeacherPoolSettings().dtype
+    teaching = teaching_of(STARTER_TEACHER_DIR, STARTER_POLICY, chat, stored, dtype, Path.cwd())
     taught = settings.weight != "ce_only"
     teachers = LocalTeachers(
         teaching=teaching, pool=TeacherPoolSettings(), deadline_s=1.0, share=corruption, spent=[]
