@@ -149,7 +149,10 @@ def test_an_answer_that_spans_a_publish_belongs_to_neither_version() -> None:
     )
     old, new = make_rollout("d", 1, "1", V6), make_rollout("d", 2, "1", V7)
     assert of_one_version([old, spanning, new]) == (V7, [new])
-    assert of_one_version([old, spanning]) == (V7, [])
+    assert of_one_version([spanning]) == (V7, [])
+    # All begin together, and a publish comes while the longest is written.
+    assert of_one_version([old, old, spanning]) == (V6, [old, old])
+    assert of_one_version([old, old, spanning, new]) == (V6, [old, old])
 
 
 def test_a_prompt_without_a_usable_answer_gets_no_verdict() -> None:

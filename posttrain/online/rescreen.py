@@ -87,7 +87,7 @@ class VerdictLedger(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RescreenReport:
     """What one slice came to. `discarded` answers were written by more than one version, or by
-    another than the last of their prompt."""
+    another than that of most of their prompt's."""
 
     prompts: int
     samples: int
@@ -238,9 +238,17 @@ class Rescreener:
 
 
 def of_one_version(rollouts: Sequence[Rollout]) -> tuple[PolicyVersion, list[Rollout]]:
-    """The latest version that wrote one of these, and those that it wrote alone.
+    """The version that wrote most of these alone (of two the later one), and those that it did.
 
-    A verdict is about one critic: what spans a publish was written by two.
+    A verdict is about one critic: what spans a publish was written by two. Answers to a prompt
+    begin together, so where one of them spans, those that had ended are of the version before.
     """
-    latest = max(span.version for rollout in rollouts for span in rollout.version_spans)
-    return latest, [r for r in rollouts if {s.version for s in r.version_spans} == {latest}]
+    alone: dict[PolicyVersion, list[Rollout]] = {}
+    for rollout in rollouts:
+        versions = {span.version for span in rollout.version_spans}
+        for version in versions:
+            of_it = alone.setdefault(version, [])
+            if len(versions) == 1:
+                of_it.append(rollout)
+    version = max(alone, key=lambda version: (len(alone[version]), version))
+    return version, alone[version]
