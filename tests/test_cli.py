@@ -627,6 +627,17 @@ def test_doctor_lists_and_fails_when_something_is_missing(
     assert f"{'MISSING':8}{'ray':24}not installed" in call("doctor").out
 
 
+@pytest.mark.parametrize(("gib", "works"), [(6.5, False), (7.5, True), (15.6, True)])
+def test_a_machine_of_8_gb_is_large_enough(
+    monkeypatch: pytest.MonkeyPatch, gib: float, works: bool
+) -> None:
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": int(gib * 2**30 / 4096)}
+    monkeypatch.setattr("posttrain.doctor.os.sysconf", pages.get)
+    assert doctor._memory() == Finding(
+        "memory", works, f"{gib:.1f} GiB (a machine of 8 GB suffices)"
+    )
+
+
 def test_doctor_survives_what_it_looks_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
