@@ -42,7 +42,7 @@ class RescreenSettings(BaseModel):
 
     - `prompts`: how many in a slice, every `every_steps` steps.
     - `samples`: answers to each; 13 right ones of 13 make a prompt easy by default.
-    - `retest_share`: of a slice, for prompts that were dropped.
+    - `retest_share`: of a slice, one at least unless it is 0, for prompts that were dropped.
     - `placement`: *shared* judges with the engines and weights that serve rollouts, *dedicated*
       with an engine of its own (`resources.judge`) whose weights stand still between slices.
     - `concurrency`: prompts in flight; every answer of theirs takes room from a rollout.
