@@ -61,7 +61,7 @@ class RunSettings(_Section):
 
     dir: str = Field(min_length=1)
     work_dir: str | None = None
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
 
 class PolicySettings(_Section):

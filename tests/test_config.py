@@ -129,6 +129,7 @@ def test_an_unknown_key_in_the_file_is_named_too(minimal: Path) -> None:
         ("stages=[rll]", ("stages.0", "'screen', 'sft', 'rl' or 'dpo'", "'rll'")),
         ("eval.k=[1,x]", ("eval.k.1", "integer", "'x'")),
         ("dpo.mining.cases=[rude]", ("dpo.mining.cases.0", "'wrong'", "'rude'")),
+        ("run.seed=-1", ("run.seed", "greater than or equal to 0", "-1")),
         ("rl.curriculum.quotas={a: -1}", ("rl.curriculum.quotas.a", "greater", "-1")),
     ],
 )
