@@ -383,6 +383,22 @@ def test_dry_run_prints_the_plan(desk: Desk, tiny_policy: Path) -> None:
 
 
 @pytest.mark.usefixtures("nothing_starts")
+def test_a_dry_run_counts_the_answers_of_the_stages_that_run(desk: Desk) -> None:
+    rows = [task("3-1=?") | {"completion": text} for text in ("#2", "3-1=2#2")]
+    desk.write("sft.jsonl", *rows, task("1+1=?") | {"completion": "#2"})
+
+    def counted(*stages: str) -> dict[str, int]:
+        plan = json.loads(desk.run(f"stages=[{', '.join(stages)}]", "--dry-run", "--json").out)
+        return {name: count for name, count in plan.items() if "answers" in name}
+
+    screening = {"screening_answers_at_most": 3 * 16}  # of two tasks and one more prompt of SFT
+    assert counted("screen", "sft") == screening
+    assert counted("screen", "sft", "rl") == screening | {"rl_trained_answers": 5 * 4 * 4}
+    assert counted("rl") == {"rl_trained_answers": 5 * 4 * 4}
+    assert counted("sft") == {}
+
+
+@pytest.mark.usefixtures("nothing_starts")
 def test_a_ray_job_takes_no_relative_directory(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     refused(desk.run("run.dir=runs/mine"), "run.dir: runs/mine is relative", "absolute path")
