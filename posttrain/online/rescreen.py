@@ -10,12 +10,12 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from judges.estimators import posterior
-from judges.labels import LabelSettings, confident_label, label
+from judges.labels import LabelSettings, confident_label, easy_from, label
 from posttrain.online.accounting import stable_seed
 from posttrain.types import (
     Action,
@@ -57,6 +57,17 @@ class RescreenSettings(BaseModel):
     placement: Literal["shared", "dedicated"] = "shared"
     concurrency: int = Field(default=1, gt=0)
     labels: LabelSettings = LabelSettings()
+
+    @model_validator(mode="after")
+    def _a_prompt_can_be_found_easy(self) -> Self:
+        fewest = easy_from(self.labels)
+        if self.samples < fewest:
+            raise ValueError(
+                f"samples = {self.samples} can show of no prompt that it is easy, so that none "
+                f"would ever leave: by these labels it takes {fewest} right answers of {fewest}; "
+                "raise samples, or lower labels.easy_above or labels.confidence"
+            )
+        return self
 
 
 class ScreenedCurriculum(Protocol):
