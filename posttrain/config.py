@@ -230,6 +230,17 @@ class Settings(_Section):
         return self
 
     @model_validator(mode="after")
+    def _a_slow_draw_fails_no_engine(self) -> Self:
+        draw, engine = self.rl.draw_deadline_s, self.resources.rollout.engine.deadline_s
+        if "rl" in self.stages and engine <= draw:
+            raise ValueError(
+                f"rl.draw_deadline_s = {draw:g} is never reached: after "
+                f"resources.rollout.engine.deadline_s = {engine:g} the engine has failed, and the "
+                "run with it; raise the engine's above it, or lower rl.draw_deadline_s"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rescreening_has_a_curriculum(self) -> Self:
         if self.rl.rescreen is not None and self.rl.curriculum.kind == "uniform":
             raise ValueError(
