@@ -17,8 +17,13 @@ from posttrain.stage_order import STAGES
 
 Table = dict[str, Any]
 
+SOURCE_OF = "source of "
+
 START = "start"
 """The evaluation of the policy that comes in, recorded like a stage."""
+
+BY_CONTENT = ("rewards.judge.model", "rewards.reward_model.model")
+"""Settings of rewards for which fingerprints stand."""
 
 ELSEWHERE = (
     *("stages", "run.dir", "run.work_dir", "log.", "eval.", "tasks.", "policy.model", "resources."),
@@ -28,6 +33,7 @@ ELSEWHERE = (
     *("screen.judge.concurrency", "dpo.mining.concurrency"),
     *("rl.checkpoint_every", "rl.keep_checkpoints", "rl.export_every", "rl.evaluation"),
     *("teacher.model", "teacher.store", "rl.distillation.deadline_s"),
+    *BY_CONTENT,
     *("rl.draw_deadline_s", "rl.starvation_draws", "rl.publish."),
     *("rl.learner.step_deadline_s", "rl.learner.threads"),
 )
@@ -40,7 +46,10 @@ DATA = {"screen": ("train", "sft"), "sft": ("sft",), "rl": ("train",), "dpo": ("
 
 
 def stage_tables(
-    settings: Mapping[str, Any], data: Mapping[str, str], models: Mapping[str, str]
+    settings: Mapping[str, Any],
+    data: Mapping[str, str],
+    models: Mapping[str, str],
+    rewards: Mapping[str, str],
 ) -> dict[str, Table]:
     """What each stage of `settings` (resolved, see `posttrain.config`) rests on, by name and in
     order, `start` first.
@@ -48,6 +57,8 @@ def stage_tables(
     Args:
         data: fingerprints of `train`, `held_out`, `sft` and `pairs`.
         models: fingerprints of `policy` and of the stages' own checkpoints, where they have one.
+        rewards: fingerprints of what rewards are made of beside their settings: `source of NAME`
+            for functions of one's own, models by their settings.
     """
     flat = flatten(settings)
     policy: Table = {"policy.model": models["policy"]}
@@ -59,6 +70,7 @@ def stage_tables(
             **_settings_of(name, flat),
             **{f"data.{part}": data[part] for part in DATA[name]},
             **own,
+            **(rewards if name in SCORING else {}),
             **(screening if name in ("sft", "rl") else {}),
             **({"teacher.model": models.get("teacher")} if _is_taught(name, flat) else {}),
         }
@@ -70,13 +82,22 @@ def stage_tables(
 
 
 def evaluation_table(
-    settings: Mapping[str, Any], data: Mapping[str, str], stage: str, table: Table
+    settings: Mapping[str, Any],
+    data: Mapping[str, str],
+    rewards: Mapping[str, str],
+    stage: str,
+    table: Table,
 ) -> Table:
     """What the held-out evaluation after `stage`, which rests on `table`, rests on."""
     flat = flatten(settings)
     kept = ("eval.", "rewards.", "system_instructions", "policy.max_length", "run.seed")
     return {
-        **{key: value for key, value in flat.items() if key.startswith(kept)},
+        **{
+            key: value
+            for key, value in flat.items()
+            if key.startswith(kept) and not key.startswith(BY_CONTENT)
+        },
+        **rewards,
         ENGINE_DTYPE: flat[ENGINE_DTYPE],
         "data.held_out": data["held_out"],
         f"after {stage}": digest(table),
@@ -104,6 +125,8 @@ def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     for key in changed_keys(before, now):
         if key.startswith("after "):
             said.append(f"the stage {key.removeprefix('after ')} before it")
+        elif key.startswith(SOURCE_OF):
+            said.append(f"the source of the reward {key.removeprefix(SOURCE_OF)}")
         elif key.startswith("data."):
             said.append(f"the content of {_SOURCES[key]}")
         elif key.endswith(".model"):

@@ -17,6 +17,7 @@ from posttrain.data.instructions import InstructionMix
 from posttrain.data.pair_sets import load_pairs, pair_record
 from posttrain.data.prompts import check_disjoint
 from posttrain.data.sources import STARTER, load_prompts, load_sft_rows
+from posttrain.dependencies import SOURCE_OF
 from posttrain.errors import DataError, ModelError
 from posttrain.metric_sinks import check_sinks
 from posttrain.run_dir import RunDir, fingerprint_directory
@@ -25,6 +26,7 @@ from posttrain.teaching.settings import TeacherSettings
 from posttrain.types import PreferencePair, Prompt, SFTRow
 from posttrain.workers.adapters import base_of, check_targets, is_adapter, merged_once
 from posttrain.workers.agreement import check_same_model, tokenizer_fingerprint
+from rewards import custom
 from rewards.shaping import RewardSettings
 from rewards.verifiers import check_references
 
@@ -69,6 +71,19 @@ class Inputs:
             **{stage: fingerprint_directory(path) for stage, path in self.stage_models.items()},
             **({} if self.teacher is None else {"teacher": fingerprint_directory(self.teacher)}),
         }
+
+    @property
+    def reward_content(self) -> dict[str, str]:
+        """Fingerprints of what rewards are made of beside their settings, by what they are called
+        in the tables of `posttrain.dependencies`. SettingsError for a function that cannot be
+        loaded."""
+        own = self.rewards.custom.items()
+        found = {f"{SOURCE_OF}{name}": custom.source_hash(name, path) for name, path in own}
+        for part in ("judge", "reward_model"):
+            model = getattr(getattr(self.rewards, part), "model", None)
+            if model is not None:
+                found[f"rewards.{part}.model"] = fingerprint_directory(Path(model))
+        return found
 
 
 def _digest(content: list[Any]) -> str:

@@ -43,27 +43,35 @@ class Outlook:
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What the stages of a run and their evaluations rest on, by name and in order; fingerprints of
-    the data and of the policies that come in."""
+    the data, of the policies that come in and of what rewards are made of."""
 
     tables: Mapping[str, Table]
     evaluations: Mapping[str, Table]
     data: Mapping[str, str]
     models: Mapping[str, str]
+    rewards: Mapping[str, str]
 
     @classmethod
     def of(cls, settings: Settings, inputs: Inputs) -> Plan:
         plain, data, models = resolved(settings), inputs.data, inputs.models
-        tables = stage_tables(plain, data, models)
+        rewards = inputs.reward_content
+        tables = stage_tables(plain, data, models, rewards)
         return cls(
             tables=tables,
             evaluations={
-                name: evaluation_table(plain, data, name, table)
+                name: evaluation_table(plain, data, rewards, name, table)
                 for name, table in tables.items()
                 if name != "screen"
             },
             data=data,
             models=models,
+            rewards=rewards,
         )
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of all that the run reads."""
+        return {**self.data, **self.models, **self.rewards}
 
     def state(self, run_dir: RunDir, name: str) -> Outlook:
         """RunDirError if the stage is done and what it left was changed."""

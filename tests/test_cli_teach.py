@@ -99,15 +99,15 @@ def test_a_teacher_counts_for_the_stages_that_learn_from_it():
     shared = [TEACHER, "sft.distillation={}"]
     data = dict.fromkeys(("train", "held_out", "sft", "pairs"), "d")
     plain = resolved(load(ROOT / CONFIG, shared))
-    tables = stage_tables(plain, data, {"policy": "p", "teacher": "one"})
+    tables = stage_tables(plain, data, {"policy": "p", "teacher": "one"}, {})
     assert tables["sft"]["teacher.model"] == "one"
     assert tables["sft"]["teacher.targets.temperature"] == 1.0
     assert tables["sft"]["resources.teacher.dtype"] == "float32"
     for stage in ("start", "screen", "rl", "dpo"):
         assert not [key for key in tables[stage] if "teacher." in key], stage
     elsewhere = resolved(load(ROOT / CONFIG, [*shared, "teacher.store=/shared"]))
-    assert stage_tables(elsewhere, data, {"policy": "p", "teacher": "one"}) == tables
-    other = stage_tables(plain, data, {"policy": "p", "teacher": "other"})
+    assert stage_tables(elsewhere, data, {"policy": "p", "teacher": "one"}, {}) == tables
+    other = stage_tables(plain, data, {"policy": "p", "teacher": "other"}, {})
     assert [name for name in tables if tables[name] != other[name]] == ["sft", "rl", "dpo"]
     assert other["screen"] == tables["screen"]
 

@@ -20,16 +20,20 @@ from posttrain.dependencies import (
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 DATA = {"train": "t1", "held_out": "h1", "sft": "s1", "pairs": "d1"}
 MODELS = {"policy": "p1"}
+REWARDS = {"source of mine": "f1", "rewards.judge.model": "j1"}
 
 
 def tables(
-    *overrides: str, data: dict[str, str] = DATA, models: dict[str, str] = MODELS
+    *overrides: str,
+    data: dict[str, str] = DATA,
+    models: dict[str, str] = MODELS,
+    rewards: dict[str, str] = REWARDS,
 ) -> dict[str, Table]:
     """Of the stages, and of their evaluations as `NAME evaluated`."""
     plain = resolved(load(QUICKSTART, overrides))
-    stages = stage_tables(plain, data, models)
+    stages = stage_tables(plain, data, models, rewards)
     measured = {
-        f"{name} evaluated": evaluation_table(plain, data, name, table)
+        f"{name} evaluated": evaluation_table(plain, data, rewards, name, table)
         for name, table in stages.items()
         if name != "screen"
     }
@@ -102,6 +106,25 @@ def test_another_policy_concerns_everything() -> None:
     assert changed(tables(models={"policy": "p2"})) == ALL | {"start"} | EVALUATIONS
 
 
+@pytest.mark.parametrize("what", REWARDS)
+def test_what_rewards_are_made_of_concerns_all_that_scores(what: str) -> None:
+    other = REWARDS | {what: "2"}
+    assert changed(tables(rewards=other)) == ALL | EVALUATIONS
+    alone, moved = (tables("stages=[sft]", rewards=made_of) for made_of in (REWARDS, other))
+    assert alone["sft"] == moved["sft"]
+    assert changed_keys(alone["sft evaluated"], moved["sft evaluated"]) == [what]
+
+
+def test_models_of_rewards_count_by_content_and_not_by_name() -> None:
+    here, there = (
+        tables(f"rewards.judge={{model: {place}}}", f"rewards.reward_model={{model: {place}}}")
+        for place in ("/here", "/there")
+    )
+    assert here == there
+    assert here["rl"]["rewards.judge.model"] == "j1"
+    assert "rewards.reward_model.model" not in here["rl evaluated"]
+
+
 def test_a_stage_with_a_checkpoint_of_its_own_rests_on_that() -> None:
     own = "stages=[screen, rl]", "rl.model=x"
     first, other = (tables(*own, models={"policy": policy, "rl": "m1"}) for policy in ("p1", "p2"))
@@ -134,8 +157,8 @@ def test_the_order_of_stages_is_part_of_what_they_rest_on() -> None:
 
 def test_a_section_that_is_new_counts_for_every_stage() -> None:
     plain: dict[str, Any] = resolved(load(QUICKSTART))
-    with_it = stage_tables(plain | {"unheard_of": {"model": "x"}}, DATA, MODELS)
-    without = stage_tables(plain, DATA, MODELS)
+    with_it = stage_tables(plain | {"unheard_of": {"model": "x"}}, DATA, MODELS, REWARDS)
+    without = stage_tables(plain, DATA, MODELS, REWARDS)
     assert {name for name in without if with_it[name] != without[name]} == {
         "screen",
         "sft",
@@ -150,12 +173,15 @@ def test_what_has_changed_is_said_in_words() -> None:
         "after sft": "x",
         "data.train": "1",
         "policy.model": "p",
+        "rewards.judge.model": "j",
+        "source of mine": "f",
         "same": 1,
     }
     now = {"rl.num_steps": 5, "after sft": "y", "data.train": "2", "rl.gate": None, "same": 1}
-    assert describe_changes(before, now) == (
+    assert describe_changes(before, now | {"source of mine": "g"}) == (
         "the stage sft before it; the content of tasks.train; the checkpoint policy.model; "
-        "rl.gate: (absent) → None; rl.num_steps: 3 → 5"
+        "the checkpoint rewards.judge.model; rl.gate: (absent) → None; rl.num_steps: 3 → 5; "
+        "the source of the reward mine"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from posttrain import pipeline
 from posttrain.config import Settings, load
 from posttrain.errors import ModelError
 from posttrain.inputs import STARTER_POLICY, load_inputs
+from posttrain.run_dir import fingerprint_directory
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
@@ -49,6 +51,17 @@ def test_the_policy_of_a_run_can_judge(tmp_path: Path, tiny_policy: Path) -> Non
     inputs = load_inputs(small(tmp_path, f"rewards.judge={{model: {run}}}"))
     assert inputs.rewards.judge is not None
     assert inputs.rewards.judge.model == str((run / "policy").resolve())
+
+
+def test_what_rewards_are_made_of_has_fingerprints(tmp_path: Path, tiny_policy: Path) -> None:
+    own = "rewards.custom={short: 'custom_rewards:short'}"
+    model = f"rewards.reward_model={{model: {tiny_policy}}}"
+    source = (Path(__file__).parent / "custom_rewards.py").read_bytes()
+    assert load_inputs(small(tmp_path, own, model)).reward_content == {
+        "source of short": hashlib.sha256(source).hexdigest()[:16],
+        "rewards.reward_model.model": fingerprint_directory(tiny_policy),
+    }
+    assert load_inputs(small(tmp_path)).reward_content == {}
 
 
 @pytest.mark.parametrize(
