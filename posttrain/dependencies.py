@@ -1,8 +1,8 @@
 """What each stage of a run rests on. A stage is done again when that has changed, and only then.
 
 A table maps dotted settings, fingerprints of data and policies, and what was done before to their
-values. What only says how the work is spread or watched (devices, deadlines, logs, checkpoints) is
-in no table.
+values. What only says how the work is spread or watched (devices, concurrency, logs, checkpoints,
+deadlines but those of verifiers) is in no table.
 """
 
 from __future__ import annotations
@@ -22,8 +22,15 @@ SOURCE_OF = "source of "
 START = "start"
 """The evaluation of the policy that comes in, recorded like a stage."""
 
-BY_CONTENT = ("rewards.judge.model", "rewards.reward_model.model")
-"""Settings of rewards for which fingerprints stand."""
+REWARDS_ELSEWHERE = (
+    *("rewards.judge.model", "rewards.reward_model.model"),
+    *("rewards.judge.concurrency", "rewards.judge.deadline_s", "rewards.judge.retries"),
+    *("rewards.judge.endpoint.url", "rewards.judge.endpoint.api_key_env"),
+    *("rewards.reward_model.deadline_s", "rewards.reward_model.batch_size"),
+    "rewards.reward_model.device",
+)
+"""Those of rewards. Deadlines of verifiers count, since an answer that runs into one is wrong; one
+that a judge does not get to is unscored."""
 
 ELSEWHERE = (
     *("stages", "run.dir", "run.work_dir", "log.", "eval.", "tasks.", "policy.model", "resources."),
@@ -33,7 +40,8 @@ ELSEWHERE = (
     *("screen.judge.concurrency", "dpo.mining.concurrency"),
     *("rl.checkpoint_every", "rl.keep_checkpoints", "rl.export_every", "rl.evaluation"),
     *("teacher.model", "teacher.store", "rl.distillation.deadline_s"),
-    *BY_CONTENT,
+    *REWARDS_ELSEWHERE,
+    "rl.rescreen.concurrency",
     *("rl.draw_deadline_s", "rl.starvation_draws", "rl.publish."),
     *("rl.learner.step_deadline_s", "rl.learner.threads"),
 )
@@ -90,12 +98,13 @@ def evaluation_table(
 ) -> Table:
     """What the held-out evaluation after `stage`, which rests on `table`, rests on."""
     flat = flatten(settings)
+    elsewhere = ("eval.concurrency", *REWARDS_ELSEWHERE)
     kept = ("eval.", "rewards.", "system_instructions", "policy.max_length", "run.seed")
     return {
         **{
             key: value
             for key, value in flat.items()
-            if key.startswith(kept) and not key.startswith(BY_CONTENT)
+            if key.startswith(kept) and not key.startswith(elsewhere)
         },
         **rewards,
         ENGINE_DTYPE: flat[ENGINE_DTYPE],

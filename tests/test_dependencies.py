@@ -40,9 +40,9 @@ def tables(
     return stages | measured
 
 
-def changed(other: dict[str, Table]) -> set[str]:
-    """Which of them differ from those of the quickstart."""
-    before = tables()
+def changed(other: dict[str, Table], *base: str) -> set[str]:
+    """Which of them differ from those of the quickstart, or of what it is with `base`."""
+    before = tables(*base)
     assert before.keys() == other.keys()
     return {name for name in before if before[name] != other[name]}
 
@@ -79,6 +79,7 @@ DPO = {"dpo", "dpo evaluated"}
         ("rl.learner.step_deadline_s=9", set()),
         ("sft.threads=1", set()),
         ("screen.judge.concurrency=3", set()),
+        ("eval.concurrency=3", set()),
         # By content, not by name.
         ("policy.model=/another/place", set()),
         ("tasks.train=[{source: elsewhere}]", set()),
@@ -87,6 +88,38 @@ DPO = {"dpo", "dpo evaluated"}
 )
 def test_a_setting_concerns_what_follows_from_it(override: str, expected: set[str]) -> None:
     assert changed(tables(override)) == expected
+
+
+JUDGED = "rewards.judge={endpoint: {url: 'http://here/v1', model: m}}"
+RATED = "rewards.reward_model={model: m}"
+RESCREENED = "rl.rescreen={every_steps: 5}"
+
+
+@pytest.mark.parametrize(
+    ("base", "override", "expected"),
+    [
+        (JUDGED, "rewards.judge.concurrency=3", set()),
+        (JUDGED, "rewards.judge.deadline_s=3", set()),
+        (JUDGED, "rewards.judge.retries=0", set()),
+        (JUDGED, "rewards.judge.endpoint.url=http://there/v1", set()),
+        (JUDGED, "rewards.judge.endpoint.api_key_env=KEY", set()),
+        (JUDGED, "rewards.judge.endpoint.model=other", ALL | EVALUATIONS),
+        (JUDGED, "rewards.judge.max_tokens=9", ALL | EVALUATIONS),
+        (RATED, "rewards.reward_model.deadline_s=3", set()),
+        (RATED, "rewards.reward_model.batch_size=3", set()),
+        (RATED, "rewards.reward_model.device=cuda", set()),
+        (RATED, "rewards.reward_model.dtype=bfloat16", ALL | EVALUATIONS),
+        (RESCREENED, "rl.rescreen.concurrency=3", set()),
+        (RESCREENED, "rl.rescreen.prompts=3", FROM_RL),
+        # What runs into a verifier's deadline is wrong.
+        ("run.seed=0", "rewards.deadline_s=20", ALL | EVALUATIONS),
+        ("run.seed=0", "rewards.deadlines_s={exact: 20}", ALL | EVALUATIONS),
+    ],
+)
+def test_how_rewards_are_spread_changes_nothing(
+    base: str, override: str, expected: set[str]
+) -> None:
+    assert changed(tables(base, override), base) == expected
 
 
 @pytest.mark.parametrize(
