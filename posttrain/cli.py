@@ -48,11 +48,13 @@ def run_command(
 ) -> None:
     """Run the stages of CONFIG. The same command again resumes."""
     from posttrain.remote_run import check_place
+    from posttrain.rerun import refuse_own_output
     from posttrain.stages.trl_settings import check_trainers
 
     settings, inputs = _prepare(config, overrides)
     check_trainers(settings)
     check_place(settings.run)
+    refuse_own_output(settings)
     if dry_run:
         _emit(_plan(settings, inputs), as_json)
         return

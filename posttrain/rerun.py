@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 from posttrain.config import Settings, resolved
 from posttrain.dependencies import (
@@ -14,6 +15,7 @@ from posttrain.dependencies import (
     goes_on,
     stage_tables,
 )
+from posttrain.errors import SettingsError
 from posttrain.inputs import Inputs
 from posttrain.metrics import to_json
 from posttrain.remote_run import run_place
@@ -90,6 +92,26 @@ class Plan:
         return all(run_dir.stage_done(name, table) for name, table in self.tables.items()) and all(
             run_dir.evaluation_done(name, table) for name, table in self.evaluations.items()
         )
+
+
+def refuse_own_output(settings: Settings) -> None:
+    """Raises SettingsError for a model that lies in the run's own directory: the run replaces it,
+    so the same command would train on top of it for ever, and --fresh would delete it."""
+    rewards, run = settings.rewards, run_place(settings.run).path.resolve()
+    named = {f"{stage}.model": model for stage, model in settings.own_models.items()}
+    named["policy.model"] = settings.policy.model
+    if settings.taught_stages and settings.teacher.model is not None:
+        named["teacher.model"] = settings.teacher.model
+    if rewards.judge is not None and rewards.judge.model is not None:
+        named["rewards.judge.model"] = rewards.judge.model
+    if rewards.reward_model is not None:
+        named["rewards.reward_model.model"] = rewards.reward_model.model
+    for setting, name in named.items():
+        if Path(name).exists() and Path(name).resolve().is_relative_to(run):
+            raise SettingsError(
+                f"{setting} = {name} lies in run.dir = {settings.run.dir}, which this run writes "
+                "itself: it would go on from its own result; choose another run.dir"
+            )
 
 
 def outlook(settings: Settings, inputs: Inputs) -> list[str]:

@@ -453,6 +453,59 @@ def test_a_dry_run_says_what_a_change_runs_again(desk: Desk) -> None:
     ]
 
 
+@pytest.fixture
+def finished(desk: Desk, tiny_policy: Path) -> Path:
+    """The run's directory, with a policy in it."""
+    shutil.copytree(tiny_policy, desk.run_dir / "policy")
+    (desk.run_dir / "config.yaml").write_text("format: posttrain run 3\n")
+    (desk.path / "link").symlink_to(desk.run_dir / "policy")
+    return desk.run_dir
+
+
+@pytest.mark.usefixtures("nothing_starts")
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        ("dpo.model", "runs/mine"),
+        ("policy.model", "runs/mine/policy"),
+        ("policy.model", "link"),
+        ("rewards.judge.model", "runs/mine"),
+        ("rewards.reward_model.model", "runs/mine/policy"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["--dry-run", "--fresh"])
+def test_a_run_does_not_start_from_its_own_result(
+    desk: Desk, finished: Path, setting: str, name: str, mode: str
+) -> None:
+    own = desk.path / name
+    told = f"{setting} = {own} lies in run.dir = {finished}, which this run writes itself"
+    refused(desk.run("stages=[dpo]", f"{setting}={own}", mode), told, "choose another run.dir")
+    assert (finished / "policy" / "config.json").exists()
+
+
+@pytest.mark.usefixtures("nothing_starts")
+def test_a_teacher_is_not_of_the_run_that_it_teaches(desk: Desk, finished: Path) -> None:
+    teacher = f"teacher.model={finished / 'policy'}"
+    done = desk.run("stages=[sft]", teacher, "sft.distillation={}", "--dry-run")
+    refused(done, f"teacher.model = {finished / 'policy'} lies in run.dir")
+
+
+def test_the_result_of_a_run_is_started_from_elsewhere_and_measured(
+    desk: Desk, finished: Path, pipeline: ModuleType
+) -> None:
+    elsewhere = f"run.dir={desk.path / 'runs' / 'more'}"
+    assert desk.run("stages=[dpo]", f"dpo.model={finished}", elsewhere, "--dry-run").code == 0
+    measured: list[Path] = []
+
+    def evaluate_models(settings: Any, inputs: Any, models: Any) -> list[dict[str, Any]]:
+        measured.extend(models)
+        return [one_metric(0.25)]
+
+    pipeline.evaluate_models = evaluate_models  # type: ignore[attr-defined]
+    assert desk.call("eval", str(finished), desk.config, "--json").code == 0
+    assert measured == [finished / "policy"]
+
+
 def test_a_dry_run_loads_no_engine(desk: Desk) -> None:
     """In a process of its own, as a person starts it."""
     code = (
