@@ -20,6 +20,7 @@ from posttrain.prune.intake import take_in
 from posttrain.prune.judging import judge, may_sample, note_complete
 from posttrain.prune.output import Annotator, row_table, write_rows
 from posttrain.prune.reading import make_reader
+from posttrain.prune.scoring import check_grades
 from posttrain.prune.settings import PruneSettings
 from posttrain.prune.source import Source
 from posttrain.prune.store import Store, TaskTable
@@ -58,6 +59,8 @@ def prune(
             if may_sample(store, tasks, settings, top_up=top_up):
                 asyncio.run(_judge(store, tasks, open_critic, encoding, settings))
                 tasks = store.tasks()
+            if settings.method == "grade":
+                check_grades(store)
             decided = decide(tasks, settings)
             manifest = _write(directory, store, source, tasks, decided, settings)
             return manifest | {
