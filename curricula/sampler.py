@@ -133,8 +133,10 @@ class DifficultySampler(_OfDomains):
 
     def rescreen_slice(self, size: int, retest_share: float) -> list[Prompt]:
         """Those of a random few whose last observation is oldest: what is drawn often is known
-        from the policy's own answers, what is passed over is known from nobody's."""
-        dropped = self._spread(round(size * retest_share), dropped=True)
+        from the policy's own answers, what is passed over is known from nobody's. A share is one
+        prompt at least, however small the slice: else what was dropped would never return."""
+        retested = max(1, round(size * retest_share)) if retest_share else 0
+        dropped = self._spread(retested, dropped=True)
         active = self._spread(_CHOICE * (size - len(dropped)), dropped=False)
         oldest = active[np.argsort(self._posterior.last_step[active], kind="stable")]
         chosen = np.concatenate([oldest[: size - len(dropped)], dropped])

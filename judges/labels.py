@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from judges.estimators import beta_cdf, check_counts, posterior
 from posttrain.types import Label
+
+MOST_ANSWERS = 10_000
+"""Beyond so many the posterior is not computed exactly, and nobody asks for them."""
 
 
 class LabelSettings(BaseModel):
@@ -47,6 +51,16 @@ def confident_label(n: int, c: int, settings: LabelSettings) -> Label | None:
     if below_easy - below_hard >= settings.confidence:
         return Label.MEDIUM
     return None
+
+
+def easy_from(settings: LabelSettings) -> int:
+    """How many answers, all of them right, it takes at least until a prompt is easy; `MOST_ANSWERS`
+    where fewer do not suffice."""
+    return bisect_left(
+        range(MOST_ANSWERS),
+        True,
+        key=lambda n: confident_label(n, n, settings) is Label.EASY,
+    )
 
 
 def label(n: int, c: int, cap: int, settings: LabelSettings) -> Label | None:

@@ -35,6 +35,7 @@ class Schedule:
         domain: codes from 0.
         round_size: answers a request, at most; None: all up to the cap at once.
         cap: scored answers after which a prompt is never asked again.
+        may_ask: which prompts may be asked; all by default. The others count for the rule only.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Schedule:
         *,
         round_size: int | None,
         cap: int,
+        may_ask: NDArray[np.bool_] | None = None,
     ) -> None:
         self.asked = asked.astype(np.int32)
         self.scored = scored.astype(np.int32)
@@ -60,7 +62,7 @@ class Schedule:
         self._queue: list[tuple[int, Cell]] = []
         self._since_refresh = 0
         self._refresh_every = max(16, len(asked) // REFRESHES)
-        self._fill()
+        self._fill(np.ones(len(asked), dtype=bool) if may_ask is None else may_ask)
         self._refresh()
 
     def next(self) -> Ask | None:
@@ -101,7 +103,7 @@ class Schedule:
     def _cell(self, index: int) -> Cell:
         return Cell(int(self._domain[index]), int(self.scored[index]), int(self.correct[index]))
 
-    def _fill(self) -> None:
+    def _fill(self, may_ask: NDArray[np.bool_]) -> None:
         if not len(self.scored):
             return
         cells, places = cells_of(self._domain, self.scored, self.correct)
@@ -110,7 +112,8 @@ class Schedule:
         for cell, members in zip(
             reversed(cells), np.split(order, np.cumsum(counts[::-1])[:-1]), strict=True
         ):
-            self._idle[cell] = array("i", members.astype(np.int32).tobytes())
+            waiting = members[may_ask[members]]
+            self._idle[cell] = array("i", waiting.astype(np.int32).tobytes())
             self._population[cell] = len(members)
 
     def _refresh(self) -> None:

@@ -48,11 +48,13 @@ def run_command(
 ) -> None:
     """Run the stages of CONFIG. The same command again resumes."""
     from posttrain.remote_run import check_place
+    from posttrain.rerun import refuse_own_output
     from posttrain.stages.trl_settings import check_trainers
 
     settings, inputs = _prepare(config, overrides)
     check_trainers(settings)
     check_place(settings.run)
+    refuse_own_output(settings)
     if dry_run:
         _emit(_plan(settings, inputs), as_json)
         return
@@ -177,7 +179,6 @@ def _plan(settings: Settings, inputs: Inputs) -> dict[str, Any]:
     from posttrain.plan import examine, policy_shape
     from posttrain.rerun import outlook
 
-    rl = settings.rl
     needs = examine(settings, policy_shape(str(inputs.model)))
     # DPO mines its pairs from the prompts of RL.
     sets = {"sft": [row.prompt for row in inputs.sft_rows], "rl and dpo": inputs.train}
@@ -189,8 +190,7 @@ def _plan(settings: Settings, inputs: Inputs) -> dict[str, Any]:
         "train_prompts": len(inputs.train),
         "held_out_prompts": len(inputs.held_out),
         "sft_rows": len(inputs.sft_rows),
-        "screening_answers_at_most": len(inputs.train) * settings.screen.judge.max_samples,
-        "rl_trained_answers": rl.num_steps * rl.groups_per_step * rl.group_size,
+        **_answers(settings, inputs),
         "asked_for_at_once": needs["demands"],
         "gib_on_each_device": [_memory(role) for role in needs["roles"]],
         "does_not_fit": needs["problems"],
@@ -199,6 +199,20 @@ def _plan(settings: Settings, inputs: Inputs) -> dict[str, Any]:
             for pair, count in shared_texts(sets | {"held_out": inputs.held_out}).items()
         ],
     }
+
+
+def _answers(settings: Settings, inputs: Inputs) -> dict[str, int]:
+    """How many the stages of this run ask for, as far as that is known beforehand."""
+    from posttrain.data.prompts import each_once
+
+    answers: dict[str, int] = {}
+    rl = settings.rl
+    if "screen" in settings.stages:
+        screened = each_once([*inputs.train, *(row.prompt for row in inputs.sft_rows)])
+        answers["screening_answers_at_most"] = len(screened) * settings.screen.judge.max_samples
+    if "rl" in settings.stages:
+        answers["rl_trained_answers"] = rl.num_steps * rl.groups_per_step * rl.group_size
+    return answers
 
 
 def _memory(role: dict[str, Any]) -> str:

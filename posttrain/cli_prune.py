@@ -113,6 +113,8 @@ _PLACES = {
 }
 """Option -> the setting that it stands for."""
 
+_CUTS = ("drop_easiest", "easy_above", "drop_below")
+
 
 def _content(given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that the options state, as a settings file would."""
@@ -121,11 +123,17 @@ def _content(given: Mapping[str, Any]) -> dict[str, Any]:
         if given[name] is not None:
             _put(content, place, given[name])
     _put(content, "judge.adaptive", not given["fixed"])
-    if all(given[cut] is None for cut in ("drop_easiest", "easy_above", "drop_below")):
+    if not _names_a_cut(given):
         _put(content, "selection.drop_easiest", DEFAULT_SHARE)
     for key, value in _metric(given["metric"], given["method"]).items():
         _put(content, f"selection.{key}", value)
     return content
+
+
+def _names_a_cut(given: Mapping[str, Any]) -> bool:
+    """As an option, or as the setting that it stands for."""
+    overridden = {override.partition("=")[0] for override in given["overrides"] or ()}
+    return any(given[cut] is not None or _PLACES[cut] in overridden for cut in _CUTS)
 
 
 def _put(content: dict[str, Any], place: str, value: Any) -> None:

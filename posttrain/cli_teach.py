@@ -63,6 +63,7 @@ def _content(
 ) -> dict[str, Any]:
     """The settings that the options state, over those of a run."""
     from posttrain.config import read_yaml
+    from posttrain.inputs import STARTER_TEACHER, STARTER_TEACHER_DIR
 
     run = {} if config is None else read_yaml(config)
     content: dict[str, Any] = {name: run[name] for name in FROM_A_RUN if name in run}
@@ -70,7 +71,9 @@ def _content(
     content["resources"] = {k: pools[k] for k in ("teacher", "deadline_s") if k in pools}
     content["data"] = {"source": source} | ({} if size is None else {"size": size})
     content["teacher"] = content.get("teacher", {}) | {"model": teacher, "store": str(out)}
-    content.setdefault("policy", {"model": teacher})
+    # As a policy the teacher that ships goes by its directory.
+    itself = str(STARTER_TEACHER_DIR) if teacher == STARTER_TEACHER else teacher
+    content.setdefault("policy", {"model": itself})
     if policy is not None:
         content["policy"]["model"] = policy
     return content

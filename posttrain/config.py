@@ -5,12 +5,10 @@ Defaults live beside the component they belong to. A file states only what diffe
 
 from __future__ import annotations
 
-import difflib
-import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -33,6 +31,7 @@ from posttrain.metric_sinks import LogSettings
 from posttrain.online.rescreen import RescreenSettings
 from posttrain.online.settings import LoopSettings
 from posttrain.online.teacher_settings import OnlineDistillationSettings
+from posttrain.settings_errors import explain
 from posttrain.stage_order import STAGES, StageName, check_stages
 from posttrain.teaching.settings import TeacherSettings, check_learning, needs_teacher
 from posttrain.workers.settings import (
@@ -62,7 +61,7 @@ class RunSettings(_Section):
 
     dir: str = Field(min_length=1)
     work_dir: str | None = None
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
 
 class PolicySettings(_Section):
@@ -231,6 +230,17 @@ class Settings(_Section):
         return self
 
     @model_validator(mode="after")
+    def _a_slow_draw_fails_no_engine(self) -> Self:
+        draw, engine = self.rl.draw_deadline_s, self.resources.rollout.engine.deadline_s
+        if "rl" in self.stages and engine <= draw:
+            raise ValueError(
+                f"rl.draw_deadline_s = {draw:g} is never reached: after "
+                f"resources.rollout.engine.deadline_s = {engine:g} the engine has failed, and the "
+                "run with it; raise the engine's above it, or lower rl.draw_deadline_s"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rescreening_has_a_curriculum(self) -> Self:
         if self.rl.rescreen is not None and self.rl.curriculum.kind == "uniform":
             raise ValueError(
@@ -326,7 +336,7 @@ def compose(
         return model.model_validate(content)
     except ValidationError as error:
         named = " ".join([source, *(["with", *overrides] if overrides else [])])
-        raise SettingsError(_explain(error, named, model)) from error
+        raise SettingsError(explain(error, named, model)) from error
 
 
 def resolved(settings: Settings) -> dict[str, Any]:
@@ -354,63 +364,3 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
             )
         target = below
     target[last] = value
-
-
-def _explain(error: ValidationError, source: str, model: type[BaseModel]) -> str:
-    lines = [
-        _describe(problem, model)
-        for problem in error.errors()
-        # A default that is derived from another setting says nothing when that one is wrong.
-        if problem["type"] != "default_factory_not_called"
-    ]
-    return f"{source}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{source}:", *lines])
-
-
-def _describe(problem: Mapping[str, Any], model: type[BaseModel]) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    match problem["type"]:
-        case "extra_forbidden":
-            return f"{key}: unknown setting.{_nearest(problem['loc'], model)}"
-        case "missing":
-            return f"{key}: must be set, there is no default"
-        case "model_type":
-            return f"{key}: a section of settings was expected, got {problem['input']!r}"
-        case "value_error":
-            reason = str(problem["ctx"]["error"])
-            return f"{key}: {reason}" if key else reason
-        case _:
-            return f"{key}: {problem['msg']}, got {problem['input']!r}"
-
-
-def _nearest(location: Sequence[int | str], model: type[BaseModel]) -> str:
-    """The known setting most like an unknown one: misspelt here, or of that name elsewhere."""
-    *section, wrong = [part for part in location if isinstance(part, str)]
-    known = [key.split(".") for key in sorted(_known_keys(model))]
-    siblings = [key[-1] for key in known if key[:-1] == section]
-    if close := difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.7):
-        return f" Did you mean {'.'.join([*section, *close])}?"
-    elsewhere = [key for key in known if key[-1] == wrong]
-    if elsewhere:
-        nearest = min(elsewhere, key=lambda key: (-_shared_sections(key, section), len(key)))
-        return f" Did you mean {'.'.join(nearest)}?"
-    return f" Known here: {', '.join(siblings)}."
-
-
-def _shared_sections(key: Sequence[str], section: Sequence[str]) -> int:
-    pairs = zip(key, section, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-def _known_keys(model: type[BaseModel], prefix: str = "") -> set[str]:
-    keys: set[str] = set()
-    for name, field in model.model_fields.items():
-        keys.add(prefix + name)
-        for nested in _models_in(field.annotation):
-            keys |= _known_keys(nested, f"{prefix}{name}.")
-    return keys
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for argument in get_args(annotation) for model in _models_in(argument)]

@@ -1,8 +1,8 @@
 """What each stage of a run rests on. A stage is done again when that has changed, and only then.
 
 A table maps dotted settings, fingerprints of data and policies, and what was done before to their
-values. What only says how the work is spread or watched (devices, deadlines, logs, checkpoints) is
-in no table.
+values. What only says how the work is spread or watched (devices, concurrency, logs, checkpoints,
+deadlines but those of verifiers) is in no table.
 """
 
 from __future__ import annotations
@@ -17,8 +17,20 @@ from posttrain.stage_order import STAGES
 
 Table = dict[str, Any]
 
+SOURCE_OF = "source of "
+
 START = "start"
 """The evaluation of the policy that comes in, recorded like a stage."""
+
+REWARDS_ELSEWHERE = (
+    *("rewards.judge.model", "rewards.reward_model.model"),
+    *("rewards.judge.concurrency", "rewards.judge.deadline_s", "rewards.judge.retries"),
+    *("rewards.judge.endpoint.url", "rewards.judge.endpoint.api_key_env"),
+    *("rewards.reward_model.deadline_s", "rewards.reward_model.batch_size"),
+    "rewards.reward_model.device",
+)
+"""Those of rewards. Deadlines of verifiers count, since an answer that runs into one is wrong; one
+that a judge does not get to is unscored."""
 
 ELSEWHERE = (
     *("stages", "run.dir", "run.work_dir", "log.", "eval.", "tasks.", "policy.model", "resources."),
@@ -28,6 +40,8 @@ ELSEWHERE = (
     *("screen.judge.concurrency", "dpo.mining.concurrency"),
     *("rl.checkpoint_every", "rl.keep_checkpoints", "rl.export_every", "rl.evaluation"),
     *("teacher.model", "teacher.store", "rl.distillation.deadline_s"),
+    *REWARDS_ELSEWHERE,
+    "rl.rescreen.concurrency",
     *("rl.draw_deadline_s", "rl.starvation_draws", "rl.publish."),
     *("rl.learner.step_deadline_s", "rl.learner.threads"),
 )
@@ -40,7 +54,10 @@ DATA = {"screen": ("train", "sft"), "sft": ("sft",), "rl": ("train",), "dpo": ("
 
 
 def stage_tables(
-    settings: Mapping[str, Any], data: Mapping[str, str], models: Mapping[str, str]
+    settings: Mapping[str, Any],
+    data: Mapping[str, str],
+    models: Mapping[str, str],
+    rewards: Mapping[str, str],
 ) -> dict[str, Table]:
     """What each stage of `settings` (resolved, see `posttrain.config`) rests on, by name and in
     order, `start` first.
@@ -48,6 +65,8 @@ def stage_tables(
     Args:
         data: fingerprints of `train`, `held_out`, `sft` and `pairs`.
         models: fingerprints of `policy` and of the stages' own checkpoints, where they have one.
+        rewards: fingerprints of what rewards are made of beside their settings: `source of NAME`
+            for functions of one's own, models by their settings.
     """
     flat = flatten(settings)
     policy: Table = {"policy.model": models["policy"]}
@@ -59,6 +78,7 @@ def stage_tables(
             **_settings_of(name, flat),
             **{f"data.{part}": data[part] for part in DATA[name]},
             **own,
+            **(rewards if name in SCORING else {}),
             **(screening if name in ("sft", "rl") else {}),
             **({"teacher.model": models.get("teacher")} if _is_taught(name, flat) else {}),
         }
@@ -70,13 +90,23 @@ def stage_tables(
 
 
 def evaluation_table(
-    settings: Mapping[str, Any], data: Mapping[str, str], stage: str, table: Table
+    settings: Mapping[str, Any],
+    data: Mapping[str, str],
+    rewards: Mapping[str, str],
+    stage: str,
+    table: Table,
 ) -> Table:
     """What the held-out evaluation after `stage`, which rests on `table`, rests on."""
     flat = flatten(settings)
+    elsewhere = ("eval.concurrency", *REWARDS_ELSEWHERE)
     kept = ("eval.", "rewards.", "system_instructions", "policy.max_length", "run.seed")
     return {
-        **{key: value for key, value in flat.items() if key.startswith(kept)},
+        **{
+            key: value
+            for key, value in flat.items()
+            if key.startswith(kept) and not key.startswith(elsewhere)
+        },
+        **rewards,
         ENGINE_DTYPE: flat[ENGINE_DTYPE],
         "data.held_out": data["held_out"],
         f"after {stage}": digest(table),
@@ -104,6 +134,8 @@ def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     for key in changed_keys(before, now):
         if key.startswith("after "):
             said.append(f"the stage {key.removeprefix('after ')} before it")
+        elif key.startswith(SOURCE_OF):
+            said.append(f"the source of the reward {key.removeprefix(SOURCE_OF)}")
         elif key.startswith("data."):
             said.append(f"the content of {_SOURCES[key]}")
         elif key.endswith(".model"):

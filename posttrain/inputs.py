@@ -17,6 +17,7 @@ from posttrain.data.instructions import InstructionMix
 from posttrain.data.pair_sets import load_pairs, pair_record
 from posttrain.data.prompts import check_disjoint
 from posttrain.data.sources import STARTER, load_prompts, load_sft_rows
+from posttrain.dependencies import SOURCE_OF
 from posttrain.errors import DataError, ModelError
 from posttrain.metric_sinks import check_sinks
 from posttrain.run_dir import RunDir, fingerprint_directory
@@ -25,6 +26,8 @@ from posttrain.teaching.settings import TeacherSettings
 from posttrain.types import PreferencePair, Prompt, SFTRow
 from posttrain.workers.adapters import base_of, check_targets, is_adapter, merged_once
 from posttrain.workers.agreement import check_same_model, tokenizer_fingerprint
+from rewards import custom
+from rewards.shaping import RewardSettings
 from rewards.verifiers import check_references
 
 STARTER_POLICY = Path(__file__).parent / "starter" / "policy"
@@ -35,7 +38,8 @@ STARTER_TEACHER_DIR = Path(__file__).parent / "starter" / "teacher"
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
     """Policy and data of a run; `stage_models` holds what stages start from instead of the policy
-    that the stage before them left, `teacher` is None where none is asked."""
+    that the stage before them left, `teacher` is None where none is asked, `rewards` name their
+    models by directory."""
 
     model: Path
     stage_models: Mapping[str, Path]
@@ -45,6 +49,7 @@ class Inputs:
     sft_rows: list[SFTRow]
     pairs: list[PreferencePair]
     teacher: Path | None
+    rewards: RewardSettings
 
     @property
     def data(self) -> dict[str, str]:
@@ -66,6 +71,19 @@ class Inputs:
             **{stage: fingerprint_directory(path) for stage, path in self.stage_models.items()},
             **({} if self.teacher is None else {"teacher": fingerprint_directory(self.teacher)}),
         }
+
+    @property
+    def reward_content(self) -> dict[str, str]:
+        """Fingerprints of what rewards are made of beside their settings, by what they are called
+        in the tables of `posttrain.dependencies`. SettingsError for a function that cannot be
+        loaded."""
+        own = self.rewards.custom.items()
+        found = {f"{SOURCE_OF}{name}": custom.source_hash(name, path) for name, path in own}
+        for part in ("judge", "reward_model"):
+            model = getattr(getattr(self.rewards, part), "model", None)
+            if model is not None:
+                found[f"rewards.{part}.model"] = fingerprint_directory(Path(model))
+        return found
 
 
 def _digest(content: list[Any]) -> str:
@@ -95,9 +113,9 @@ def load_inputs(settings: Settings) -> Inputs:
     stage_models = {
         stage: _model_of_stage(stage, name, model) for stage, name in settings.own_models.items()
     }
-    if settings.rewards.judge is not None and settings.rewards.judge.model is not None:
-        judge = locate_model(settings.rewards.judge.model, "rewards.judge.model")
-        ChatFormat(str(judge), "rewards.judge.model")
+    rewards = locate_reward_models(settings.rewards)
+    if rewards.judge is not None and rewards.judge.model is not None:
+        ChatFormat(rewards.judge.model, "rewards.judge.model")
     chat = ChatFormat(str(model))
     train = load_prompts(settings.tasks.train, "train")
     held_out = load_prompts(settings.tasks.held_out, "held_out")
@@ -132,6 +150,7 @@ def load_inputs(settings: Settings) -> Inputs:
         sft_rows=sft_rows,
         pairs=pairs,
         teacher=_teacher(settings, chat),
+        rewards=rewards,
     )
 
 
@@ -188,6 +207,21 @@ def locate_teacher(name: str, chat: ChatFormat, policy: str) -> Path:
     return path
 
 
+def locate_reward_models(rewards: RewardSettings) -> RewardSettings:
+    """The same with directories for the names of its models: whoever serves them may be elsewhere,
+    and knows neither `starter` nor a run. Raises ModelError as `locate_model`."""
+    found: dict[str, Any] = {}
+    if rewards.judge is not None and rewards.judge.model is not None:
+        judge = locate_model(rewards.judge.model, "rewards.judge.model")
+        found["judge"] = rewards.judge.model_copy(update={"model": str(judge)})
+    if rewards.reward_model is not None:
+        name, setting = rewards.reward_model.model, "rewards.reward_model.model"
+        path = Path(name) if Path(name).is_dir() else _download(name, setting)
+        classifier = str(_readable(path, setting))
+        found["reward_model"] = rewards.reward_model.model_copy(update={"model": classifier})
+    return rewards.model_copy(update=found)
+
+
 def _model_of_stage(stage: str, name: str, policy: Path) -> Path:
     """ModelError if it is no checkpoint, or none of the policy's architecture and tokenizer."""
     path = locate_model(name, f"{stage}.model")
@@ -216,6 +250,11 @@ def locate_model(name: str, setting: str = "policy.model") -> Path:
         path = _download(name, setting)
     if is_adapter(path):
         return merged_once(path, locate_model(base_of(path), setting))
+    return _readable(path, setting)
+
+
+def _readable(path: Path, setting: str) -> Path:
+    """Absolute. Raises ModelError for what transformers cannot read."""
     from transformers import AutoConfig
 
     try:

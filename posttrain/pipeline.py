@@ -38,6 +38,7 @@ from posttrain.stages.context import StageContext
 from posttrain.stages.held_out import measure_policy
 from posttrain.workers.adapters import is_adapter, stack_adapters
 from posttrain.workers.pools import Pools
+from rewards.shaping import RewardSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +67,12 @@ def run(settings: Settings, inputs: Inputs, *, fresh: bool) -> RunResult:
         if copy is not None:
             driving.enter_context(copy.driven(fresh=fresh))
         run_dir = driving.enter_context(
-            RunDir.create_or_open(
-                place.path, config.resolved(settings), fresh, {**plan.data, **plan.models}
-            )
+            RunDir.create_or_open(place.path, config.resolved(settings), fresh, plan.fingerprints)
         )
         if plan.is_done(run_dir):
             say(f"every stage of {settings.run.dir} is done")
         else:
-            with _pools(run_dir.path, settings) as pools:
+            with _pools(run_dir.path, settings, inputs.rewards) as pools:
                 _run_stages(run_dir, settings, inputs, plan, pools, copy)
             _report(run_dir)
         _hand_over(run_dir, settings, inputs)
@@ -251,7 +250,8 @@ def evaluate_models(
     All have the tokenizer and the architecture of the first: the engines change weights.
     """
     serving_only = settings.model_copy(update={"stages": []})
-    with _pools(Path.cwd() / f"eval-{os.getpid()}", serving_only) as pools:
+    owner = Path.cwd() / f"eval-{os.getpid()}"
+    with _pools(owner, serving_only, inputs.rewards) as pools:
 
         async def measure(model: Path, label: str) -> list[PromptResult]:
             return await evaluate(
@@ -280,15 +280,16 @@ def _kept_file(run_dir: RunDir) -> Path:
     return run_dir.stage_dir("screen") / "kept_rows.json"
 
 
-def _pools(owner: Path, settings: Settings) -> Pools:
-    """`owner` names what is left in shared memory, should the driver be killed."""
+def _pools(owner: Path, settings: Settings, rewards: RewardSettings) -> Pools:
+    """`owner` names what is left in shared memory, should the driver be killed; `rewards` are those
+    of the inputs, with the places of their models."""
     resources = settings.resources
     return Pools(
         hashlib.sha256(str(owner).encode()).hexdigest()[:12],
         rollout=resources.rollout.as_long_as(settings.policy.max_length),
         judge=resources.judge.as_long_as(settings.policy.max_length),
         learner=resources.learner,
-        rewards=settings.rewards,
+        rewards=rewards,
         reward_workers=resources.rewards.workers,
         reward_judge=resources.rewards.judge,
         reward_actor=resources.rewards.actor,

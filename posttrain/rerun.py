@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 from posttrain.config import Settings, resolved
 from posttrain.dependencies import (
@@ -14,6 +15,7 @@ from posttrain.dependencies import (
     goes_on,
     stage_tables,
 )
+from posttrain.errors import SettingsError
 from posttrain.inputs import Inputs
 from posttrain.metrics import to_json
 from posttrain.remote_run import run_place
@@ -43,27 +45,35 @@ class Outlook:
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What the stages of a run and their evaluations rest on, by name and in order; fingerprints of
-    the data and of the policies that come in."""
+    the data, of the policies that come in and of what rewards are made of."""
 
     tables: Mapping[str, Table]
     evaluations: Mapping[str, Table]
     data: Mapping[str, str]
     models: Mapping[str, str]
+    rewards: Mapping[str, str]
 
     @classmethod
     def of(cls, settings: Settings, inputs: Inputs) -> Plan:
         plain, data, models = resolved(settings), inputs.data, inputs.models
-        tables = stage_tables(plain, data, models)
+        rewards = inputs.reward_content
+        tables = stage_tables(plain, data, models, rewards)
         return cls(
             tables=tables,
             evaluations={
-                name: evaluation_table(plain, data, name, table)
+                name: evaluation_table(plain, data, rewards, name, table)
                 for name, table in tables.items()
                 if name != "screen"
             },
             data=data,
             models=models,
+            rewards=rewards,
         )
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of all that the run reads."""
+        return {**self.data, **self.models, **self.rewards}
 
     def state(self, run_dir: RunDir, name: str) -> Outlook:
         """RunDirError if the stage is done and what it left was changed."""
@@ -82,6 +92,26 @@ class Plan:
         return all(run_dir.stage_done(name, table) for name, table in self.tables.items()) and all(
             run_dir.evaluation_done(name, table) for name, table in self.evaluations.items()
         )
+
+
+def refuse_own_output(settings: Settings) -> None:
+    """Raises SettingsError for a model that lies in the run's own directory: the run replaces it,
+    so the same command would train on top of it for ever, and --fresh would delete it."""
+    rewards, run = settings.rewards, run_place(settings.run).path.resolve()
+    named = {f"{stage}.model": model for stage, model in settings.own_models.items()}
+    named["policy.model"] = settings.policy.model
+    if settings.taught_stages and settings.teacher.model is not None:
+        named["teacher.model"] = settings.teacher.model
+    if rewards.judge is not None and rewards.judge.model is not None:
+        named["rewards.judge.model"] = rewards.judge.model
+    if rewards.reward_model is not None:
+        named["rewards.reward_model.model"] = rewards.reward_model.model
+    for setting, name in named.items():
+        if Path(name).exists() and Path(name).resolve().is_relative_to(run):
+            raise SettingsError(
+                f"{setting} = {name} lies in run.dir = {settings.run.dir}, which this run writes "
+                "itself: it would go on from its own result; choose another run.dir"
+            )
 
 
 def outlook(settings: Settings, inputs: Inputs) -> list[str]:

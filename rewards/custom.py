@@ -54,10 +54,14 @@ def load(name: str, path: str) -> Verifier:
 
 def source_hash(name: str, path: str) -> str:
     """Of the module's file (16 hex digits): what else that imports does not count. Raises as `load`
-    does."""
+    does, and for what is a part of Python itself."""
     load(name, path)
-    file = inspect.getsourcefile(sys.modules[path.partition(":")[0]])
-    assert file is not None, "a module with functions written in Python has a file"
+    module = path.partition(":")[0]
+    file = getattr(sys.modules[module], "__file__", None)
+    if file is None:
+        raise SettingsError(
+            f"rewards.custom.{name} = {path}: {module} has no file; name a function in one"
+        )
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
 

@@ -97,16 +97,28 @@ def judge_of(settings: JudgedSettings, engine: Ask | None) -> Judge:
 
 
 def engine_ask(
-    generator: Generator, encode: Callable[[Message], tuple[int, ...]], settings: JudgedSettings
+    generator: Generator,
+    encode: Callable[[Message], tuple[int, ...]],
+    settings: JudgedSettings,
+    *,
+    max_length: int,
 ) -> Ask:
-    """Asks an engine that the caller has placed; `encode` renders one user turn with the judge
-    model's own chat template, generation prompt included."""
+    """Asks an engine that the caller has placed, which takes `max_length` tokens of question and
+    reply; `encode` renders one user turn with the judge model's own chat template, generation
+    prompt included."""
     numbers = itertools.count()
 
     async def ask(question: str, temperature: float) -> str:
+        token_ids = encode(Message(role="user", content=question))
+        if len(token_ids) >= max_length:  # an engine refuses it by an error that ends a run
+            raise JudgeUnavailable(
+                f"the question has {len(token_ids)} tokens, the judge takes {max_length} with its "
+                f"reply (resources.rewards.{NAME}.engine.max_model_len)",
+                retry=False,
+            )
         request = GenerationRequest(
             request_id=f"judged-{next(numbers)}",
-            prompt_token_ids=encode(Message(role="user", content=question)),
+            prompt_token_ids=token_ids,
             num_rollouts=1,
             sampling=Sampling(max_tokens=settings.max_tokens, temperature=temperature),
         )

@@ -383,6 +383,22 @@ def test_dry_run_prints_the_plan(desk: Desk, tiny_policy: Path) -> None:
 
 
 @pytest.mark.usefixtures("nothing_starts")
+def test_a_dry_run_counts_the_answers_of_the_stages_that_run(desk: Desk) -> None:
+    rows = [task("3-1=?") | {"completion": text} for text in ("#2", "3-1=2#2")]
+    desk.write("sft.jsonl", *rows, task("1+1=?") | {"completion": "#2"})
+
+    def counted(*stages: str) -> dict[str, int]:
+        plan = json.loads(desk.run(f"stages=[{', '.join(stages)}]", "--dry-run", "--json").out)
+        return {name: count for name, count in plan.items() if "answers" in name}
+
+    screening = {"screening_answers_at_most": 3 * 16}  # of two tasks and one more prompt of SFT
+    assert counted("screen", "sft") == screening
+    assert counted("screen", "sft", "rl") == screening | {"rl_trained_answers": 5 * 4 * 4}
+    assert counted("rl") == {"rl_trained_answers": 5 * 4 * 4}
+    assert counted("sft") == {}
+
+
+@pytest.mark.usefixtures("nothing_starts")
 def test_a_ray_job_takes_no_relative_directory(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     refused(desk.run("run.dir=runs/mine"), "run.dir: runs/mine is relative", "absolute path")
@@ -435,6 +451,59 @@ def test_a_dry_run_says_what_a_change_runs_again(desk: Desk) -> None:
         "screen: runs again (the content of sft.data)",
         "sft: runs again (the stage screen before it; the content of sft.data)",
     ]
+
+
+@pytest.fixture
+def finished(desk: Desk, tiny_policy: Path) -> Path:
+    """The run's directory, with a policy in it."""
+    shutil.copytree(tiny_policy, desk.run_dir / "policy")
+    (desk.run_dir / "config.yaml").write_text("format: posttrain run 3\n")
+    (desk.path / "link").symlink_to(desk.run_dir / "policy")
+    return desk.run_dir
+
+
+@pytest.mark.usefixtures("nothing_starts")
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        ("dpo.model", "runs/mine"),
+        ("policy.model", "runs/mine/policy"),
+        ("policy.model", "link"),
+        ("rewards.judge.model", "runs/mine"),
+        ("rewards.reward_model.model", "runs/mine/policy"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["--dry-run", "--fresh"])
+def test_a_run_does_not_start_from_its_own_result(
+    desk: Desk, finished: Path, setting: str, name: str, mode: str
+) -> None:
+    own = desk.path / name
+    told = f"{setting} = {own} lies in run.dir = {finished}, which this run writes itself"
+    refused(desk.run("stages=[dpo]", f"{setting}={own}", mode), told, "choose another run.dir")
+    assert (finished / "policy" / "config.json").exists()
+
+
+@pytest.mark.usefixtures("nothing_starts")
+def test_a_teacher_is_not_of_the_run_that_it_teaches(desk: Desk, finished: Path) -> None:
+    teacher = f"teacher.model={finished / 'policy'}"
+    done = desk.run("stages=[sft]", teacher, "sft.distillation={}", "--dry-run")
+    refused(done, f"teacher.model = {finished / 'policy'} lies in run.dir")
+
+
+def test_the_result_of_a_run_is_started_from_elsewhere_and_measured(
+    desk: Desk, finished: Path, pipeline: ModuleType
+) -> None:
+    elsewhere = f"run.dir={desk.path / 'runs' / 'more'}"
+    assert desk.run("stages=[dpo]", f"dpo.model={finished}", elsewhere, "--dry-run").code == 0
+    measured: list[Path] = []
+
+    def evaluate_models(settings: Any, inputs: Any, models: Any) -> list[dict[str, Any]]:
+        measured.extend(models)
+        return [one_metric(0.25)]
+
+    pipeline.evaluate_models = evaluate_models  # type: ignore[attr-defined]
+    assert desk.call("eval", str(finished), desk.config, "--json").code == 0
+    assert measured == [finished / "policy"]
 
 
 def test_a_dry_run_loads_no_engine(desk: Desk) -> None:
@@ -625,6 +694,17 @@ def test_doctor_lists_and_fails_when_something_is_missing(
         ]
     }
     assert f"{'MISSING':8}{'ray':24}not installed" in call("doctor").out
+
+
+@pytest.mark.parametrize(("gib", "works"), [(6.5, False), (7.5, True), (15.6, True)])
+def test_a_machine_of_8_gb_is_large_enough(
+    monkeypatch: pytest.MonkeyPatch, gib: float, works: bool
+) -> None:
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": int(gib * 2**30 / 4096)}
+    monkeypatch.setattr("posttrain.doctor.os.sysconf", pages.get)
+    assert doctor._memory() == Finding(
+        "memory", works, f"{gib:.1f} GiB (a machine of 8 GB suffices)"
+    )
 
 
 def test_doctor_survives_what_it_looks_for(

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.config import load, resolved
+from posttrain.cli_teach import _content
+from posttrain.config import compose, load, resolved
+from posttrain.data.chat import ChatFormat
 from posttrain.dependencies import stage_tables
 from posttrain.errors import ModelError, SettingsError, StoreError
-from posttrain.inputs import STARTER_TEACHER_DIR, load_inputs
+from posttrain.inputs import STARTER_TEACHER_DIR, load_inputs, locate_model, locate_teacher
 from posttrain.metrics import read_metrics
 from posttrain.run_dir import RunDir
 from posttrain.starter.tasks import starter_sft_rows
@@ -97,15 +99,15 @@ def test_a_teacher_counts_for_the_stages_that_learn_from_it():
     shared = [TEACHER, "sft.distillation={}"]
     data = dict.fromkeys(("train", "held_out", "sft", "pairs"), "d")
     plain = resolved(load(ROOT / CONFIG, shared))
-    tables = stage_tables(plain, data, {"policy": "p", "teacher": "one"})
+    tables = stage_tables(plain, data, {"policy": "p", "teacher": "one"}, {})
     assert tables["sft"]["teacher.model"] == "one"
     assert tables["sft"]["teacher.targets.temperature"] == 1.0
     assert tables["sft"]["resources.teacher.dtype"] == "float32"
     for stage in ("start", "screen", "rl", "dpo"):
         assert not [key for key in tables[stage] if "teacher." in key], stage
     elsewhere = resolved(load(ROOT / CONFIG, [*shared, "teacher.store=/shared"]))
-    assert stage_tables(elsewhere, data, {"policy": "p", "teacher": "one"}) == tables
-    other = stage_tables(plain, data, {"policy": "p", "teacher": "other"})
+    assert stage_tables(elsewhere, data, {"policy": "p", "teacher": "one"}, {}) == tables
+    other = stage_tables(plain, data, {"policy": "p", "teacher": "other"}, {})
     assert [name for name in tables if tables[name] != other[name]] == ["sft", "rl", "dpo"]
     assert other["screen"] == tables["screen"]
 
@@ -166,6 +168,18 @@ def test_the_command_names_what_is_wrong(tmp_path, rows, other_tokenizer):
     assert refused.returncode == 2
     assert "different tokenizers" in refused.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("named", ["starter-teacher", str(STARTER_TEACHER_DIR)])
+def test_the_policy_is_the_teacher_unless_it_is_named(tmp_path, rows, named):
+    from posttrain.stages.teach import TeachSettings
+
+    content = _content(str(rows), named, tmp_path / "out", None, None, None)
+    settings = compose(TeachSettings, content, ["policy.max_length=192"], "posttrain teach")
+    policy = locate_model(settings.policy.model)
+    assert policy == STARTER_TEACHER_DIR.resolve()
+    chat = ChatFormat(str(policy))
+    assert locate_teacher(settings.teacher.model, chat, settings.policy.model) == policy
 
 
 # --- for real -------------------------------------------------------------------------------------

@@ -129,6 +129,7 @@ def test_an_unknown_key_in_the_file_is_named_too(minimal: Path) -> None:
         ("stages=[rll]", ("stages.0", "'screen', 'sft', 'rl' or 'dpo'", "'rll'")),
         ("eval.k=[1,x]", ("eval.k.1", "integer", "'x'")),
         ("dpo.mining.cases=[rude]", ("dpo.mining.cases.0", "'wrong'", "'rude'")),
+        ("run.seed=-1", ("run.seed", "greater than or equal to 0", "-1")),
         ("rl.curriculum.quotas={a: -1}", ("rl.curriculum.quotas.a", "greater", "-1")),
     ],
 )
@@ -167,6 +168,11 @@ def test_what_has_no_default_must_be_set(minimal: Path) -> None:
         (["sft.data="], "sft.data: the stage sft has no input"),
         (["eval.max_tokens=1024"], "eval.max_tokens = 1024 leaves no room for a prompt in policy"),
         (["rl.max_tokens=2000"], "rl.max_tokens = 2000"),
+        (
+            ["rl.draw_deadline_s=900"],
+            "rl.draw_deadline_s = 900 is never reached: after resources.rollout.engine.deadline_s "
+            "= 900 the engine has failed",
+        ),
         (["eval.k=[0]"], "eval.k: k must be positive"),
         (["eval.k=[1,16]"], "eval: pass@16 needs as many answers a prompt; eval.num_samples is 8"),
         (
@@ -219,6 +225,12 @@ def test_stages_come_in_any_order_in_which_each_is_of_use(
     settings = load(minimal, overrides)
     assert f"stages=[{', '.join(settings.stages)}]" == overrides[0]
     assert set(settings.own_models) <= set(settings.stages)
+
+
+def test_an_engine_waits_longer_than_a_draw_where_there_are_draws(minimal: Path) -> None:
+    slow = "rl.draw_deadline_s=3600"
+    assert load(minimal, [slow, "resources.rollout.engine.deadline_s=3601"])
+    assert load(minimal, [slow, "stages=[screen, sft]"])
 
 
 def test_a_stage_that_is_left_out_needs_no_input(minimal: Path) -> None:

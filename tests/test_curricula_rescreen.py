@@ -75,6 +75,16 @@ def test_slices_reach_every_dropped_prompt_in_time():
     assert set(range(30)) <= set(seen)
 
 
+@pytest.mark.parametrize(("size", "share", "retested"), [(4, 0.1, 1), (1, 0.25, 1), (4, 0.0, 0)])
+def test_the_share_of_a_small_slice_is_one_dropped_prompt_at_least(size, share, retested):
+    curriculum = build(50)
+    for index in range(10):
+        curriculum.drop(identify(index))
+    chosen = [number(p) for p in curriculum.rescreen_slice(size, share)]
+    assert len(chosen) == size
+    assert sum(index < 10 for index in chosen) == retested
+
+
 @pytest.mark.parametrize(("size", "share"), [(4, 0.0), (4, 1.0), (1, 0.5)])
 def test_without_dropped_prompts_a_slice_is_of_active_ones(size, share):
     curriculum = build(50)

@@ -252,19 +252,28 @@ def test_an_answer_without_its_mark_is_named(tmp_path: Path) -> None:
         load_prompts([SourceSettings(source=str(path), answer_after="####")], "train")
 
 
-def test_a_name_on_the_hub_is_loaded_with_its_subset(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("asked", ["openai/gsm8k", "AI-MO/NuminaMath-1.5"])
+def test_a_name_on_the_hub_is_loaded_with_its_subset(
+    monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
     import datasets
 
     def load_dataset(name: str, subset: str | None) -> Any:
-        assert (name, subset) == ("openai/gsm8k", "main")
+        assert (name, subset) == (asked, "main")
         return datasets.DatasetDict({"train": datasets.Dataset.from_list(GSM8K)})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     settings = SourceSettings(
-        source="openai/gsm8k", subset="main", split="train", answer_after="####", size=1
+        source=asked, subset="main", split="train", answer_after="####", size=1
     )
     (prompt,) = load_prompts([settings], "train")
-    assert (prompt.reference, prompt.domain) == ("12", "gsm8k")
+    assert (prompt.reference, prompt.domain) == ("12", asked.partition("/")[2])
+
+
+@pytest.mark.parametrize("name", ["data/no.jsonl", "data/no.json", "data/no.csv", "no.parquet"])
+def test_a_file_that_is_missing_is_no_name_on_the_hub(name: str) -> None:
+    with pytest.raises(DataError, match=f"{name} is no file"):
+        load_prompts([SourceSettings(source=name)], "train")
 
 
 def gym(family: str, split: Split, *, size: int = 20, **settings: object) -> list[Prompt]:

@@ -20,25 +20,29 @@ from posttrain.dependencies import (
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 DATA = {"train": "t1", "held_out": "h1", "sft": "s1", "pairs": "d1"}
 MODELS = {"policy": "p1"}
+REWARDS = {"source of mine": "f1", "rewards.judge.model": "j1"}
 
 
 def tables(
-    *overrides: str, data: dict[str, str] = DATA, models: dict[str, str] = MODELS
+    *overrides: str,
+    data: dict[str, str] = DATA,
+    models: dict[str, str] = MODELS,
+    rewards: dict[str, str] = REWARDS,
 ) -> dict[str, Table]:
     """Of the stages, and of their evaluations as `NAME evaluated`."""
     plain = resolved(load(QUICKSTART, overrides))
-    stages = stage_tables(plain, data, models)
+    stages = stage_tables(plain, data, models, rewards)
     measured = {
-        f"{name} evaluated": evaluation_table(plain, data, name, table)
+        f"{name} evaluated": evaluation_table(plain, data, rewards, name, table)
         for name, table in stages.items()
         if name != "screen"
     }
     return stages | measured
 
 
-def changed(other: dict[str, Table]) -> set[str]:
-    """Which of them differ from those of the quickstart."""
-    before = tables()
+def changed(other: dict[str, Table], *base: str) -> set[str]:
+    """Which of them differ from those of the quickstart, or of what it is with `base`."""
+    before = tables(*base)
     assert before.keys() == other.keys()
     return {name for name in before if before[name] != other[name]}
 
@@ -75,6 +79,7 @@ DPO = {"dpo", "dpo evaluated"}
         ("rl.learner.step_deadline_s=9", set()),
         ("sft.threads=1", set()),
         ("screen.judge.concurrency=3", set()),
+        ("eval.concurrency=3", set()),
         # By content, not by name.
         ("policy.model=/another/place", set()),
         ("tasks.train=[{source: elsewhere}]", set()),
@@ -83,6 +88,38 @@ DPO = {"dpo", "dpo evaluated"}
 )
 def test_a_setting_concerns_what_follows_from_it(override: str, expected: set[str]) -> None:
     assert changed(tables(override)) == expected
+
+
+JUDGED = "rewards.judge={endpoint: {url: 'http://here/v1', model: m}}"
+RATED = "rewards.reward_model={model: m}"
+RESCREENED = "rl.rescreen={every_steps: 5}"
+
+
+@pytest.mark.parametrize(
+    ("base", "override", "expected"),
+    [
+        (JUDGED, "rewards.judge.concurrency=3", set()),
+        (JUDGED, "rewards.judge.deadline_s=3", set()),
+        (JUDGED, "rewards.judge.retries=0", set()),
+        (JUDGED, "rewards.judge.endpoint.url=http://there/v1", set()),
+        (JUDGED, "rewards.judge.endpoint.api_key_env=KEY", set()),
+        (JUDGED, "rewards.judge.endpoint.model=other", ALL | EVALUATIONS),
+        (JUDGED, "rewards.judge.max_tokens=9", ALL | EVALUATIONS),
+        (RATED, "rewards.reward_model.deadline_s=3", set()),
+        (RATED, "rewards.reward_model.batch_size=3", set()),
+        (RATED, "rewards.reward_model.device=cuda", set()),
+        (RATED, "rewards.reward_model.dtype=bfloat16", ALL | EVALUATIONS),
+        (RESCREENED, "rl.rescreen.concurrency=3", set()),
+        (RESCREENED, "rl.rescreen.prompts=3", FROM_RL),
+        # What runs into a verifier's deadline is wrong.
+        ("run.seed=0", "rewards.deadline_s=20", ALL | EVALUATIONS),
+        ("run.seed=0", "rewards.deadlines_s={exact: 20}", ALL | EVALUATIONS),
+    ],
+)
+def test_how_rewards_are_spread_changes_nothing(
+    base: str, override: str, expected: set[str]
+) -> None:
+    assert changed(tables(base, override), base) == expected
 
 
 @pytest.mark.parametrize(
@@ -100,6 +137,25 @@ def test_data_concern_what_reads_them(data: dict[str, str], expected: set[str]) 
 
 def test_another_policy_concerns_everything() -> None:
     assert changed(tables(models={"policy": "p2"})) == ALL | {"start"} | EVALUATIONS
+
+
+@pytest.mark.parametrize("what", REWARDS)
+def test_what_rewards_are_made_of_concerns_all_that_scores(what: str) -> None:
+    other = REWARDS | {what: "2"}
+    assert changed(tables(rewards=other)) == ALL | EVALUATIONS
+    alone, moved = (tables("stages=[sft]", rewards=made_of) for made_of in (REWARDS, other))
+    assert alone["sft"] == moved["sft"]
+    assert changed_keys(alone["sft evaluated"], moved["sft evaluated"]) == [what]
+
+
+def test_models_of_rewards_count_by_content_and_not_by_name() -> None:
+    here, there = (
+        tables(f"rewards.judge={{model: {place}}}", f"rewards.reward_model={{model: {place}}}")
+        for place in ("/here", "/there")
+    )
+    assert here == there
+    assert here["rl"]["rewards.judge.model"] == "j1"
+    assert "rewards.reward_model.model" not in here["rl evaluated"]
 
 
 def test_a_stage_with_a_checkpoint_of_its_own_rests_on_that() -> None:
@@ -134,8 +190,8 @@ def test_the_order_of_stages_is_part_of_what_they_rest_on() -> None:
 
 def test_a_section_that_is_new_counts_for_every_stage() -> None:
     plain: dict[str, Any] = resolved(load(QUICKSTART))
-    with_it = stage_tables(plain | {"unheard_of": {"model": "x"}}, DATA, MODELS)
-    without = stage_tables(plain, DATA, MODELS)
+    with_it = stage_tables(plain | {"unheard_of": {"model": "x"}}, DATA, MODELS, REWARDS)
+    without = stage_tables(plain, DATA, MODELS, REWARDS)
     assert {name for name in without if with_it[name] != without[name]} == {
         "screen",
         "sft",
@@ -150,12 +206,15 @@ def test_what_has_changed_is_said_in_words() -> None:
         "after sft": "x",
         "data.train": "1",
         "policy.model": "p",
+        "rewards.judge.model": "j",
+        "source of mine": "f",
         "same": 1,
     }
     now = {"rl.num_steps": 5, "after sft": "y", "data.train": "2", "rl.gate": None, "same": 1}
-    assert describe_changes(before, now) == (
+    assert describe_changes(before, now | {"source of mine": "g"}) == (
         "the stage sft before it; the content of tasks.train; the checkpoint policy.model; "
-        "rl.gate: (absent) → None; rl.num_steps: 3 → 5"
+        "the checkpoint rewards.judge.model; rl.gate: (absent) → None; rl.num_steps: 3 → 5; "
+        "the source of the reward mine"
     )
 
 

@@ -24,7 +24,8 @@ LAYERS = [
         # What is computed and what stands on disk, each on its own.
         "judges rewards curricula posttrain.losses posttrain.data"
         " posttrain.advantages posttrain.packing posttrain.progress posttrain.stage_order"
-        " posttrain.atomic posttrain.metrics posttrain.ledger_schema posttrain.lease",
+        " posttrain.atomic posttrain.metrics posttrain.ledger_schema posttrain.lease"
+        " posttrain.settings_errors",
         "posttrain.teaching",
         "posttrain.online posttrain.evaluation posttrain.report posttrain.starter"
         " posttrain.ledger posttrain.audit posttrain.run_dir"

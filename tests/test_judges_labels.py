@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from judges.labels import LabelSettings, confident_label, label
+from judges.labels import MOST_ANSWERS, LabelSettings, confident_label, easy_from, label
 from posttrain.types import Label
 
 SETTINGS = LabelSettings()
@@ -41,6 +41,19 @@ def test_bounds_and_confidence_are_settings():
     assert label(8, 8, 16, LabelSettings(confidence=0.8)) is Label.EASY
     assert label(8, 8, 16, LabelSettings(easy_above=0.8)) is Label.EASY
     assert label(8, 1, 16, LabelSettings(hard_below=0.4)) is Label.HARD
+
+
+@pytest.mark.parametrize(
+    ("settings", "fewest"),
+    [
+        (SETTINGS, 13),
+        (LabelSettings(confidence=0.8), 8),
+        (LabelSettings(easy_above=0.999999), MOST_ANSWERS),
+    ],
+)
+def test_the_fewest_answers_that_make_a_prompt_easy(settings, fewest):
+    assert easy_from(settings) == fewest
+    assert confident_label(fewest - 1, fewest - 1, settings) is not Label.EASY
 
 
 @given(st.integers(1, 64).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))))

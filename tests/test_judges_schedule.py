@@ -11,7 +11,9 @@ from judges.selection import SelectionSettings
 from judges.stopping import CutRule, FixedN, LabelRule
 
 
-def schedule(num, rule, *, scored=None, correct=None, domain=None, round_size=4, cap=16):
+def schedule(
+    num, rule, *, scored=None, correct=None, domain=None, round_size=4, cap=16, may_ask=None
+):
     none = np.zeros(num, dtype=int)
     scored = none if scored is None else np.array(scored)
     return Schedule(
@@ -22,6 +24,7 @@ def schedule(num, rule, *, scored=None, correct=None, domain=None, round_size=4,
         rule,
         round_size=round_size,
         cap=cap,
+        may_ask=None if may_ask is None else np.array(may_ask),
     )
 
 
@@ -91,6 +94,21 @@ def test_ties_at_their_domains_cut_go_to_the_cap():
     drain(plan, [1.0] * 10 + [0.0] * 10, concurrency=4)
     # Equal prompts are ties on their domain's cut: nothing but the cap can decide.
     assert set(plan.scored) == {8}
+
+
+def test_who_may_not_be_asked_counts_for_the_rule_only():
+    class Counting(FixedN):
+        def follow(self, population):
+            self.seen = sum(population.values())
+
+    rule = Counting()
+    plan = schedule(
+        5, rule, scored=[0, 0, 4, 4, 0], cap=8, may_ask=[True, False, True, False, False]
+    )
+    assert (rule.seen, plan.num_open()) == (5, 2)
+    assert Counter(a.index for a in drain(plan, [0.0] * 5)) == {0: 2, 2: 1}
+    assert list(plan.scored) == [8, 0, 8, 4, 0]
+    assert rule.seen == 5
 
 
 def test_num_open_counts_what_is_left_and_not_what_is_under_way():

@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import pytest
 from online_fakes import CountingCurriculum, TextScorer, make_rollout, run_virtual
+from pydantic import ValidationError
 
+from judges.labels import LabelSettings
 from posttrain.online.periodic import Periodic
 from posttrain.online.rescreen import Rescreener, RescreenReport, RescreenSettings, of_one_version
 from posttrain.types import (
@@ -178,6 +181,14 @@ def test_samples_are_seeded_only_where_a_run_must_repeat_itself() -> None:
     assert {r.sampling.seed for r in free.requests} == {None}
     assert len({r.sampling.seed for r in seeded.requests}) == 4
     assert [r.sampling.seed for r in seeded.requests] == [r.sampling.seed for r in again.requests]
+
+
+def test_too_few_samples_to_drop_anything_are_refused() -> None:
+    said = r"samples = 12 can show of no prompt that it is easy, .* takes 13 right answers of 13"
+    with pytest.raises(ValidationError, match=said):
+        RescreenSettings(samples=12)
+    assert RescreenSettings(samples=13).samples == 13
+    assert RescreenSettings(samples=8, labels=LabelSettings(confidence=0.8)).samples == 8
 
 
 def test_periodic_work_never_overlaps_and_skips_what_it_missed() -> None:

@@ -210,6 +210,43 @@ def test_changed_data_count_by_content(bench: Bench) -> None:
     assert [name for name, _ in bench.calls] == ["rl", "evaluate rl"]
 
 
+def test_rewards_count_by_their_source(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = bench.path / "edited_reward.py"
+    module.write_text("def score(prompt, text):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(str(bench.path))
+    settings = (
+        "rewards.custom={mine: 'edited_reward:score'}",
+        "rewards.default_verifier=mine",
+        "stages=[sft, rl]",
+    )
+    bench.run(*settings)
+    bench.run(*settings)
+    assert bench.calls == []
+    module.write_text("def score(prompt, text):\n    return 0.0\n")
+    bench.run(*settings)
+    assert [name for name, _ in bench.calls] == [
+        *("evaluate start", "evaluate sft"),
+        *("rl", "evaluate rl"),
+    ]
+    told = capsys.readouterr().err
+    assert "rl: runs again, for this has changed: the source of the reward mine" in told
+    assert "source of mine" in RunDir(bench.run_dir).config()["inputs"]
+
+
+def test_a_judge_counts_by_its_weights(bench: Bench, tiny_policy: Path) -> None:
+    judge = Path(shutil.copytree(tiny_policy, bench.path / "judge"))
+    settings = ("stages=[sft]", f"rewards.judge={{model: {judge}}}")
+    bench.run(*settings)
+    moved = judge.rename(bench.path / "moved")
+    bench.run("stages=[sft]", f"rewards.judge={{model: {moved}}}")
+    assert bench.calls == []
+    (moved / "generation_config.json").write_text("{}")
+    bench.run("stages=[sft]", f"rewards.judge={{model: {moved}}}")
+    assert [name for name, _ in bench.calls] == ["evaluate start", "evaluate sft"]
+
+
 def test_a_stage_that_is_added_or_left_out(bench: Bench) -> None:
     bench.run("stages=[sft, rl]")
     result = bench.run("stages=[sft, rl, dpo]")

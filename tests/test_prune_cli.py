@@ -194,6 +194,36 @@ def test_options_are_settings() -> None:
     assert (settings.selection.metric, settings.selection.drop_below) == ("grade", 3.0)
 
 
+@pytest.mark.parametrize(
+    ("override", "cut"),
+    [
+        ("selection.easy_above=.9", {"easy_above": 0.9}),
+        ("selection.drop_easiest=.2", {"drop_easiest": 0.2}),
+        ("judge.max_samples=8", {"drop_easiest": 0.5}),
+    ],
+)
+def test_a_cut_that_is_given_as_a_setting_stands_alone(
+    call: Callable[..., Done],
+    monkeypatch: pytest.MonkeyPatch,
+    source: Path,
+    tiny_policy: Path,
+    tmp_path: Path,
+    override: str,
+    cut: dict[str, float],
+) -> None:
+    seen: list[PruneSettings] = []
+
+    def keep(settings: PruneSettings, *others: Any, **options: Any) -> dict[str, Any]:
+        seen.append(settings)
+        return {}
+
+    monkeypatch.setattr("posttrain.prune.run.prune", keep)
+    done = call("prune", *usual(source, tiny_policy, tmp_path / "out"), override, "--json")
+    assert done.code == 0, done.err
+    cuts = seen[0].selection.model_dump(include={"drop_easiest", "easy_above", "drop_below"})
+    assert {name: value for name, value in cuts.items() if value is not None} == cut
+
+
 def _given_names() -> list[str]:
     import inspect
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from prune_fakes import BROKEN, FakeCritics, FakeEngine, model_of, question
 from posttrain.errors import DataError, RunDirError
 from posttrain.prune.critic import CriticModel
 from posttrain.prune.estimate import estimate
+from posttrain.prune.judging import open_tasks
 from posttrain.prune.run import prune
 from posttrain.prune.settings import PruneSettings
 from posttrain.prune.store import Store
@@ -168,6 +170,48 @@ def test_another_selection_tops_up_only_on_request(bench: Bench) -> None:
     # Back again: what is there suffices.
     bench.prune(selection__drop_easiest=0.5)
     assert bench.critics.opened == 0
+
+
+def test_new_rows_under_another_selection_cost_only_themselves(bench: Bench) -> None:
+    bench.prune(selection__drop_easiest=0.5)
+    bench.write(rows(41))
+    other = bench.settings(selection__drop_easiest=0.9)
+    guessed = estimate(other, bench.out, bench.model, FakeCritics(FakeEngine(bench.model.chat)))
+    assert guessed["prompts_to_judge"] == 1
+    report = bench.prune(selection__drop_easiest=0.9)
+    assert set(bench.engine.requests) == {bench.annotated()[40]["prune_id"]}
+    undecided = report["figures"]["undecided"]
+    assert undecided["at_cap_prompts"] < undecided["prompts"]
+    assert "--top-up" in report["advice"][0]
+    # That is no pass over all of them: what is open is still asked about only on request.
+    bench.prune(selection__drop_easiest=0.9)
+    assert bench.critics.opened == 0
+    left = bench.prune(selection__drop_easiest=0.9, top_up=True)["figures"]["undecided"]
+    assert bench.engine.samples > 0
+    assert left["prompts"] == left["at_cap_prompts"]
+
+
+def test_an_interrupted_pass_over_new_rows_is_gone_on_with(bench: Bench) -> None:
+    bench.prune(selection__drop_easiest=0.5)
+    bench.write(rows(60))
+    other = bench.settings(selection__drop_easiest=0.9)
+
+    def still_open() -> tuple[list[bool], list[bool]]:
+        """Of the tasks, and of those that were asked about at all."""
+        with closing(Store(bench.out / "store.sqlite")) as store:
+            tasks = store.tasks()
+            needing = open_tasks(tasks, other)
+            return needing.tolist(), (needing & ~tasks.unjudged).tolist()
+
+    critics = FakeCritics(FakeEngine(bench.model.chat, fail_after=30))
+    with pytest.raises(RuntimeError):
+        prune(other, bench.out, bench.model, critics)
+    assert any(still_open()[1][40:])
+    bench.prune(selection__drop_easiest=0.9)
+    new = {row["prune_id"] for row in bench.annotated()[40:]}
+    assert set(bench.engine.requests) <= new
+    needing, _ = still_open()
+    assert any(needing[:40]) and not any(needing[40:])
 
 
 def test_an_interrupted_pass_is_gone_on_with(bench: Bench) -> None:

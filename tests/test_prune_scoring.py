@@ -139,6 +139,27 @@ def test_a_critic_that_does_not_grade_is_an_error(tmp_path: Path, tiny_policy: P
         run(tmp_path, script, "grade", rows)
 
 
+def test_a_critic_that_does_not_grade_few_rows_is_an_error_too(
+    tmp_path: Path, tiny_policy: Path
+) -> None:
+    script = Script(tiny_policy, lambda text, count: [-5.0] * count)
+    for asked in (len(ROWS), len(ROWS)):  # again, when nothing is left to ask
+        with pytest.raises(StageError, match=r"probability of 0\.034 only \(mean of all prompts"):
+            run(tmp_path, script, "grade")
+        assert len(script.shown) == asked
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_grades_of_earlier_calls_count(tmp_path: Path, tiny_policy: Path) -> None:
+    """The first call ends early, the second has too few prompts left to tell by these alone."""
+    rows = [{"question": f"q{i}", "completion": "abc"} for i in range(40)]
+    for said in ("the first prompts", "all prompts"):
+        script = Script(tiny_policy, lambda text, count: [-5.0] * count)
+        with pytest.raises(StageError, match=rf"mean of {said}\): it does not follow the rubric"):
+            run(tmp_path, script, "grade", rows)
+    assert len(script.shown) < 32
+
+
 def test_a_grade_must_be_one_token(
     tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 from rewards_fakes import TASK, rollout, score
 
 from posttrain.errors import DataError, SettingsError
 from posttrain.types import Outcome
+from rewards.custom import source_hash
 from rewards.pool import ScorerPool
 from rewards.scorer import score_rollouts
 from rewards.shaping import RewardSettings
@@ -54,6 +57,20 @@ def test_an_unusable_function_is_refused_by_name(path: str, message: str) -> Non
     with pytest.raises(SettingsError, match=message) as caught:
         check_references([TASK], settings)
     assert "rewards.custom.own" in str(caught.value)
+
+
+def test_a_source_is_known_by_what_stands_in_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tmp_path / "hashed_reward.py"
+    module.write_text("from operator import eq as same\nfrom math import fmod\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    first = source_hash("own", "hashed_reward:same")
+    assert source_hash("own", "hashed_reward:fmod") == first
+    module.write_text("from operator import ne as same\n")
+    assert source_hash("own", "hashed_reward:same") != first
+    with pytest.raises(SettingsError, match=r"rewards\.custom\.own = _operator:eq: .* has no file"):
+        source_hash("own", "_operator:eq")
 
 
 def test_a_name_that_is_taken_is_refused() -> None:

@@ -274,20 +274,41 @@ class Engine:
         return (rollout('{"score": 5}'),)
 
 
-def test_an_engine_of_the_run_as_the_judge() -> None:
-    engine, judge = Engine(), JudgedSettings(model="m", max_tokens=9)
+def ask_engine(
+    engine: Engine, judge: JudgedSettings, max_length: int, *texts: str
+) -> tuple[Reward, ...]:
+    """Scores through an engine that takes `max_length` bytes."""
 
     def encode(message: Message) -> tuple[int, ...]:
         return tuple(message.content.encode())
 
+    ask = engine_ask(engine, encode, judge, max_length=max_length)
     settings = RewardSettings(default_verifier="judge", judge=judge)
-    with ScorerPool(1, settings, spares=0, engine=engine_ask(engine, encode, judge)) as pool:
-        (reward,) = asyncio.run(pool.score(TASK, [rollout("blue")], None))
+    with ScorerPool(1, settings, spares=0, engine=ask) as pool:
+        return asyncio.run(pool.score(TASK, [rollout(text) for text in texts], None))
+
+
+def test_an_engine_of_the_run_as_the_judge() -> None:
+    engine, judge = Engine(), JudgedSettings(model="m", max_tokens=9)
+    (reward,) = ask_engine(engine, judge, 10_000, "blue")
     assert reward.value == 1.0
     first, second = engine.requests
     assert bytes(second.prompt_token_ids).decode() == fill(TASK, "blue", None, judge)
     assert (second.sampling.max_tokens, second.sampling.temperature) == (9, 0.7)
     assert first.request_id != second.request_id
+
+
+def test_an_answer_that_is_too_long_for_the_judge_is_unscored() -> None:
+    engine, judge = Engine(), JudgedSettings(model="m", concurrency=1)
+    length = len(fill(TASK, "x" * 500, None, judge).encode())
+    short, long = ask_engine(engine, judge, length, "x" * 499, "x" * 500)
+    assert short.value == 1.0
+    assert (long.value, long.outcome) == (None, Outcome.INFRASTRUCTURE)
+    assert long.explanation == (
+        f"the question has {length} tokens, the judge takes {length} with its reply "
+        "(resources.rewards.judge.engine.max_model_len)"
+    )
+    assert len(engine.requests) == 2  # of the short one, which an engine failed first
 
 
 def test_nobody_to_ask_is_found_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from posttrain.errors import DataError
@@ -37,6 +37,14 @@ def make_prompt(
         domain=domain,
         metadata=metadata or {},
     )
+
+
+def each_once(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """In order; of prompts that ask the same, the first."""
+    found: dict[str, Prompt] = {}
+    for prompt in prompts:
+        found.setdefault(prompt.prompt_id, prompt)
+    return list(found.values())
 
 
 def split_of(prompt_id: str) -> Split:

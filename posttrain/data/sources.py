@@ -198,9 +198,14 @@ def _prompt(record: Mapping[str, Any], source: str, place: str) -> Prompt:
     return make_prompt(
         _text(record, "question", place),
         reference=record.get("answer"),
-        domain=_optional_text(record, "domain", place) or Path(source).stem,
+        domain=_optional_text(record, "domain", place) or _stem(Path(source)),
         metadata={} if verifier is None else {"verifier": verifier},
     )
+
+
+def _stem(path: Path) -> str:
+    """What follows the last dot of a name on the hub is no suffix."""
+    return path.stem if path.exists() else path.name
 
 
 def _text(record: Mapping[str, Any], column: str, place: str) -> str:

@@ -10,12 +10,12 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from judges.estimators import posterior
-from judges.labels import LabelSettings, confident_label, label
+from judges.labels import LabelSettings, confident_label, easy_from, label
 from posttrain.online.accounting import stable_seed
 from posttrain.types import (
     Action,
@@ -42,7 +42,7 @@ class RescreenSettings(BaseModel):
 
     - `prompts`: how many in a slice, every `every_steps` steps.
     - `samples`: answers to each; 13 right ones of 13 make a prompt easy by default.
-    - `retest_share`: of a slice, for prompts that were dropped.
+    - `retest_share`: of a slice, one at least unless it is 0, for prompts that were dropped.
     - `placement`: *shared* judges with the engines and weights that serve rollouts, *dedicated*
       with an engine of its own (`resources.judge`) whose weights stand still between slices.
     - `concurrency`: prompts in flight; every answer of theirs takes room from a rollout.
@@ -57,6 +57,17 @@ class RescreenSettings(BaseModel):
     placement: Literal["shared", "dedicated"] = "shared"
     concurrency: int = Field(default=1, gt=0)
     labels: LabelSettings = LabelSettings()
+
+    @model_validator(mode="after")
+    def _a_prompt_can_be_found_easy(self) -> Self:
+        fewest = easy_from(self.labels)
+        if self.samples < fewest:
+            raise ValueError(
+                f"samples = {self.samples} can show of no prompt that it is easy, so that none "
+                f"would ever leave: by these labels it takes {fewest} right answers of {fewest}; "
+                "raise samples, or lower labels.easy_above or labels.confidence"
+            )
+        return self
 
 
 class ScreenedCurriculum(Protocol):

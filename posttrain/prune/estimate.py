@@ -17,7 +17,7 @@ from posttrain.prune.directory import STORE_NAME, PruneDir, refuse_within
 from posttrain.prune.encoding import Encoding
 from posttrain.prune.identity import claim, identity
 from posttrain.prune.intake import take_in
-from posttrain.prune.judging import judge, may_sample, num_open, open_tasks
+from posttrain.prune.judging import judge, num_open, open_tasks, tasks_to_ask
 from posttrain.prune.reading import make_reader
 from posttrain.prune.settings import PruneSettings
 from posttrain.prune.store import Store, TaskTable
@@ -55,15 +55,15 @@ def estimate(
             encoding = Encoding(model.chat, settings)
             take_in(store, settings, make_reader(settings, encoding))
             tasks = store.tasks()
-            asks = may_sample(store, tasks, settings, top_up=top_up)
-            left = num_open(tasks, settings) if asks else 0
+            asked = tasks_to_ask(store, tasks, settings, top_up=top_up)
+            left = num_open(tasks, settings, asked)
             result = {
                 "rows": int(tasks.num_rows.sum()),
                 "quarantined": store.counts()[1],
                 "prompts": len(tasks),
                 "prompts_to_judge": left,
             }
-            return result | _probe(store, tasks, left, open_critic, encoding, settings)
+            return result | _probe(store, tasks, asked, open_critic, encoding, settings)
         finally:
             store.close()
 
@@ -71,25 +71,27 @@ def estimate(
 def _probe(
     store: Store,
     tasks: TaskTable,
-    left: int,
+    asked: NDArray[np.bool_],
     open_critic: OpenCritic,
     encoding: Encoding,
     settings: PruneSettings,
 ) -> dict[str, Any]:
+    left = num_open(tasks, settings, asked)
     if not left:
         return {"answers": 0, "prompt_tokens": 0, "completion_tokens": 0, "seconds": 0.0}
-    chosen = _sample(tasks, settings)
+    chosen = _sample(tasks, settings, asked)
     probe = tasks.take(chosen)
-    if not num_open(probe, settings):  # the cut that leaves them open is made among all
-        scored = tasks.scored[open_tasks(tasks, settings)]
+    probed = num_open(probe, settings, asked[chosen])
+    if not probed:  # the cut that leaves them open is made among all
+        scored = tasks.scored[open_tasks(tasks, settings) & asked]
         most = int((settings.judge.max_samples - scored).sum())
         return {"answers": most, "prompt_tokens": None, "completion_tokens": None, "seconds": None}
     before = store.usage()
-    seconds = asyncio.run(_timed(store, probe, open_critic, encoding, settings))
+    seconds = asyncio.run(_timed(store, probe, open_critic, encoding, settings, asked[chosen]))
     requests, tokens = (now - then for now, then in zip(store.usage(), before, strict=True))
     answers = int((store.tasks().take(chosen).asked - probe.asked).sum())
     lengths = [encoding.length(store.task(key)) for key in probe.key.tolist()]
-    scale = left / num_open(probe, settings)
+    scale = left / probed
     return {
         "answers": round(answers * scale),
         "prompt_tokens": round(requests * fmean(lengths) * scale),
@@ -99,7 +101,9 @@ def _probe(
     }
 
 
-def _sample(tasks: TaskTable, settings: PruneSettings) -> NDArray[np.int64]:
+def _sample(
+    tasks: TaskTable, settings: PruneSettings, asked: NDArray[np.bool_]
+) -> NDArray[np.int64]:
     """Random tasks, decided ones too: the cut is made among all of them. If none of these is open,
     open ones."""
     rng = np.random.default_rng(settings.seed)
@@ -109,9 +113,9 @@ def _sample(tasks: TaskTable, settings: PruneSettings) -> NDArray[np.int64]:
         return np.sort(rng.choice(among, min(size, len(among)), replace=False))
 
     chosen = some(np.arange(len(tasks)))
-    if num_open(tasks.take(chosen), settings):
+    if num_open(tasks.take(chosen), settings, asked[chosen]):
         return chosen
-    return some(np.flatnonzero(open_tasks(tasks, settings)))
+    return some(np.flatnonzero(open_tasks(tasks, settings) & asked))
 
 
 async def _timed(
@@ -120,8 +124,9 @@ async def _timed(
     open_critic: OpenCritic,
     encoding: Encoding,
     settings: PruneSettings,
+    asked: NDArray[np.bool_],
 ) -> float:
     async with open_critic() as critic:
         began = time.perf_counter()
-        await judge(store, probe, critic, encoding, settings)
+        await judge(store, probe, critic, encoding, settings, asked)
         return time.perf_counter() - began

@@ -31,44 +31,66 @@ def open_tasks(tasks: TaskTable, settings: PruneSettings) -> NDArray[np.bool_]:
     return needing & (tasks.scored < settings.judge.max_samples)
 
 
-def num_open(tasks: TaskTable, settings: PruneSettings) -> int:
-    return int(open_tasks(tasks, settings).sum())
+def num_open(tasks: TaskTable, settings: PruneSettings, asked: NDArray[np.bool_]) -> int:
+    return int((open_tasks(tasks, settings) & asked).sum())
 
 
-def may_sample(store: Store, tasks: TaskTable, settings: PruneSettings, *, top_up: bool) -> bool:
-    """Whether answers are missing and may be asked for. A selection that the answers were not made
-    for costs nothing without `top_up`; what was begun, raised or added to is gone on with."""
-    if not num_open(tasks, settings):
-        note_complete(store, settings)
-        return False
+def tasks_to_ask(
+    store: Store, tasks: TaskTable, settings: PruneSettings, *, top_up: bool
+) -> NDArray[np.bool_]:
+    """Which tasks `[N]` may be asked about where they are open. Under a selection that the answers
+    were not made for, without `top_up`, these are the ones that came after the last pass; what was
+    begun, raised or added to is gone on with."""
     complete_for = store.meta("complete_for") or []
-    same = not complete_for or settings.selection.model_dump(mode="json") in complete_for
-    return top_up or same or bool(tasks.unjudged.any())
+    if top_up or not complete_for or settings.selection.model_dump(mode="json") in complete_for:
+        return np.ones(len(tasks), dtype=bool)
+    last = store.meta("last_task")
+    if last is None:
+        return tasks.unjudged
+    # Not those alone of which nothing is known: a pass over new ones may have been interrupted.
+    new: NDArray[np.bool_] = tasks.unjudged | (tasks.key > last)
+    return new
 
 
-def note_complete(store: Store, settings: PruneSettings) -> None:
+def note_pass(
+    store: Store, tasks: TaskTable, settings: PruneSettings, asked: NDArray[np.bool_]
+) -> None:
+    """After a pass over `asked`. The selection is complete if it was over all, or none is open."""
+    last = store.meta("last_task") or 0
+    store.set_meta("last_task", max(last, int(tasks.key.max(initial=0))))
     selection = settings.selection.model_dump(mode="json")
     complete_for = store.meta("complete_for") or []
-    if selection not in complete_for:
+    complete = asked.all() or not open_tasks(tasks, settings).any()
+    if complete and selection not in complete_for:
         store.set_meta("complete_for", [*complete_for, selection])
 
 
 async def judge(
-    store: Store, tasks: TaskTable, critic: Critic, encoding: Encoding, settings: PruneSettings
+    store: Store,
+    tasks: TaskTable,
+    critic: Critic,
+    encoding: Encoding,
+    settings: PruneSettings,
+    asked: NDArray[np.bool_],
 ) -> None:
-    """Every open task, until none is; what is found is in the store at once.
+    """Every open task of `asked`, until none is; what is found is in the store at once.
 
     Raises StageError if answers cannot be scored, or are no grades; what the engine raises passes
     through.
     """
     if settings.method == "critic":
-        await _sample(store, tasks, critic, encoding, settings)
+        await _sample(store, tasks, critic, encoding, settings, asked)
     else:
         await score_tasks(store, tasks, critic, encoding, settings)
 
 
 async def _sample(
-    store: Store, tasks: TaskTable, critic: Critic, encoding: Encoding, settings: PruneSettings
+    store: Store,
+    tasks: TaskTable,
+    critic: Critic,
+    encoding: Encoding,
+    settings: PruneSettings,
+    may_ask: NDArray[np.bool_],
 ) -> None:
     asked = settings.judge
     sampler = Sampler(
@@ -88,6 +110,7 @@ async def _sample(
         stopping_rule(settings),
         round_size=asked.round_size if asked.adaptive else None,
         cap=asked.max_samples,
+        may_ask=may_ask,
     )
     report = _Report(schedule.num_open, lambda: f"{sampler.usage.samples:,} answers")
 

@@ -7,6 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from posttrain.atomic import staged_directory, write_atomically
 from posttrain.progress import say
 from posttrain.prune.card import dataset_card
@@ -17,9 +20,10 @@ from posttrain.prune.encoding import Encoding
 from posttrain.prune.figures import examples, figures
 from posttrain.prune.identity import claim, identity
 from posttrain.prune.intake import take_in
-from posttrain.prune.judging import judge, may_sample, note_complete
+from posttrain.prune.judging import judge, note_pass, num_open, tasks_to_ask
 from posttrain.prune.output import Annotator, row_table, write_rows
 from posttrain.prune.reading import make_reader
+from posttrain.prune.scoring import check_grades
 from posttrain.prune.settings import PruneSettings
 from posttrain.prune.source import Source
 from posttrain.prune.store import Store, TaskTable
@@ -40,7 +44,8 @@ def prune(
     """Judges, selects and writes; returns the manifest with examples.
 
     The same call again goes on where it was interrupted, or only selects anew: with another
-    selection, prompts that were judged for the old one get more answers only with `top_up`.
+    selection, prompts that were judged for the old one get more answers only with `top_up`; rows
+    that are new are judged.
 
     Raises:
         DataError: the source cannot be read, or nothing in it can be used.
@@ -55,9 +60,13 @@ def prune(
             encoding = Encoding(model.chat, settings)
             source = take_in(store, settings, make_reader(settings, encoding))
             tasks = store.tasks()
-            if may_sample(store, tasks, settings, top_up=top_up):
-                asyncio.run(_judge(store, tasks, open_critic, encoding, settings))
+            asked = tasks_to_ask(store, tasks, settings, top_up=top_up)
+            if num_open(tasks, settings, asked):
+                asyncio.run(_judge(store, tasks, open_critic, encoding, settings, asked))
                 tasks = store.tasks()
+            note_pass(store, tasks, settings, asked)
+            if settings.method == "grade":
+                check_grades(store)
             decided = decide(tasks, settings)
             manifest = _write(directory, store, source, tasks, decided, settings)
             return manifest | {
@@ -75,10 +84,10 @@ async def _judge(
     open_critic: OpenCritic,
     encoding: Encoding,
     settings: PruneSettings,
+    asked: NDArray[np.bool_],
 ) -> None:
     async with open_critic() as critic:
-        await judge(store, tasks, critic, encoding, settings)
-    note_complete(store, settings)
+        await judge(store, tasks, critic, encoding, settings, asked)
 
 
 def _write(

@@ -75,11 +75,24 @@ def _grade(logprobs: Sequence[Sequence[float]]) -> tuple[float, dict[str, Any]]:
     return grade.value, {**asdict(grade), "probabilities": shares}
 
 
+def check_grades(store: Store) -> None:
+    """Raises StageError if what is stored are no grades, however few there are and whenever they
+    came: they would be selected by, and are noise."""
+    mean = store.mean_part("mass")
+    if mean is not None:
+        _check_mean(mean, "all prompts")
+
+
 def _check_mass(masses: list[float], mass: float) -> None:
     masses.append(mass)
-    if len(masses) == FIRST_GRADES and fmean(masses) < MIN_MASS:
+    if len(masses) == FIRST_GRADES:
+        _check_mean(fmean(masses), "the first prompts")
+
+
+def _check_mean(mass: float, of_what: str) -> None:
+    if mass < MIN_MASS:
         raise StageError(
-            f"the critic gives the grades 1 to 5 together a probability of {fmean(masses):.3f} only"
-            " (mean of the first prompts): it does not follow the rubric. Take a critic that does,"
-            " or another method"
+            f"the critic gives the grades 1 to 5 together a probability of {mass:.3f} only (mean of"
+            f" {of_what}): it does not follow the rubric. Take a critic that does, or another"
+            " method"
         )

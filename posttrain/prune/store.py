@@ -325,6 +325,12 @@ class Store:
             self._add_sample(key, tokens, parts)
             self._db.execute("UPDATE tasks SET score = ? WHERE task = ?", (score, key))
 
+    def mean_part(self, name: str) -> float | None:
+        """Of one part of all that a judge that looks once has said; None if it has said nothing."""
+        query = "SELECT avg(json_extract(found, ?)) FROM samples"
+        mean: float | None = self._db.execute(query, (f"$.{name}",)).fetchone()[0]
+        return mean
+
     def samples(self, key: int) -> list[Sampled]:
         query = "SELECT at, tokens, found FROM samples WHERE task = ? ORDER BY seq"
         return [

@@ -11,7 +11,7 @@ from pathlib import Path
 from posttrain.config import ResourceSettings
 from posttrain.data.chat import ChatFormat
 from posttrain.errors import ModelError
-from posttrain.inputs import check_context, locate_model
+from posttrain.inputs import check_context, locate_model, locate_reward_models
 from posttrain.prune.critic import Critic, CriticModel, OpenCritic
 from posttrain.prune.settings import PruneSettings
 from posttrain.run_dir import fingerprint_directory
@@ -101,7 +101,7 @@ def _pools(settings: PruneSettings, out: Path) -> Pools:
         rollout=rollout,
         judge=rollout,
         learner=ResourceSettings().learner,
-        rewards=settings.rewards,
+        rewards=locate_reward_models(settings.rewards),
         reward_workers=resources.rewards.workers,
         reward_judge=resources.rewards.judge,
         reward_actor=resources.rewards.actor,

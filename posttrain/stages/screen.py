@@ -8,10 +8,11 @@ from typing import Any
 
 from judges.judge import CriticJudge
 from judges.selection import select, summarise
+from posttrain.data.prompts import each_once
 from posttrain.progress import Progress
 from posttrain.run_dir import fingerprint_directory
 from posttrain.stages.context import StageContext
-from posttrain.types import Action, Prompt, Verdict
+from posttrain.types import Action, Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ async def screen(context: StageContext, model: Path) -> Screened:
     Verdicts on every training and SFT prompt and decisions on the SFT prompts go to the ledger.
     """
     settings = context.settings.screen
-    prompts = _each_once(context)
+    prompts = each_once([*context.train, *(row.prompt for row in context.sft_rows)])
     generators = await context.pools.serving(str(model))
     critic = fingerprint_directory(model)
     judge = CriticJudge(
@@ -71,13 +72,6 @@ async def screen(context: StageContext, model: Path) -> Screened:
             "kept_by_label": dict(summary.kept_by_label),
         },
     )
-
-
-def _each_once(context: StageContext) -> list[Prompt]:
-    prompts = {p.prompt_id: p for p in context.train}
-    for row in context.sft_rows:
-        prompts.setdefault(row.prompt.prompt_id, row.prompt)
-    return list(prompts.values())
 
 
 def _partly_solved(verdicts: list[Verdict]) -> float:

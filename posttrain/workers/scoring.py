@@ -50,7 +50,12 @@ class RewardActor:
                 resources=self._judge.actor,
                 deadline_s=self._deadline_s,
             )
-            ask = engine_ask(self._engines, partial(_encode, chat), judged)
+            ask = engine_ask(
+                self._engines,
+                partial(_encode, chat),
+                judged,
+                max_length=self._judge.engine.max_model_len,
+            )
         self._pool = ScorerPool(self._num_workers, self._settings, engine=ask)
 
     async def score(

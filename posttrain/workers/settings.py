@@ -54,7 +54,8 @@ class EngineSettings(BaseModel):
     An engine that has not confirmed new weights after `update_deadline_s`, or has requests but has
     neither answered nor written a token for `hang_deadline_s`, is replaced. `max_restarts` bounds
     how often one engine is started again without answering a request in between, and how often one
-    request is given to another engine.
+    request is given to another engine. A request that takes longer than `deadline_s` fails the run:
+    in RL it must be above `rl.draw_deadline_s`, after which a draw is given up.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -37,7 +37,7 @@ SETTINGS = (
     f"rl.num_steps={NUM_STEPS}",
     f"rl.groups_per_step={GROUPS_PER_STEP}",
     "rl.checkpoint_every=3",
-    "rl.rescreen={every_steps: 4, prompts: 16, samples: 8}",
+    "rl.rescreen={every_steps: 4, prompts: 16, samples: 13}",
 )
 
 
