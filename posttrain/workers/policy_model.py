@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from posttrain.errors import ModelError, SettingsError
 from posttrain.losses.logprobs import token_logprobs
 from posttrain.workers.gather import whole
+from posttrain.workers.head_check import check_head, refuse_head_bias
 from posttrain.workers.learner_config import common_config
 from posttrain.workers.settings import LearnerSettings, LoraSettings
 
@@ -26,10 +27,14 @@ class PackedPolicy(nn.Module):
 
     They are part of the wrapped module, so that what DeepSpeed hooks onto it (ZeRO-3 fetches
     weights module by module) knows when the head's weight is needed, in the backward pass too.
+
+    Raises:
+        ModelError: the head has a bias.
     """
 
     def __init__(self, model: Any, chunk_tokens: int) -> None:
         super().__init__()
+        refuse_head_bias(model)
         # Under these names DeepSpeed's presets for architectures look for layers and settings.
         self.model = model.base_model
         self.config = model.config
@@ -101,8 +106,8 @@ def load_model(model_path: str, settings: LearnerSettings, **loading: Any) -> An
     load it at once and each keeps its part only. `loading` goes to `from_pretrained` unchanged.
 
     Raises:
-        ModelError: transformers cannot load it, weights are missing, or its tokenizer knows tokens
-            that the model has no embedding for.
+        ModelError: transformers cannot load it, weights are missing, its tokenizer knows tokens
+            that the model has no embedding for, or its logits are not what its head gives.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -132,6 +137,7 @@ def load_model(model_path: str, settings: LearnerSettings, **loading: Any) -> An
     find_backbone(model)
     model.train()
     _switch_off_dropout(model)
+    check_head(model_path, model)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
