@@ -102,7 +102,7 @@ class _Head(nn.Module):
 
 
 def load_model(model_path: str, settings: LearnerSettings, **loading: Any) -> Any:
-    """The model in `settings.dtype`, in training mode and without dropout. Under ZeRO-3 all ranks
+    """The model in `settings.dtype`, in training mode and without noise. Under ZeRO-3 all ranks
     load it at once and each keeps its part only. `loading` goes to `from_pretrained` unchanged.
 
     Raises:
@@ -136,7 +136,7 @@ def load_model(model_path: str, settings: LearnerSettings, **loading: Any) -> An
         recompute_buffers(model)
     find_backbone(model)
     model.train()
-    _switch_off_dropout(model)
+    _switch_off_noise(model)
     check_head(model_path, model)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -199,13 +199,24 @@ def recompute_buffers(model: Any) -> None:
             setattr(model.get_submodule(name), leaf, getattr(module, leaf))
 
 
-def _switch_off_dropout(model: Any) -> None:
-    """The engine samples without dropout: with it, the ratio would measure noise."""
+NO_NOISE: Mapping[str, float | None] = {
+    "attention_dropout": 0.0,
+    "jitter_noise": 0.0,
+    "input_jitter_noise": 0.0,
+    "moe_jitter_eps": None,
+}
+"""How transformers' modules call what they add in training alone, and what switches it off. What
+is called `router_jitter_noise` in PhiMoE is a threshold that evaluation goes by, too."""
+
+
+def _switch_off_noise(model: Any) -> None:
+    """The engine samples without: with dropout or jitter, the ratio would measure noise."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name, off in NO_NOISE.items():
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, off)
 
 
 def add_adapter(model: Any, settings: LoraSettings) -> Any:
