@@ -83,8 +83,11 @@ def check_model(learner: ModelFacts, engine: ModelFacts) -> None:
         )
 
 
-def check_dtype(published: str, engine: str) -> None:
-    """An engine computes in the learner's data type, or in 16 bits under fp32 weights.
+def check_dtype(
+    published: str, engine: str, setting: str = "resources.rollout.engine.dtype"
+) -> None:
+    """An engine computes in the learner's data type, or in 16 bits under fp32 weights. `setting`
+    names the engine's.
 
     Raises:
         ModelError: anything else, which would cost accuracy or memory and gain nothing.
@@ -93,6 +96,6 @@ def check_dtype(published: str, engine: str) -> None:
         return
     raise ModelError(
         f"the learner publishes {published} weights to an engine that computes in {engine}: set "
-        "resources.rollout.engine.dtype and rl.learner.dtype to the same, or the engine's to "
-        "bfloat16 under a float32 learner"
+        f"{setting} and rl.learner.dtype to the same, or the engine's to bfloat16 under a float32 "
+        "learner"
     )

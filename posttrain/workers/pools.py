@@ -28,6 +28,7 @@ from posttrain.workers.settings import (
 from posttrain.workers.transport import PublishedWeights, this_node
 from posttrain.workers.weights import (
     clear_scratch,
+    loadable,
     read_checkpoint,
     scratch_directory,
     write_weights,
@@ -118,7 +119,8 @@ class Pools:
             self._versions += 1
             version = PolicyVersion(0, self._versions)
             directory = self.scratch / str(version)
-            write_weights(read_checkpoint(Path(model)), directory)
+            state = loadable(read_checkpoint(Path(model)), self._generators.dtype)
+            write_weights(state, directory)
             weights = await PublishedWeights.staged(directory, version, this_node())
             await self._generators.update_weights(weights)
         self._served = model

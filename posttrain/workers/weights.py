@@ -85,6 +85,14 @@ def _embedding_of(state: Mapping[str, torch.Tensor], directory: Path) -> str:
     return min(found, key=len)  # layers that predict further tokens may have another one
 
 
+def loadable(state: Mapping[str, torch.Tensor], engine: str) -> dict[str, torch.Tensor]:
+    """`state` for an engine that computes in the data type `engine`, whatever it was saved in: 16
+    bits that are not the engine's own become fp32. That is exact, and the engine rounds fp32 as it
+    does with a checkpoint that it starts from."""
+    other = {torch.bfloat16, torch.float16} - {getattr(torch, engine)}
+    return {name: t.float() if t.dtype in other else t for name, t in state.items()}
+
+
 def remove_weights(directory: Path) -> None:
     shutil.rmtree(directory)
 
