@@ -11,6 +11,7 @@ from engine_models import save_policy
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from posttrain.types import PolicyVersion
 from posttrain.workers import pools as pools_module
 from posttrain.workers import transport, weights
 from posttrain.workers.agreement import check_dtype
@@ -19,6 +20,7 @@ from posttrain.workers.pools import Pools
 from posttrain.workers.settings import (
     ActorResources,
     LearnerResources,
+    LearnerSettings,
     RolloutPoolSettings,
 )
 from rewards.shaping import RewardSettings
@@ -93,3 +95,23 @@ async def test_a_checkpoint_is_served_second_whatever_it_was_saved_in(
 
     await pools.serving(str(policy))  # it is served already
     assert len(engines.loaded) == 1
+
+
+def test_the_learners_weights_have_a_place_of_their_own(pools, monkeypatch):
+    """Where it starts, what an attempt before it left there goes: those of `serving` must stay."""
+    asked = {}
+    monkeypatch.setattr(
+        pools_module, "start_learner", lambda model, _, **given: asked.update(given)
+    )
+    pools.start_learner(
+        "model",
+        LearnerSettings(),
+        temperature=1.0,
+        max_age=1,
+        max_tokens=1,
+        num_steps=1,
+        seed=0,
+    )
+    assert asked["scratch"] == pools.learner_scratch
+    assert pools.scratch in pools.learner_scratch.parents
+    assert pools.learner_scratch != pools.scratch / str(PolicyVersion(0, 1))

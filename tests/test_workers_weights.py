@@ -12,6 +12,7 @@ from posttrain.errors import ModelError
 from posttrain.workers import weights
 from posttrain.workers.fingerprint import fingerprint
 from posttrain.workers.weights import (
+    clear_leftovers,
     clear_scratch,
     read_checkpoint,
     read_fingerprint,
@@ -131,3 +132,5 @@ def test_only_the_own_leftovers_are_cleared(tmp_path, monkeypatch):
     assert clear_scratch("mine") is True
     assert not mine.exists()
     assert (other / "1.1" / "model.safetensors").exists()
+    assert [clear_leftovers(other / "1.1"), clear_leftovers(other / "1.1")] == [True, False]
+    assert other.exists()

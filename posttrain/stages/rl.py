@@ -47,7 +47,7 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
         learner,
         generators,
         model=model,
-        scratch=context.pools.scratch,
+        scratch=context.pools.learner_scratch,
         probes=probes,
         settings=settings.publish,
     )

@@ -76,7 +76,7 @@ class Beside:
                 learner,
                 critic,
                 model=model,
-                scratch=context.pools.scratch / "critic",
+                scratch=context.pools.learner_scratch / "critic",
                 probes=probes,
                 settings=settings.publish,
             )

@@ -42,8 +42,10 @@ def start_learner(
     checkpoint: Path | None,
     resources: LearnerResources,
     deadline_s: float,
+    scratch: Path | None = None,
 ) -> RemoteLearner:
-    """One actor per rank, all ready; arguments as `DeepSpeedLearner` takes them.
+    """One actor per rank, all ready; arguments as `DeepSpeedLearner` takes them. `scratch` is where
+    its weights will be published, and nothing else: on its node it is cleared first.
 
     Raises:
         SettingsError: the cluster has fewer devices than the ranks need.
@@ -69,6 +71,7 @@ def start_learner(
             checkpoint=None if checkpoint is None else str(checkpoint),
             rank=rank,
             num_ranks=resources.ranks,
+            scratch=None if scratch is None or rank > 0 else str(scratch),
             resources=resources,
             place=reserved.place(rank),
             environment={"OMP_NUM_THREADS": str(settings.threads)},

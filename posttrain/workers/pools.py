@@ -68,6 +68,8 @@ class Pools:
         self._versions = 0
         self._run_id = run_id
         self.scratch = scratch_directory(run_id)
+        self.learner_scratch = self.scratch / "learner"
+        """Of what learners publish, on whatever node; the next to start there clears it first."""
 
     def __enter__(self) -> Self:
         """SettingsError if the cluster could never hold `demands`, what is in use at once."""
@@ -158,6 +160,7 @@ class Pools:
             checkpoint=checkpoint,
             resources=self._learner,
             deadline_s=self._deadline_s,
+            scratch=self.learner_scratch,
         )
 
     async def _start_engines(

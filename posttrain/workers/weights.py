@@ -104,7 +104,11 @@ def scratch_directory(run_id: str) -> Path:
 
 def clear_scratch(run_id: str) -> bool:
     """Removes what a killed driver of the same run left in shared memory; True if there was any."""
-    directory = scratch_directory(run_id)
+    return clear_leftovers(scratch_directory(run_id))
+
+
+def clear_leftovers(directory: Path) -> bool:
+    """Removes published weights that nobody will fetch any more; True if there were any."""
     if not directory.exists():
         return False
     shutil.rmtree(directory)
