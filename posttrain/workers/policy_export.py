@@ -45,8 +45,24 @@ def save_policy(
     if dist.get_rank() == 0:
         if dtype is not None:
             state = {name: tensor.to(dtype) for name, tensor in state.items()}
-        model.save_pretrained(directory, state_dict=state)
+        save_model(model, Path(directory), state)
         AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(directory)
+
+
+def save_model(model: Any, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """As transformers saves it, with generation settings as they came: some published checkpoints'
+    contradict themselves (a temperature, and no sampling), and transformers refuses to write those.
+    """
+    came = model.generation_config
+    if came is None:
+        model.save_pretrained(directory, state_dict=state)
+        return
+    model.generation_config = type(came)()
+    try:
+        model.save_pretrained(directory, state_dict=state)
+    finally:
+        model.generation_config = came
+    came.to_json_file(directory / "generation_config.json", keys_to_pop=["compile_config"])
 
 
 def save_adapter(adapted: Any, directory: str) -> None:
