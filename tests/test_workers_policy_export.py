@@ -53,3 +53,11 @@ def test_the_policy_is_saved_with_its_tokenizer(alone, model, tmp_path):
     policy_export.save_policy(model, str(tmp_path / "saved"), str(tmp_path / "policy"))
     names = {path.name for path in (tmp_path / "saved").iterdir()}
     assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+
+
+def test_a_policy_is_whole_or_not_there(alone, model, tmp_path):
+    """The tokenizer comes last: what is there without one is half of a policy."""
+    target = tmp_path / "exports" / "export-7"
+    with pytest.raises((OSError, ValueError), match="nowhere"):
+        policy_export.save_policy(model, str(target), str(tmp_path / "nowhere"))
+    assert list(target.parent.iterdir()) == []

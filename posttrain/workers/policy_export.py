@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from posttrain.atomic import staged_directory
 from posttrain.workers.experts import divided_layers, whole_layer
 from posttrain.workers.gather import is_divided, whole
 from posttrain.workers.weights import with_lm_head, write_weights
@@ -37,16 +38,17 @@ def publish(model: Any, directory: Path) -> None:
 def save_policy(
     model: Any, directory: str, tokenizer_path: str, dtype: torch.dtype | None = None
 ) -> None:
-    """A Hugging Face checkpoint, adapters merged, tokenizer and template included. `dtype` is that
-    of its weights, where training may hold them in another."""
+    """A Hugging Face checkpoint, adapters merged, tokenizer and template included; `directory` is
+    whole or not there. `dtype` is that of its weights, where training may hold them in another."""
     from transformers import AutoTokenizer
 
     state = policy_state(model)
     if dist.get_rank() == 0:
         if dtype is not None:
             state = {name: tensor.to(dtype) for name, tensor in state.items()}
-        save_model(model, Path(directory), state)
-        AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(directory)
+        with staged_directory(Path(directory)) as staged:
+            save_model(model, staged, state)
+            AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(staged)
 
 
 def save_model(model: Any, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
