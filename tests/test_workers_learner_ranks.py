@@ -280,6 +280,40 @@ def test_the_rank_that_writes_weights_clears_what_one_before_it_left(tmp_path, m
     assert (other / "1.7").exists()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "lora", "warned"),
+    [("bfloat16", LORA, True), ("float32", LORA, False), ("bfloat16", None, False)],
+)
+def test_an_adapter_that_is_rounded_when_it_is_merged_is_told(
+    monkeypatch, capsys, dtype, lora, warned
+):
+    class Started(Exception):
+        pass
+
+    def start(*_, **__):
+        raise Started
+
+    monkeypatch.setattr(learner_ranks, "refuse_more_than_there_is", lambda _: None)
+    monkeypatch.setattr(learner_ranks, "Reservation", start)
+    with pytest.raises(Started):
+        start_learner(
+            "model",
+            BASE.model_copy(update={"dtype": dtype}),
+            temperature=1.0,
+            max_age=1,
+            max_tokens=1,
+            num_steps=1,
+            seed=0,
+            lora=lora,
+            checkpoint=None,
+            resources=LearnerResources(),
+            deadline_s=60,
+        )
+    said = capsys.readouterr().err
+    assert ("policy.lora is merged into bfloat16" in said) is warned
+    assert ("Set rl.learner.dtype to float32" in said) is warned
+
+
 def test_experts_are_divided_only_where_they_can_be(one_rank, two_ranks, policy, moe_policy):
     with pytest.raises(SettingsError, match=r"expert_parallel = 2 is for .*qwen3_moe.* a qwen3:"):
         two_ranks.begin(policy, settings(2, expert_parallel=2))

@@ -12,6 +12,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from posttrain.errors import EngineError, PosttrainError, StageError
 from posttrain.packing import deal
+from posttrain.progress import say
 from posttrain.types import PolicyVersion, TrainingBatch
 from posttrain.workers.cluster import (
     create_actor,
@@ -54,6 +55,7 @@ def start_learner(
         Whatever `DeepSpeedLearner` raises.
     """
     refuse_more_than_there_is([Demand(role="learner", count=resources.ranks, each=resources)])
+    _say_what_is_rounded(settings, lora)
     name = f"{LearnerActor.__name__} ({resources.ranks} of them, all at once)"
     began = time.monotonic()
     reserved = Reservation(name, resources, count=resources.ranks, deadline_s=deadline_s)
@@ -90,6 +92,16 @@ def start_learner(
         reserved.release()
         raise
     return RemoteLearner(ranks, settings.step_deadline_s, reserved)
+
+
+def _say_what_is_rounded(settings: LearnerSettings, lora: LoraSettings | None) -> None:
+    if lora is not None and settings.dtype == "bfloat16":
+        say(
+            "rl: policy.lora is merged into bfloat16 weights for the engines and for the policy "
+            "that is left, and what it changes by less than their rounding is lost there, which is "
+            "most of it at first. Set rl.learner.dtype to float32 (engines may stay in bfloat16, "
+            "and round as well), or leave policy.lora out and train all weights"
+        )
 
 
 class RemoteLearner:

@@ -92,7 +92,9 @@ def policy_state(model: Any) -> dict[str, Tensor]:
         with whole([tensor, *_adapter_weights(layer)]), torch.no_grad():
             if dist.get_rank() == 0:
                 value = tensor
-                if layer is not None:  # an adapter is in fp32, whatever it adapts
+                if layer is not None:
+                    # In bf16 what an adapter changes by less than a rounding is lost here; the
+                    # learner's own forward pass adds it to the output instead.
                     value = (tensor + layer.get_delta_weight(ADAPTER)).to(tensor.dtype)
                 # What was gathered is gone after this block.
                 value = value.detach().to("cpu", copy=is_divided(tensor))
