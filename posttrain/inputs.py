@@ -25,7 +25,7 @@ from posttrain.teaching.identity import Teaching
 from posttrain.teaching.settings import TeacherSettings
 from posttrain.types import PreferencePair, Prompt, SFTRow
 from posttrain.workers.adapters import base_of, check_targets, is_adapter, merged_once
-from posttrain.workers.agreement import check_same_model, tokenizer_fingerprint
+from posttrain.workers.agreement import check_dtype, check_same_model, tokenizer_fingerprint
 from rewards import custom
 from rewards.shaping import RewardSettings
 from rewards.verifiers import check_references
@@ -100,12 +100,13 @@ def load_inputs(settings: Settings) -> Inputs:
     Raises:
         SettingsError: a package that `log` asks for is missing; an adapter cannot be put where
             `policy.lora` says.
-        ModelError: no readable checkpoint, or a chat template that renders other than what was
-            said.
+        ModelError: no readable checkpoint, a chat template that renders other than what was said,
+            or a learner whose data type the engines do not take.
         DataError: a source is missing, empty or malformed; a held-out prompt is also trained on;
             a prompt is too long; a reference does not suit its verifier.
     """
     check_sinks(settings.log)
+    _check_dtypes(settings)
     model = locate_model(settings.policy.model)
     check_context(model, settings.policy.max_length, "policy.max_length")
     if settings.policy.lora is not None:
@@ -152,6 +153,16 @@ def load_inputs(settings: Settings) -> Inputs:
         teacher=_teacher(settings, chat),
         rewards=rewards,
     )
+
+
+def _check_dtypes(settings: Settings) -> None:
+    """ModelError if the engines would refuse what the learner publishes."""
+    if "rl" not in settings.stages:
+        return
+    learner, resources = settings.rl.learner.dtype, settings.resources
+    check_dtype(learner, resources.rollout.engine.dtype)
+    if settings.rl.rescreen is not None and settings.rl.rescreen.placement == "dedicated":
+        check_dtype(learner, resources.judge.engine.dtype, "resources.judge.engine.dtype")
 
 
 def _teacher(settings: Settings, chat: ChatFormat) -> Path | None:

@@ -15,7 +15,7 @@ import yaml
 
 from posttrain import pipeline
 from posttrain.config import load
-from posttrain.errors import Interrupted, RunDirError, SettingsError, StageError
+from posttrain.errors import Interrupted, ModelError, RunDirError, SettingsError, StageError
 from posttrain.evaluation import PromptResult
 from posttrain.inputs import load_inputs
 from posttrain.metrics import read_metrics
@@ -322,6 +322,24 @@ def test_a_cluster_that_is_too_small_is_bad_input(bench: Bench) -> None:
     Pools.refusal = None
     bench.run("resources.rollout.replicas=1")
     assert bench.calls == ALL
+
+
+@pytest.mark.parametrize(
+    ("engines", "named"),
+    [
+        ([], "resources.rollout.engine.dtype"),
+        (["resources.rollout.engine.dtype=bfloat16"], "resources.judge.engine.dtype"),
+    ],
+)
+def test_engines_that_do_not_suit_the_learner_are_bad_input(
+    bench: Bench, engines: list[str], named: str
+) -> None:
+    """Else it would show at the first publish, after all the stages before."""
+    learner = ["rl.learner.dtype=bfloat16", "rl.rescreen={placement: dedicated}"]
+    with pytest.raises(ModelError, match=f"bfloat16 .* computes in float32: set {named} and"):
+        bench.run(*learner, *engines)
+    assert bench.calls == []
+    bench.run(*learner, *engines, "stages=[sft]")  # where it trains nothing
 
 
 def test_an_evaluation_that_was_cut_short_is_all_that_is_repeated(

@@ -17,12 +17,14 @@ from posttrain.errors import DataError, ModelError, PlacementError, SettingsErro
 from posttrain.inputs import STARTER_POLICY
 from posttrain.types import Message, Outcome, PolicyVersion, Prompt, Rollout, VersionSpan
 from posttrain.workers.cluster import (
+    close_actor,
     create_actor,
     refuse_more_than_there_is,
     start_actor,
     stop_actor,
 )
 from posttrain.workers.demand import Demand
+from posttrain.workers.generator_actor import GeneratorActor
 from posttrain.workers.learner_ranks import start_learner
 from posttrain.workers.placement import Reservation
 from posttrain.workers.scoring import RewardWorkers
@@ -65,6 +67,38 @@ def test_an_actor_gets_its_arguments_and_its_environment(cluster):
     stop_actor(handle)
     assert arguments == [1, 2, "three"]
     assert pid != os.getpid()
+
+
+def test_an_actor_that_does_not_close_in_good_order_is_killed_all_the_same(cluster, capfd):
+    class Stubborn:
+        def close(self):
+            raise AssertionError("nothing is open yet")
+
+    handle = create_actor(Stubborn, resources=SMALL, environment={})
+    ray.get(handle.__ray_ready__.remote())
+    close_actor(handle)
+    said = capfd.readouterr().err
+    assert "did not close in good order and is killed" in said
+    assert "nothing is open yet" in said
+    with pytest.raises(RayActorError):
+        ray.get(handle.close.remote())
+
+
+def test_an_engine_that_has_not_started_is_closed_without_a_word(cluster, capfd):
+    """Its model is never loaded: RL may end while an engine is being started anew."""
+    handle = create_actor(
+        GeneratorActor,
+        "nowhere",
+        PolicyVersion(0, 0),
+        EngineSettings(),
+        resources=SMALL,
+        environment={},
+    )
+    ray.get(handle.__ray_ready__.remote())
+    close_actor(handle)
+    assert "good order" not in capfd.readouterr().err
+    with pytest.raises(RayActorError):
+        ray.get(handle.close.remote())
 
 
 def test_what_cannot_be_placed_is_refused_within_its_deadline(cluster):

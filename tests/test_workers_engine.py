@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ from transformers import AutoModelForCausalLM
 
 from posttrain.errors import MismatchError, ModelError
 from posttrain.types import PolicyVersion, Sampling
+from posttrain.workers.engine import VllmEngine
 from posttrain.workers.probe import compare_logprobs
+from posttrain.workers.settings import EngineSettings
 from posttrain.workers.weights import write_weights
 
 pytest_plugins = ["engine_fixtures"]
@@ -249,6 +252,28 @@ async def test_an_engine_with_other_weights_than_the_learner_is_noticed(stack, c
         await stack.publisher(Forger(stack.learner, change)).publish(version)
     metrics = await stack.publisher().publish(stack.next_version())
     assert metrics["mismatch_max"] < 1e-4
+
+
+async def test_an_engine_that_loads_weights_is_not_taken_for_stuck():
+    """Its core answers nothing meanwhile, for longer than a health check waits."""
+    silent = asyncio.Event()
+    requests = {"a": SimpleNamespace(detokenizer=SimpleNamespace(num_output_tokens=lambda: 3))}
+    llm = SimpleNamespace(
+        get_tokenizer=build_tokenizer,
+        get_weight_version=silent.wait,
+        output_processor=SimpleNamespace(request_states=requests),
+    )
+    engine = VllmEngine(llm, EngineSettings())
+    async with engine._update_lock:
+        assert await asyncio.wait_for(engine.stalled_s(), 5) == 0
+    with pytest.raises(TimeoutError):  # else it would never be found stuck
+        await asyncio.wait_for(engine.stalled_s(), 0.05)
+    silent.set()
+    began = engine._progressed_at
+    await engine.stalled_s()  # what it has written so far is seen for the first time
+    assert engine._progressed_at > began
+    await asyncio.sleep(0.05)
+    assert await engine.stalled_s() >= 0.05
 
 
 @only_tied

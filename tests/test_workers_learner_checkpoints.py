@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 import ray
+import torch
 from engine_models import save_moe_policy, save_policy
 from learner_hosts import batch_of, largest_difference, published, random_samples, train
 
@@ -160,6 +161,41 @@ def test_a_disk_that_is_full_leaves_the_last_checkpoint(one_rank, policy, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     asyncio.run(learner.save_checkpoint(directory, PolicyVersion(1, 2)))
     assert checkpoints.read_manifest(directory).version == "1.2"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.distributed.DistBackendError])
+def test_what_the_disk_did_not_cause_is_not_put_down_to_it(monkeypatch, tmp_path, error):
+    """Both are RuntimeErrors, as what torch's writer and reader raise is."""
+    dist = checkpoints.dist
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda _: None)
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+
+    class Engine:
+        def __init__(self, error):
+            self._error = error
+
+        def save_checkpoint(self, *_, **__):
+            raise self._error("not the disk")
+
+        load_checkpoint = save_checkpoint
+
+    layout = checkpoints.Layout.of(SETTINGS, None, fingerprint="", ranks=1)
+    counters = checkpoints.Counters(steps=1, skipped=0)
+
+    def save(engine):
+        checkpoints.save(
+            engine, tmp_path / "checkpoint", version=VERSION, layout=layout, counters=counters
+        )
+
+    with pytest.raises(error, match="not the disk"):
+        save(Engine(error))
+    with pytest.raises(error, match="not the disk"):
+        checkpoints.restore(Engine(error), tmp_path)
+    with pytest.raises(StageError, match="Make room"):
+        save(Engine(RuntimeError))
+    with pytest.raises(RunDirError, match="is damaged"):
+        checkpoints.restore(Engine(RuntimeError), tmp_path)
 
 
 @pytest.fixture

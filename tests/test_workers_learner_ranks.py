@@ -26,7 +26,7 @@ from posttrain.errors import (
     StageError,
 )
 from posttrain.losses.settings import LossSettings
-from posttrain.workers import learner_ranks
+from posttrain.workers import learner_actor, learner_ranks
 from posttrain.workers.cluster import create_actor
 from posttrain.workers.learner_ranks import RemoteLearner, start_learner
 from posttrain.workers.settings import (
@@ -35,7 +35,7 @@ from posttrain.workers.settings import (
     LearnerSettings,
     LoraSettings,
 )
-from posttrain.workers.weights import read_checkpoint
+from posttrain.workers.weights import read_checkpoint, write_weights
 
 pytest_plugins = ["engine_fixtures", "learner_fixtures"]
 pytestmark = pytest.mark.engine
@@ -264,6 +264,54 @@ def test_more_ranks_than_devices_are_refused_at_once(policy, cluster):
             deadline_s=60,
         )
     assert time.monotonic() - began < 10
+
+
+def test_the_rank_that_writes_weights_clears_what_one_before_it_left(tmp_path, monkeypatch):
+    """On a node without a driver nobody else would."""
+    monkeypatch.setattr(learner_actor, "DeepSpeedLearner", lambda *_, **__: None)
+    scratch, other = tmp_path / "learner", tmp_path / "other"
+    for directory in (scratch, other):
+        write_weights({"a": torch.ones(1)}, directory / "1.7")
+    learner_actor.LearnerActor("model", BASE, rank=1).ready("127.0.0.1:1")
+    assert (scratch / "1.7").exists()
+    for _ in range(2):  # there need not be any
+        learner_actor.LearnerActor("model", BASE, rank=0, scratch=str(scratch)).ready("127.0.0.1:1")
+        assert not scratch.exists()
+    assert (other / "1.7").exists()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lora", "warned"),
+    [("bfloat16", LORA, True), ("float32", LORA, False), ("bfloat16", None, False)],
+)
+def test_an_adapter_that_is_rounded_when_it_is_merged_is_told(
+    monkeypatch, capsys, dtype, lora, warned
+):
+    class Started(Exception):
+        pass
+
+    def start(*_, **__):
+        raise Started
+
+    monkeypatch.setattr(learner_ranks, "refuse_more_than_there_is", lambda _: None)
+    monkeypatch.setattr(learner_ranks, "Reservation", start)
+    with pytest.raises(Started):
+        start_learner(
+            "model",
+            BASE.model_copy(update={"dtype": dtype}),
+            temperature=1.0,
+            max_age=1,
+            max_tokens=1,
+            num_steps=1,
+            seed=0,
+            lora=lora,
+            checkpoint=None,
+            resources=LearnerResources(),
+            deadline_s=60,
+        )
+    said = capsys.readouterr().err
+    assert ("policy.lora is merged into bfloat16" in said) is warned
+    assert ("Set rl.learner.dtype to float32" in said) is warned
 
 
 def test_experts_are_divided_only_where_they_can_be(one_rank, two_ranks, policy, moe_policy):

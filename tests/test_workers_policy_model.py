@@ -76,6 +76,27 @@ def test_a_model_in_training_computes_what_it_computes_in_evaluation(policy):
         torch.testing.assert_close(model(ids).logits, plain(ids).logits)
 
 
+def test_a_mixture_in_training_computes_what_it_computes_in_evaluation(policy):
+    """Its router would see inputs that jitter."""
+    config = AutoConfig.for_model(
+        "mixtral",
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        router_jitter_noise=0.5,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(policy)
+    model = load_model(str(policy), LearnerSettings())
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        noiseless = model(ids).logits
+        torch.testing.assert_close(model.eval()(ids).logits, noiseless)
+
+
 def test_the_fingerprint_tells_policies_apart_and_knows_them_elsewhere(tmp_path):
     settings = LearnerSettings()
     first, again, other = (

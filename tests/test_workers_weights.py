@@ -1,15 +1,18 @@
 """Weights as files: names, values, leftovers. No engine is started."""
 
+import json
+
 import pytest
 import torch
 from engine_models import save_policy
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from posttrain.errors import ModelError
 from posttrain.workers import weights
 from posttrain.workers.fingerprint import fingerprint
 from posttrain.workers.weights import (
+    clear_leftovers,
     clear_scratch,
     read_checkpoint,
     read_fingerprint,
@@ -70,6 +73,37 @@ def test_a_checkpoint_in_several_files_is_read_whole(tmp_path):
     assert all(torch.equal(whole[name], sharded[name]) for name in whole)
 
 
+def test_a_tied_head_is_found_whatever_its_embedding_is_called(tmp_path):
+    config = GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    # As checkpoints of older versions are: a default is not written down.
+    file = tmp_path / "config.json"
+    written = json.loads(file.read_text())
+    written.pop("tie_word_embeddings", None)
+    file.write_text(json.dumps(written))
+    state = read_checkpoint(tmp_path)
+    assert torch.equal(state["lm_head.weight"], state["transformer.wte.weight"])
+
+
+def test_an_embedding_is_told_from_others_by_its_whole_name(tmp_path):
+    policy = save_policy(tmp_path / "policy", tied=True)
+    file = policy / "model.safetensors"
+    state = load_file(file)
+    embedding = state.pop(EMBEDDING)
+    state["model.layers.7.embed_tokens.weight"] = torch.zeros(2, 2)
+    state["model.position_embeddings.weight"] = torch.zeros(2, 2)
+    state["language_model.embed_tokens.weight"] = embedding
+    save_file(state, file, metadata={"format": "pt"})
+    assert torch.equal(read_checkpoint(policy)["lm_head.weight"], embedding)
+
+    del state["model.layers.7.embed_tokens.weight"], state["language_model.embed_tokens.weight"]
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=rf"{policy}/config.json ties the head .*embed_tokens, wte"
+    ):
+        read_checkpoint(policy)
+
+
 def test_a_directory_without_weights_is_named(tmp_path):
     with pytest.raises(ModelError, match=rf"{tmp_path} holds no safetensors"):
         read_checkpoint(tmp_path)
@@ -98,3 +132,5 @@ def test_only_the_own_leftovers_are_cleared(tmp_path, monkeypatch):
     assert clear_scratch("mine") is True
     assert not mine.exists()
     assert (other / "1.1" / "model.safetensors").exists()
+    assert [clear_leftovers(other / "1.1"), clear_leftovers(other / "1.1")] == [True, False]
+    assert other.exists()

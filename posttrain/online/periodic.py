@@ -19,9 +19,15 @@ class Periodic:
         self._work = work
         self._due: int | None = None
         self._woken = asyncio.Event()
+        self._working = False
 
     def is_due(self, step: int) -> bool:
         return step % self._every_steps == 0
+
+    @property
+    def busy(self) -> bool:
+        """The work of a step goes on, or is about to begin."""
+        return self._working or self._woken.is_set()
 
     def reached(self, step: int) -> None:
         if self.is_due(step):
@@ -34,4 +40,8 @@ class Periodic:
             await self._woken.wait()
             self._woken.clear()
             assert self._due is not None
-            await self._work(self._due)
+            self._working = True
+            try:
+                await self._work(self._due)
+            finally:
+                self._working = False

@@ -47,7 +47,7 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
         learner,
         generators,
         model=model,
-        scratch=context.pools.scratch,
+        scratch=context.pools.learner_scratch,
         probes=probes,
         settings=settings.publish,
     )
@@ -61,6 +61,7 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
     after_step = AfterStep(
         context, model, attempt, first_step, curriculum, learner, generators, beside
     )
+    await after_step.make_up()
     teacher, reading = _teacher(context, state)
     stop = StopWithCheckpoint(learner, after_step, after_step.save_last)
     controller = Controller(

@@ -84,11 +84,14 @@ class AfterStep:
         last = record.step == self._settings.num_steps
         if record.step % self._settings.checkpoint_every == 0 or last:
             await self._save(state, record.version)
-        every = self._settings.export_every
-        if every is not None and record.step % every == 0:
-            export = self._context.run.stage_dir(STAGE) / f"export-{record.step}"
-            await self._learner.save_policy(export, str(self._model))
+        await self._export(record.step)
         await self._beside.reached(record.version)
+
+    async def make_up(self) -> None:
+        """Before the first step: the export of the step that the stage goes on from, which a kill
+        between its checkpoint and its export left out."""
+        if self._saved_step and not self._export_of(self._saved_step).exists():
+            await self._export(self._saved_step)
 
     async def save_last(self) -> int | None:
         """A checkpoint of the last step on record, while the learner's weights are still those;
@@ -96,6 +99,14 @@ class AfterStep:
         if self._last is not None and self._last[0].step > self._saved_step:
             await self._save(*self._last)
         return self._saved_step or None
+
+    async def _export(self, step: int) -> None:
+        every = self._settings.export_every
+        if every is not None and step % every == 0:
+            await self._learner.save_policy(self._export_of(step), str(self._model))
+
+    def _export_of(self, step: int) -> Path:
+        return self._context.run.stage_dir(STAGE) / f"export-{step}"
 
     async def _save(self, state: LoopState, version: PolicyVersion) -> None:
         self.rollouts.flush()

@@ -76,7 +76,7 @@ class Beside:
                 learner,
                 critic,
                 model=model,
-                scratch=context.pools.scratch / "critic",
+                scratch=context.pools.learner_scratch / "critic",
                 probes=probes,
                 settings=settings.publish,
             )
@@ -94,9 +94,14 @@ class Beside:
         """A step is done. The learner stands still until this returns."""
         if self._evaluating is not None:
             self._evaluating.reached(version.step)
-        if self._rescreening is not None and self._context.settings.rl.max_lag > 0:
-            await self._advance_critic(version)
-            self._rescreening.reached(version.step)
+        if self._rescreening is None or self._context.settings.rl.max_lag == 0:
+            return
+        if self._critic is not None and self._rescreening.busy:
+            # New weights would spoil the answers under way, and old ones judge no new slice: the
+            # step is passed over.
+            return
+        await self._advance_critic(version)
+        self._rescreening.reached(version.step)
 
     async def rescreen_now(self, version: PolicyVersion) -> None:
         """In lock-step: judges a slice if one is due, and returns when prompts have moved."""

@@ -89,12 +89,14 @@ def merge_adapter(base: Path, adapter: Path, target: Path, tokenizer: Path) -> N
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from posttrain.workers.policy_export import save_model
+
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=False)
     try:
         merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     except (ValueError, RuntimeError, OSError) as error:
         raise ModelError(f"the adapter {adapter} does not fit {base}: {error}") from error
-    merged.save_pretrained(target)
+    save_model(merged, target)
     AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(target)
 
 

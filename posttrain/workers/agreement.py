@@ -45,18 +45,23 @@ SHAPE = (
 )
 """What two configurations must share for an engine to change from one's weights to the other's."""
 
+COMPUTATION = (
+    *("rope_parameters", "rope_theta", "partial_rotary_factor", "layer_types", "sliding_window"),
+    *("attention_chunk_size", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps"),
+    *("hidden_act", "hidden_activation", "activation_function", "num_experts_per_tok"),
+    *("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"),
+    *("logits_scaling", "logit_scale", "attention_multiplier", "residual_multiplier"),
+    "embedding_multiplier",
+)
+"""Likewise, although the weights would fit: with another value they make another model."""
+
 
 def check_same_model(one: Path, other: Path) -> None:
     """Raises ModelError unless the checkpoint `one` has architecture, vocabulary and tokenizer of
-    `other`."""
-    from transformers import AutoConfig
-
-    shapes = [
-        {key: getattr(AutoConfig.from_pretrained(p).get_text_config(), key, None) for key in SHAPE}
-        for p in (one, other)
-    ]
-    for key in SHAPE:
-        mine, theirs = (shape[key] for shape in shapes)
+    `other`: an engine changes from one's weights to the other's and keeps all else."""
+    mine_of, theirs_of = _config_of(one), _config_of(other)
+    for key in SHAPE + COMPUTATION:
+        mine, theirs = mine_of[key], theirs_of[key]
         if mine != theirs:
             raise ModelError(
                 f"{one} has {key} = {mine} and the policy {other} has {theirs}: every stage works "
@@ -67,6 +72,21 @@ def check_same_model(one: Path, other: Path) -> None:
             f"{one} has another vocabulary or tokenizer than the policy {other}: every stage works "
             "on checkpoints of the same model"
         )
+
+
+def _config_of(checkpoint: Path) -> dict[str, Any]:
+    """As transformers reads it: versions write the same under different names."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(checkpoint).get_text_config()
+    return {key: _named_once(getattr(config, key, None)) for key in SHAPE + COMPUTATION}
+
+
+def _named_once(value: Any) -> Any:
+    """A rotary embedding's `type` is its `rope_type`, which transformers adds."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _named_once(inner) for key, inner in value.items() if key != "type"}
 
 
 def check_model(learner: ModelFacts, engine: ModelFacts) -> None:
@@ -83,8 +103,11 @@ def check_model(learner: ModelFacts, engine: ModelFacts) -> None:
         )
 
 
-def check_dtype(published: str, engine: str) -> None:
-    """An engine computes in the learner's data type, or in 16 bits under fp32 weights.
+def check_dtype(
+    published: str, engine: str, setting: str = "resources.rollout.engine.dtype"
+) -> None:
+    """An engine computes in the learner's data type, or in 16 bits under fp32 weights. `setting`
+    names the engine's.
 
     Raises:
         ModelError: anything else, which would cost accuracy or memory and gain nothing.
@@ -93,6 +116,6 @@ def check_dtype(published: str, engine: str) -> None:
         return
     raise ModelError(
         f"the learner publishes {published} weights to an engine that computes in {engine}: set "
-        "resources.rollout.engine.dtype and rl.learner.dtype to the same, or the engine's to "
-        "bfloat16 under a float32 learner"
+        f"{setting} and rl.learner.dtype to the same, or the engine's to bfloat16 under a float32 "
+        "learner"
     )

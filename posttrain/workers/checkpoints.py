@@ -26,6 +26,8 @@ from posttrain.workers.settings import LearnerSettings, LoraSettings, merged
 
 MANIFEST = "manifest.json"
 ENGINE_TAG = "engine"
+NOT_OF_THE_DISK = (torch.OutOfMemoryError, dist.DistError)
+"""RuntimeErrors as well, which say best themselves what went wrong."""
 
 
 class Layout(BaseModel):
@@ -94,6 +96,8 @@ def save(
             if dist.get_rank() == 0:
                 manifest = Manifest(version=str(version), layout=layout, files=_sizes(partial))
                 (partial / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+    except NOT_OF_THE_DISK:
+        raise
     # torch's own writer raises RuntimeError where a disk is full.
     except (OSError, RuntimeError) as error:
         raise StageError(
@@ -160,6 +164,8 @@ def restore(engine: Any, directory: Path) -> Counters:
         # Frozen weights are not in there when an adapter is trained.
         loaded, _ = engine.load_checkpoint(str(directory), tag=ENGINE_TAG, load_module_strict=False)
         state = torch.load(path, weights_only=True)
+    except NOT_OF_THE_DISK:
+        raise
     except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise RunDirError(
             f"{directory} is damaged: {error}; resume from an older checkpoint, or start the "

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from posttrain.errors import EngineError, PlacementError, SettingsError, StageError
 from posttrain.progress import say
@@ -223,10 +223,11 @@ async def answer(reference: Any, actor: str) -> Any:
 
 
 def close_actor(handle: Any) -> None:
-    """Lets an actor end what it started, for a bounded time, then ends the actor itself."""
+    """Lets an actor end what it started, for a bounded time, then ends the actor itself. Whoever
+    closes one is done with it: what it raises is said, and ends nothing else."""
     try:
         ray.get(handle.close.remote(), timeout=CLOSE_DEADLINE_S)
-    except (GetTimeoutError, RayActorError) as error:
+    except RayError as error:
         say(f"an actor did not close in good order and is killed: {error}")
     stop_actor(handle)
 

@@ -187,10 +187,14 @@ class VllmEngine:
 
     async def stalled_s(self) -> float:
         """Seconds since a token was written, while requests wait for one and no update is under
-        way. Does not return while the engine core is stuck: it answers between two steps.
+        way. Does not return while the engine core is stuck: it answers between two steps. During an
+        update it is not asked, because it may take longer to load weights than to be stuck.
 
         Looks at what has changed since the last call, so it is as fine as the calls are frequent.
         """
+        if self._update_lock.locked():
+            self._progressed_at = time.monotonic()
+            return 0.0
         await self._llm.get_weight_version()
         progress = {
             request_id: state.detokenizer.num_output_tokens()

@@ -15,8 +15,11 @@ def is_divided(tensor: Tensor) -> bool:
 @contextmanager
 def whole(tensors: Sequence[Tensor]) -> Iterator[None]:
     """On all ranks at once, for reading: what is written to them is lost."""
+    divided = [tensor for tensor in tensors if is_divided(tensor)]
+    if not divided:  # a teacher never needs DeepSpeed
+        yield
+        return
     import deepspeed
 
-    divided = [tensor for tensor in tensors if is_divided(tensor)]
-    with deepspeed.zero.GatheredParameters(divided, enabled=bool(divided)):
+    with deepspeed.zero.GatheredParameters(divided):
         yield

@@ -60,7 +60,8 @@ class GeneratorActor:
         return await _or_die(self._running.stalled_s())
 
     async def close(self) -> None:
-        self._running.close()
+        if self._engine is not None:  # else it was just being started
+            self._engine.close()
 
     @property
     def _running(self) -> VllmEngine:

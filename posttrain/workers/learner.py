@@ -11,7 +11,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import fields
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ from posttrain.types import MicroBatch, PolicyVersion, TrainingBatch
 from posttrain.workers import checkpoints, policy_export
 from posttrain.workers.experts import fetch_experts_as_one, refuse_expert_parallel
 from posttrain.workers.learner_config import backend, prepare_process, training_config
-from posttrain.workers.packing_check import check_packing
+from posttrain.workers.packing_check import check_noise, check_packing
 from posttrain.workers.policy_loss import micro_batch_loss
 from posttrain.workers.policy_model import (
     PackedPolicy,
@@ -60,8 +62,8 @@ class DeepSpeedLearner:
         checkpoint: what `save_checkpoint` wrote, to go on from there.
 
     Raises:
-        ModelError: the model cannot be loaded, its sequences cannot be packed, or `checkpoint` was
-            made from another one.
+        ModelError: the model cannot be loaded, its sequences cannot be packed, it is noisy in
+            training, or `checkpoint` was made from another one.
         SettingsError: an adapter cannot be put where it should be.
         RunDirError: `checkpoint` is not whole, or was made by other ranks or another ZeRO stage.
     """
@@ -114,20 +116,30 @@ class DeepSpeedLearner:
             model_parameters=[p for p in self._model.parameters() if p.requires_grad],
             config=training_config(settings, self._model.config.model_type),
         )
-        self._engine.eval()
-        score = batch_scorer(self._engine, temperature)
-        check_packing(
-            model_path,
-            lambda batch: score(self._tensors(batch)).cpu(),
-            vocab_size=self._model.get_input_embeddings().num_embeddings,
-            dtype=settings.dtype,
-            share_prompts=self.can_share_prompts(),
-        )
+        self._check_architecture(model_path)
         self._reference = self._load_reference(model_path)
         torch.manual_seed(seed + rank)  # what an adapter's dropout hides differs between ranks
         if checkpoint is not None:
             counters = checkpoints.restore(self._engine, Path(checkpoint))
             self._steps, self._skipped = counters.steps, counters.skipped
+
+    def _check_architecture(self, model_path: str) -> None:
+        """Raises ModelError for one that cannot be packed, or is noisy in training."""
+        score = batch_scorer(self._engine, self._temperature)
+
+        def score_in(batch: MicroBatch, *, training: bool) -> Tensor:
+            self._engine.train(training)
+            return score(self._tensors(batch)).cpu()
+
+        facts: dict[str, Any] = {
+            "vocab_size": self._model.get_input_embeddings().num_embeddings,
+            "dtype": self._settings.dtype,
+        }
+        in_evaluation = partial(score_in, training=False)
+        in_training = partial(score_in, training=True)
+        check_packing(model_path, in_evaluation, share_prompts=self.can_share_prompts(), **facts)
+        check_noise(model_path, in_evaluation, in_training, **facts)
+        self._engine.eval()
 
     def _load_reference(self, model_path: str) -> Reference | None:
         if not self._settings.loss.kl_coefficient:

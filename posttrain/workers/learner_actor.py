@@ -4,18 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from posttrain.types import PolicyVersion, TrainingBatch
 from posttrain.workers.learner import DeepSpeedLearner
 from posttrain.workers.learner_config import free_address
 from posttrain.workers.settings import LearnerSettings
+from posttrain.workers.weights import clear_leftovers
 
 
 class LearnerActor:
-    """A `DeepSpeedLearner` behind Ray. All ranks are told `ready` at the same time."""
+    """A `DeepSpeedLearner` behind Ray. All ranks are told `ready` at the same time.
 
-    def __init__(self, model_path: str, settings: LearnerSettings, **keywords: Any) -> None:
+    Args:
+        scratch: of the rank that writes weights: where those of a learner that was killed may
+            still lie. The driver clears its own node only.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        settings: LearnerSettings,
+        *,
+        scratch: str | None = None,
+        **keywords: Any,
+    ) -> None:
+        self._scratch = scratch
         self._start = partial(DeepSpeedLearner, model_path, settings, **keywords)
         self._learner: DeepSpeedLearner | None = None
 
@@ -24,6 +39,8 @@ class LearnerActor:
         return free_address()
 
     def ready(self, address: str) -> None:
+        if self._scratch is not None:
+            clear_leftovers(Path(self._scratch))
         self._learner = self._start(address=address)
 
     def step(self, share: TrainingBatch) -> dict[str, float]:

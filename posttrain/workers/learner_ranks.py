@@ -12,6 +12,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from posttrain.errors import EngineError, PosttrainError, StageError
 from posttrain.packing import deal
+from posttrain.progress import say
 from posttrain.types import PolicyVersion, TrainingBatch
 from posttrain.workers.cluster import (
     create_actor,
@@ -42,8 +43,10 @@ def start_learner(
     checkpoint: Path | None,
     resources: LearnerResources,
     deadline_s: float,
+    scratch: Path | None = None,
 ) -> RemoteLearner:
-    """One actor per rank, all ready; arguments as `DeepSpeedLearner` takes them.
+    """One actor per rank, all ready; arguments as `DeepSpeedLearner` takes them. `scratch` is where
+    its weights will be published, and nothing else: on its node it is cleared first.
 
     Raises:
         SettingsError: the cluster has fewer devices than the ranks need.
@@ -52,6 +55,7 @@ def start_learner(
         Whatever `DeepSpeedLearner` raises.
     """
     refuse_more_than_there_is([Demand(role="learner", count=resources.ranks, each=resources)])
+    _say_what_is_rounded(settings, lora)
     name = f"{LearnerActor.__name__} ({resources.ranks} of them, all at once)"
     began = time.monotonic()
     reserved = Reservation(name, resources, count=resources.ranks, deadline_s=deadline_s)
@@ -69,6 +73,7 @@ def start_learner(
             checkpoint=None if checkpoint is None else str(checkpoint),
             rank=rank,
             num_ranks=resources.ranks,
+            scratch=None if scratch is None or rank > 0 else str(scratch),
             resources=resources,
             place=reserved.place(rank),
             environment={"OMP_NUM_THREADS": str(settings.threads)},
@@ -87,6 +92,16 @@ def start_learner(
         reserved.release()
         raise
     return RemoteLearner(ranks, settings.step_deadline_s, reserved)
+
+
+def _say_what_is_rounded(settings: LearnerSettings, lora: LoraSettings | None) -> None:
+    if lora is not None and settings.dtype == "bfloat16":
+        say(
+            "rl: policy.lora is merged into bfloat16 weights for the engines and for the policy "
+            "that is left, and what it changes by less than their rounding is lost there, which is "
+            "most of it at first. Set rl.learner.dtype to float32 (engines may stay in bfloat16, "
+            "and round as well), or leave policy.lora out and train all weights"
+        )
 
 
 class RemoteLearner:

@@ -1,7 +1,9 @@
-"""Whether sequences that are packed into one row stay apart in this very model.
+"""Whether sequences that are packed into one row stay apart in this very model, and whether it
+computes in training what it computes in evaluation.
 
-Transformers tells them apart by their positions, but an architecture may not hand them on to its
-attention. Then each sequence would silently see those before it.
+Transformers tells sequences apart by their positions, but an architecture may not hand them on to
+its attention. Then each sequence would silently see those before it. And an architecture may add
+noise in training that no setting switches off. Then the loss's ratio would measure it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from posttrain.types import MicroBatch, PolicyVersion, TrainingSample
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
 """Nats, of the median token: rounding, and experts that are chosen otherwise because of it, move
 few tokens far; what is seen and should not be moves nearly all of them."""
+NOISE = {"float32": 1e-4, "bfloat16": 0.05}
+"""Likewise between training and evaluation, which compute the same in the same order."""
 LENGTHS = ((5, 9), (5, 8), (3, 7))
 """Prompt and answer; the first two have one prompt."""
 
@@ -50,6 +54,32 @@ def check_packing(
                         f"(by {moved:.2g} nats) as transformers computes this architecture, so the "
                         "learner cannot train it; take another one, or mend its attention mask"
                     )
+
+
+def check_noise(
+    model_path: str,
+    score: Callable[[MicroBatch], Tensor],
+    score_in_training: Callable[[MicroBatch], Tensor],
+    *,
+    vocab_size: int,
+    dtype: str,
+) -> None:
+    """Both give log-probabilities `[R, L]`, the second in training mode; all ranks call this at
+    once, before an adapter that has dropout changes anything.
+
+    Raises:
+        ModelError: they differ.
+    """
+    samples = _samples(vocab_size)
+    quiet = _answers(samples, score, share_prompts=False)
+    noisy = _answers(samples, score_in_training, share_prompts=False)
+    moved = torch.cat([(noisy[t] - quiet[t]).abs() for t in quiet]).median().item()
+    if not moved <= NOISE[dtype]:
+        raise ModelError(
+            f"{model_path!r}: in training this architecture computes other log-probabilities than "
+            f"in evaluation (by {moved:.2g} nats), such as by experts that are drawn at random, "
+            "and the engines sample without that, so the learner cannot train it; take another one"
+        )
 
 
 def _samples(vocab_size: int) -> list[TrainingSample]:

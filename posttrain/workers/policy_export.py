@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from posttrain.atomic import staged_directory
 from posttrain.workers.experts import divided_layers, whole_layer
 from posttrain.workers.gather import is_divided, whole
 from posttrain.workers.weights import with_lm_head, write_weights
@@ -37,16 +38,33 @@ def publish(model: Any, directory: Path) -> None:
 def save_policy(
     model: Any, directory: str, tokenizer_path: str, dtype: torch.dtype | None = None
 ) -> None:
-    """A Hugging Face checkpoint, adapters merged, tokenizer and template included. `dtype` is that
-    of its weights, where training may hold them in another."""
+    """A Hugging Face checkpoint, adapters merged, tokenizer and template included; `directory` is
+    whole or not there. `dtype` is that of its weights, where training may hold them in another."""
     from transformers import AutoTokenizer
 
     state = policy_state(model)
     if dist.get_rank() == 0:
         if dtype is not None:
             state = {name: tensor.to(dtype) for name, tensor in state.items()}
+        with staged_directory(Path(directory)) as staged:
+            save_model(model, staged, state)
+            AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(staged)
+
+
+def save_model(model: Any, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """As transformers saves it, with generation settings as they came: some published checkpoints'
+    contradict themselves (a temperature, and no sampling), and transformers refuses to write those.
+    """
+    came = model.generation_config
+    if came is None:
         model.save_pretrained(directory, state_dict=state)
-        AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(directory)
+        return
+    model.generation_config = type(came)()
+    try:
+        model.save_pretrained(directory, state_dict=state)
+    finally:
+        model.generation_config = came
+    came.to_json_file(directory / "generation_config.json", keys_to_pop=["compile_config"])
 
 
 def save_adapter(adapted: Any, directory: str) -> None:
@@ -74,7 +92,9 @@ def policy_state(model: Any) -> dict[str, Tensor]:
         with whole([tensor, *_adapter_weights(layer)]), torch.no_grad():
             if dist.get_rank() == 0:
                 value = tensor
-                if layer is not None:  # an adapter is in fp32, whatever it adapts
+                if layer is not None:
+                    # In bf16 what an adapter changes by less than a rounding is lost here; the
+                    # learner's own forward pass adds it to the output instead.
                     value = (tensor + layer.get_delta_weight(ADAPTER)).to(tensor.dtype)
                 # What was gathered is gone after this block.
                 value = value.detach().to("cpu", copy=is_divided(tensor))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from posttrain.errors import ModelError, SettingsError
 from posttrain.losses.logprobs import token_logprobs
 from posttrain.workers.gather import whole
+from posttrain.workers.head_check import check_head, refuse_head_bias
 from posttrain.workers.learner_config import common_config
 from posttrain.workers.settings import LearnerSettings, LoraSettings
 
@@ -26,10 +27,14 @@ class PackedPolicy(nn.Module):
 
     They are part of the wrapped module, so that what DeepSpeed hooks onto it (ZeRO-3 fetches
     weights module by module) knows when the head's weight is needed, in the backward pass too.
+
+    Raises:
+        ModelError: the head has a bias.
     """
 
     def __init__(self, model: Any, chunk_tokens: int) -> None:
         super().__init__()
+        refuse_head_bias(model)
         # Under these names DeepSpeed's presets for architectures look for layers and settings.
         self.model = model.base_model
         self.config = model.config
@@ -97,12 +102,12 @@ class _Head(nn.Module):
 
 
 def load_model(model_path: str, settings: LearnerSettings, **loading: Any) -> Any:
-    """The model in `settings.dtype`, in training mode and without dropout. Under ZeRO-3 all ranks
+    """The model in `settings.dtype`, in training mode and without noise. Under ZeRO-3 all ranks
     load it at once and each keeps its part only. `loading` goes to `from_pretrained` unchanged.
 
     Raises:
-        ModelError: transformers cannot load it, weights are missing, or its tokenizer knows tokens
-            that the model has no embedding for.
+        ModelError: transformers cannot load it, weights are missing, its tokenizer knows tokens
+            that the model has no embedding for, or its logits are not what its head gives.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -131,7 +136,8 @@ def load_model(model_path: str, settings: LearnerSettings, **loading: Any) -> An
         recompute_buffers(model)
     find_backbone(model)
     model.train()
-    _switch_off_dropout(model)
+    _switch_off_noise(model)
+    check_head(model_path, model)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -193,13 +199,24 @@ def recompute_buffers(model: Any) -> None:
             setattr(model.get_submodule(name), leaf, getattr(module, leaf))
 
 
-def _switch_off_dropout(model: Any) -> None:
-    """The engine samples without dropout: with it, the ratio would measure noise."""
+NO_NOISE: Mapping[str, float | None] = {
+    "attention_dropout": 0.0,
+    "jitter_noise": 0.0,
+    "input_jitter_noise": 0.0,
+    "moe_jitter_eps": None,
+}
+"""How transformers' modules call what they add in training alone, and what switches it off. What
+is called `router_jitter_noise` in PhiMoE is a threshold that evaluation goes by, too."""
+
+
+def _switch_off_noise(model: Any) -> None:
+    """The engine samples without: with dropout or jitter, the ratio would measure noise."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name, off in NO_NOISE.items():
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, off)
 
 
 def add_adapter(model: Any, settings: LoraSettings) -> Any:

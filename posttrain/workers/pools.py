@@ -28,6 +28,7 @@ from posttrain.workers.settings import (
 from posttrain.workers.transport import PublishedWeights, this_node
 from posttrain.workers.weights import (
     clear_scratch,
+    loadable,
     read_checkpoint,
     scratch_directory,
     write_weights,
@@ -67,6 +68,8 @@ class Pools:
         self._versions = 0
         self._run_id = run_id
         self.scratch = scratch_directory(run_id)
+        self.learner_scratch = self.scratch / "learner"
+        """Of what learners publish, on whatever node; the next to start there clears it first."""
 
     def __enter__(self) -> Self:
         """SettingsError if the cluster could never hold `demands`, what is in use at once."""
@@ -118,7 +121,8 @@ class Pools:
             self._versions += 1
             version = PolicyVersion(0, self._versions)
             directory = self.scratch / str(version)
-            write_weights(read_checkpoint(Path(model)), directory)
+            state = loadable(read_checkpoint(Path(model)), self._generators.dtype)
+            write_weights(state, directory)
             weights = await PublishedWeights.staged(directory, version, this_node())
             await self._generators.update_weights(weights)
         self._served = model
@@ -156,6 +160,7 @@ class Pools:
             checkpoint=checkpoint,
             resources=self._learner,
             deadline_s=self._deadline_s,
+            scratch=self.learner_scratch,
         )
 
     async def _start_engines(

@@ -16,6 +16,8 @@ from posttrain.workers.fingerprint import Fingerprint, fingerprint
 SHARED_MEMORY = Path("/dev/shm")
 WEIGHTS = "model.safetensors"
 FINGERPRINT = "fingerprint.json"
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embeddings")
+"""How architectures call the module whose weight a tied head shares."""
 
 
 def with_lm_head(
@@ -51,15 +53,44 @@ def read_fingerprint(directory: Path) -> Fingerprint:
 
 
 def read_checkpoint(directory: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a Hugging Face checkpoint directory, named as an engine wants them."""
+    """The tensors of a Hugging Face checkpoint directory, named as an engine wants them.
+
+    ModelError if there are none, or the embedding that is also the head is not found among them.
+    """
     state: dict[str, torch.Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
         state |= load_file(file)
     if not state:
         raise ModelError(f"{directory} holds no safetensors")
-    config = json.loads((directory / "config.json").read_text())
-    tied = bool(config.get("tie_word_embeddings")) and "lm_head.weight" not in state
-    return with_lm_head(state, tied=tied)
+    if "lm_head.weight" in state or not _ties_its_head(directory):
+        return state
+    return with_lm_head(state, tied=True, embedding=_embedding_of(state, directory))
+
+
+def _ties_its_head(directory: Path) -> bool:
+    """Many a config.json leaves out what is its architecture's default."""
+    from transformers import AutoConfig
+
+    return bool(getattr(AutoConfig.from_pretrained(directory), "tie_word_embeddings", False))
+
+
+def _embedding_of(state: Mapping[str, torch.Tensor], directory: Path) -> str:
+    found = [name for name in state if name.split(".")[-2:] in [[e, "weight"] for e in EMBEDDINGS]]
+    if not found:
+        raise ModelError(
+            f"{directory / 'config.json'} ties the head to the embedding, and none of the tensors "
+            f"beside it, such as {min(state)}, is called as embeddings are "
+            f"({', '.join(EMBEDDINGS)}): save the checkpoint with its head, as lm_head.weight"
+        )
+    return min(found, key=len)  # layers that predict further tokens may have another one
+
+
+def loadable(state: Mapping[str, torch.Tensor], engine: str) -> dict[str, torch.Tensor]:
+    """`state` for an engine that computes in the data type `engine`, whatever it was saved in: 16
+    bits that are not the engine's own become fp32. That is exact, and the engine rounds fp32 as it
+    does with a checkpoint that it starts from."""
+    other = {torch.bfloat16, torch.float16} - {getattr(torch, engine)}
+    return {name: t.float() if t.dtype in other else t for name, t in state.items()}
 
 
 def remove_weights(directory: Path) -> None:
@@ -73,7 +104,11 @@ def scratch_directory(run_id: str) -> Path:
 
 def clear_scratch(run_id: str) -> bool:
     """Removes what a killed driver of the same run left in shared memory; True if there was any."""
-    directory = scratch_directory(run_id)
+    return clear_leftovers(scratch_directory(run_id))
+
+
+def clear_leftovers(directory: Path) -> bool:
+    """Removes published weights that nobody will fetch any more; True if there were any."""
     if not directory.exists():
         return False
     shutil.rmtree(directory)
