@@ -320,10 +320,10 @@ def _hand_over(run_dir: RunDir, settings: Settings, inputs: Inputs) -> None:
 
 def _adapters(run_dir: RunDir, settings: Settings, inputs: Inputs) -> tuple[Path, list[Path]]:
     """The policy that the last unbroken row of stages began with, and the adapters that they left
-    on it, in order."""
+    on it, in order. A critic of screening's own is nobody else's policy."""
     base, adapters = inputs.model, list[Path]()
     for name in settings.stages:
-        if name in inputs.stage_models:
+        if name in inputs.stage_models and name != "screen":
             base, adapters = inputs.stage_models[name], []
         adapter = run_dir.stage_dir(name) / "adapter"
         if adapter.is_dir():

@@ -19,7 +19,7 @@ from posttrain.errors import Interrupted, RunDirError, SettingsError, StageError
 from posttrain.evaluation import PromptResult
 from posttrain.inputs import load_inputs
 from posttrain.metrics import read_metrics
-from posttrain.run_dir import RunDir
+from posttrain.run_dir import RunDir, staged_directory
 
 
 class Pools:
@@ -48,6 +48,8 @@ class Bench:
         self.calls: list[tuple[str, str]] = []
         self.extras: dict[str, Any] = {}
         self.failures: dict[str, BaseException] = {}
+        self.adapters = False
+        self.stacks: list[tuple[list[str], Path, str]] = []
 
     def run(self, *overrides: str, fresh: bool = False) -> pipeline.RunResult:
         """The calls are those of this run only. A policy is named after all that made it."""
@@ -64,7 +66,15 @@ class Bench:
         policy = context.policy_of(name)
         shutil.copytree(model, policy)
         (policy / "history.txt").write_text(f"{made_by} {name}".strip())
+        if self.adapters:
+            context.adapter_of(name).mkdir()
+            (context.adapter_of(name) / "weights").write_text(name)
         return {"stage": name}
+
+    def stack(self, adapters: list[Path], base: Path, named: str, target: Path) -> None:
+        self.stacks.append(([path.parent.name for path in adapters], base, named))
+        with staged_directory(target) as staged:
+            (staged / "weights").write_text(" ".join(a.parent.name for a in adapters))
 
     def history(self, model: Path) -> str:
         file = model / "history.txt"
@@ -117,6 +127,7 @@ def bench(tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(pipeline, "_pools", lambda *_: Pools())
     monkeypatch.setattr(pipeline, "measure_policy", measure)
+    monkeypatch.setattr(pipeline, "stack_adapters", bench.stack)
     monkeypatch.setattr(pipeline, "summarise", lambda results, k: SUMMARY | {"k": k})
     monkeypatch.setattr(Pools, "refusal", None)
     monkeypatch.setattr(Pools, "starts", 0)
@@ -259,6 +270,19 @@ def test_a_critic_of_its_own_judges_and_is_not_trained(bench: Bench, tiny_policy
     assert ("screen", "critic") in bench.calls
     assert ("rl", "") in bench.calls
     assert bench.extras["rl"] == "critic critic"
+
+
+@pytest.mark.parametrize("stage", ["screen", "sft"])
+def test_adapters_are_stacked_on_what_the_stages_that_trained_began_with(
+    bench: Bench, tiny_policy: Path, stage: str
+) -> None:
+    other = Path(shutil.copytree(tiny_policy, bench.path / "other"))
+    bench.adapters = True
+    bench.run("stages=[sft, screen, rl]", f"{stage}.model={other}")
+    adapters, base, named = bench.stacks[-1]
+    assert adapters == ["sft", "rl"]
+    assert base == (tiny_policy if stage == "screen" else other)  # a critic is nobody's base
+    assert named == str(base)
 
 
 @pytest.mark.parametrize("error", [Interrupted("stopped"), StageError("no"), KeyError("bug")])
