@@ -13,12 +13,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from posttrain.stage_order import STAGES
+from posttrain.stage_order import STAGES, START
 
 Table = dict[str, Any]
-
-START = "start"
-"""The evaluation of the policy that comes in, recorded like a stage."""
 
 ELSEWHERE = (
     *("stages", "run.dir", "run.work_dir", "log.", "eval.", "tasks.", "policy.model", "resources."),

@@ -19,7 +19,6 @@ from posttrain.atomic import staged_directory, write_atomically
 from posttrain.cards import write_policy_card
 from posttrain.config import Settings
 from posttrain.data.instructions import InstructionMix
-from posttrain.dependencies import START
 from posttrain.errors import Interrupted, PosttrainError, StageError
 from posttrain.evaluation import PromptResult, evaluate, summarise
 from posttrain.inputs import STARTER_POLICY, Inputs
@@ -34,6 +33,7 @@ from posttrain.remote_run import RemoteCopy, run_place
 from posttrain.rerun import Kind, Plan
 from posttrain.roles import demands
 from posttrain.run_dir import RunDir, hash_path
+from posttrain.stage_order import START
 from posttrain.stages.context import StageContext
 from posttrain.stages.held_out import measure_policy
 from posttrain.workers.adapters import is_adapter, stack_adapters

@@ -36,6 +36,7 @@ from posttrain.atomic import PARTIAL, recover, staged_directory, write_atomicall
 from posttrain.errors import ModelError, RunDirError
 from posttrain.lease import Lease
 from posttrain.metrics import to_json
+from posttrain.stage_order import START
 
 __all__ = ["Lease", "RunDir", "StageRecord", "fingerprint_directory", "staged_directory"]
 
@@ -63,6 +64,18 @@ class StageRecord:
     metrics: Mapping[str, Any]
     seconds: float | None
     evaluated_on: Mapping[str, Any] | None
+
+
+def still_asked_for(
+    begun: Mapping[str, StageRecord], settings: Mapping[str, Any]
+) -> dict[str, StageRecord]:
+    """Of the manifest's stages those that `settings` (of config.yaml) name, in their order: what
+    was left out since has no part in the result, and what was done again was begun last. All of
+    them where the settings do not say."""
+    asked = settings.get("stages")
+    if not isinstance(asked, list) or not all(isinstance(name, str) for name in asked):
+        return dict(begun)
+    return {name: begun[name] for name in (START, *asked) if name in begun}
 
 
 class RunDir:

@@ -10,12 +10,13 @@ from typing import Any
 
 import polars as pl
 import pytest
-from inspect_runs import SETTINGS, write_known_run
+from inspect_runs import SETTINGS, write_evaluation, write_known_run
 
 from posttrain.data.prompts import content_hash
 from posttrain.errors import DataError, PosttrainError, RunDirError
 from posttrain.inspect import Run, describe, load_run, load_runs, stacked
 from posttrain.inspect.columns import FRAMES
+from posttrain.inspect.findings import gained
 from posttrain.ledger import Ledger
 from posttrain.pair_table import write_pairs
 from posttrain.prompt_table import write_prompts
@@ -133,6 +134,34 @@ def test_accuracy_after_stages_and_during_rl_with_seconds_of_work(run: Run) -> N
         ("dpo", "running", None, None),
     ]
     assert json.loads(run.stages["metrics"][1]) == {"samples": 32}
+
+
+def test_stages_that_the_settings_no_longer_name_are_no_part_of_the_result(
+    fresh: RunDir,
+) -> None:
+    manifest = json.loads(fresh.manifest_path.read_text())
+    stages = manifest["stages"]
+    again = {name: stages[name] for name in ("start", "rl", "screen")}  # screening was done again
+    left_out = {"sft": stages["rl"] | {"seconds": 100.0}}
+    fresh.manifest_path.write_text(json.dumps(manifest | {"stages": left_out | again}))
+    write_evaluation(fresh, "sft", {"h1": 4})
+    with fresh.metrics_path.open("a") as file:
+        event = {"stage": "sft", "event": "evaluation", "step": 5, "all": {}, "domains": {}}
+        event["all"] = {"pass@1": {"mean": 0.9, "low": 0.8, "high": 1.0}}
+        file.write(json.dumps(event) + "\n")
+    run = load_run(fresh.path)
+    assert column(run.stages, "stage") == ["start", "screen", "rl"]
+    of_all = run.accuracy.filter(pl.col("domain") == "all")
+    assert column(of_all, "stage", "elapsed_s") == [("start", 10.0), ("rl", 35.0), ("rl", 17.0)]
+    assert run.evals["stage"].unique(maintain_order=True).to_list() == ["start", "rl"]
+    finding = gained(run)
+    assert finding is not None
+    assert finding.answer == "Held-out pass@1: start .25 → rl .50."
+
+    fresh.config_path.write_text("format: other\n")  # nothing says what was left out
+    run = load_run(fresh.path, on_error="collect")
+    assert column(run.stages, "stage") == ["sft", "start", "rl", "screen"]
+    assert "sft" in set(run.evals["stage"]) & set(run.accuracy["stage"])
 
 
 def test_evaluations_prompt_by_prompt_in_the_order_of_stages(run: Run) -> None:

@@ -13,7 +13,12 @@ import yaml
 
 from posttrain.atomic import recover, write_atomically
 from posttrain.errors import ModelError, RunDirError
-from posttrain.run_dir import RunDir, fingerprint_directory, staged_directory
+from posttrain.run_dir import (
+    RunDir,
+    fingerprint_directory,
+    staged_directory,
+    still_asked_for,
+)
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {
@@ -206,6 +211,14 @@ class TestManifest:
         states = {"screen": "done", "sft": "done", "rl": "done", "dpo": "running"}
         manifest = json.loads(run.manifest_path.read_text())
         assert [(n, s["state"]) for n, s in manifest["stages"].items()] == list(states.items())
+
+    def test_of_what_was_begun_the_settings_name_what_counts_and_its_order(self, run):
+        for name in ("start", "sft", "dpo", "screen", "rl"):  # rl was done again
+            run.begin_stage(name, F1)
+        asked = {"stages": ["screen", "sft", "rl", "later"]}
+        assert list(still_asked_for(run.stages(), asked)) == ["start", "screen", "sft", "rl"]
+        for odd in ({}, {"stages": None}, {"stages": [["rl"]]}):
+            assert still_asked_for(run.stages(), odd) == run.stages()
 
     @pytest.mark.parametrize(
         ("harm", "what"),

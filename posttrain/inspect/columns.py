@@ -192,7 +192,7 @@ PAIRS = Frame(
 )
 
 STAGES = Frame(
-    row="a stage that was begun, in order",
+    row="a stage that was begun and that the settings name, in their order",
     columns={
         "stage": (pl.String, "start: evaluation of the policy that came in"),
         "state": (pl.String, "running or done"),

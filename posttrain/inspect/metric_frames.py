@@ -90,7 +90,7 @@ def accuracy_frame(
     """`accuracy`: at the end of each stage, and during RL where it was evaluated.
 
     `elapsed_s` counts the seconds of finished stages; a stage that failed and was done again
-    counts once.
+    counts once. A stage that is not among `stages` counts not at all, unless none is known.
     """
     rows: list[dict[str, Any]] = []
     began: dict[str, float] = {}
@@ -105,7 +105,7 @@ def accuracy_frame(
         for stage, step, seconds in steps.select("stage", "step", "elapsed_s").iter_rows()
     }
     for event in records:
-        if event.get("event") == "evaluation":
+        if event.get("event") == "evaluation" and (not stages or event["stage"] in stages):
             at = (event["stage"], event["step"])
             seconds = loop_s.get(at)
             since = None if seconds is None else began.get(at[0], 0.0) + seconds
