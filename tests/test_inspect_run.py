@@ -10,18 +10,19 @@ from typing import Any
 
 import polars as pl
 import pytest
-from inspect_runs import SETTINGS, write_evaluation, write_known_run
+from inspect_runs import SETTINGS, decide, verdict, write_evaluation, write_known_run
 
 from posttrain.data.prompts import content_hash
 from posttrain.errors import DataError, PosttrainError, RunDirError
 from posttrain.inspect import Run, describe, load_run, load_runs, stacked
 from posttrain.inspect.columns import FRAMES
+from posttrain.inspect.difficulty import screened
 from posttrain.inspect.findings import gained
 from posttrain.ledger import Ledger
 from posttrain.pair_table import write_pairs
 from posttrain.prompt_table import write_prompts
 from posttrain.run_dir import RunDir
-from posttrain.types import Message, PreferencePair, Prompt
+from posttrain.types import Action, Label, Message, PreferencePair, Prompt
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,20 @@ def test_prompts_and_what_became_of_them(run: Run) -> None:
     ]
     assert run.prompts["text"][0] == "user: What is a1?"
     assert json.loads(run.prompts["reference"][0]) == "A1"
+
+
+def test_a_screening_that_was_done_again_counts_as_the_curriculum_read_it(fresh: RunDir) -> None:
+    with Ledger(fresh.ledger_path) as ledger:
+        again = verdict("a2", 1, 8, Label.HARD)
+        ledger.record_decisions("sft", [decide(again, Action.KEEP, "drop_easiest", "kept")])
+        only_rl = verdict("h1", 4, 4, Label.EASY, critic="rl:2.2")
+        ledger.record_verdicts([verdict("a2", 7, 8, Label.EASY, critic="rl:2.2"), only_rl])
+    run = load_run(fresh.path)
+    rates = dict(column(run.prompts, "prompt_id", "screened_rate"))
+    assert (rates["a2"], rates["h1"], rates["a1"]) == (0.125, None, 1.0)
+    assert dict(column(run.prompts, "prompt_id", "label"))["a2"] == "easy"
+    judged = column(screened(run.verdicts), "prompt_id", "pass_rate", "action")
+    assert sorted(judged)[:2] == [("a1", 1.0, "drop"), ("a2", 0.125, "keep")]
 
 
 def test_steps_that_a_resumed_attempt_did_again_count_once(run: Run) -> None:

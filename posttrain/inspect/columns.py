@@ -43,7 +43,7 @@ PROMPTS = Frame(
         "in_train": (pl.Boolean, "RL draws from it"),
         "in_held_out": (pl.Boolean, "evaluation only"),
         "in_sft": (pl.Boolean, "has a row in the SFT set"),
-        "screened_rate": (pl.Float64, "share of right answers in its first verdict"),
+        "screened_rate": (pl.Float64, "share of right answers in its last verdict before RL"),
         "label": (pl.String, "of its last verdict: easy, medium, hard, unsolved"),
         "num_draws": (pl.Int64, "draws that RL opened for it"),
         "num_trained": (pl.Int64, "of those, how many were trained on"),

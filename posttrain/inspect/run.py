@@ -221,7 +221,8 @@ def _prompts(
         how="diagonal",
     ).unique("prompt_id", keep="first", maintain_order=True)
     judged = verdicts.group_by("prompt_id").agg(
-        pl.col("pass_rate").first().alias("screened_rate"), pl.col("label").last()
+        pl.col("pass_rate").filter(pl.col("step").is_null()).last().alias("screened_rate"),
+        pl.col("label").last(),
     )
     joined = seen.join(judged, on="prompt_id", how="left", maintain_order="left")
     return add_fates(joined, draws, verdicts).select(PROMPTS.names)
