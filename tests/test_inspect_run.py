@@ -18,6 +18,7 @@ from posttrain.inspect import Run, describe, load_run, load_runs, stacked
 from posttrain.inspect.columns import FRAMES
 from posttrain.inspect.difficulty import screened
 from posttrain.inspect.findings import gained
+from posttrain.inspect.metric_frames import surviving
 from posttrain.ledger import Ledger
 from posttrain.pair_table import write_pairs
 from posttrain.prompt_table import write_prompts
@@ -133,6 +134,35 @@ def test_what_an_abandoned_attempt_recorded_beyond_its_checkpoint_is_left_out(
             file.write(json.dumps({"stage": "rl", "step": step, "attempt": attempt}) + "\n")
         file.write(json.dumps({"stage": "rl", "event": "evaluation", "step": 9}) + "\n")
     assert column(load_run(fresh.path).steps, "step", "attempt") == [(1, 1), (2, 2), (3, 3)]
+
+
+def test_what_re_screening_decided_beyond_a_checkpoint_is_left_out(fresh: RunDir) -> None:
+    with Ledger(fresh.ledger_path) as ledger:
+        ledger.open_attempt("rl", 1)
+    run = load_run(fresh.path)
+    assert column(run.verdicts, "critic") == ["c0"] * 4
+    assert dict(column(run.prompts, "prompt_id", "fate"))["a1"] == "never drawn"
+
+
+@pytest.mark.parametrize(
+    ("before", "held"),
+    [
+        ("s1 r1 s2 s3", "s1 r1 s2"),
+        ("s1 s2 r1 r2 s3", "s1 s2"),  # beside training: the checkpoint was taken with s2
+        ("s1 r2 s2 s3 r3", "s1 r2 s2"),  # in lock-step: before it
+        ("s1 r1 s2 r2", "s1 r1 s2"),  # and ended there
+        ("s1 s2 e2 s3", "s1 s2 e2"),  # the policy of step 2 is on the lineage
+    ],
+)
+def test_a_re_screening_counts_where_the_checkpoint_holds_it(before: str, held: str) -> None:
+    events = {"r": {"event": "rescreen"}, "e": {"event": "evaluation"}, "s": {"attempt": 1}}
+    told = {
+        name: {"stage": "rl", "step": int(name[1])} | events[name[0]] for name in before.split()
+    }
+    resumed = {"stage": "rl", "step": 3, "attempt": 2}
+    other = {"stage": "sft", "event": "rescreen", "step": 9}
+    found = surviving([other, *told.values(), resumed])
+    assert found == [other, *(told[name] for name in held.split()), resumed]
 
 
 def test_accuracy_after_stages_and_during_rl_with_seconds_of_work(run: Run) -> None:

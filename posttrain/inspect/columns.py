@@ -56,7 +56,8 @@ PROMPTS = Frame(
 )
 
 VERDICTS = Frame(
-    row="a judge's verdict about a prompt, oldest first, and what was decided on it",
+    row="a judge's verdict on the surviving lineage about a prompt, oldest first, and what was"
+    " decided on it",
     columns={
         "seq": (pl.Int64, "number among all events of the run"),
         "at": (TIME, "when it was recorded"),
