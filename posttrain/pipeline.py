@@ -232,13 +232,15 @@ class _Runner:
             return
         began = time.perf_counter()
         results = await measure_policy(context, self._model, name)
+        summary = summarise(results, context.settings.eval.k)
         target.parent.mkdir(exist_ok=True)
+        context.run.forget_evaluation(name, target)
         write_atomically(target, json.dumps([asdict(result) for result in results]))
         context.run.record_evaluation(
             name,
             wanted,
             artifact=target,
-            summary=summarise(results, context.settings.eval.k),
+            summary=summary,
             seconds=time.perf_counter() - began,
         )
 

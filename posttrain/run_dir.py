@@ -207,6 +207,19 @@ class RunDir:
         )
         self._write_manifest(stages)
 
+    def forget_evaluation(self, name: str, artifact: Path) -> None:
+        """Comes before `artifact` is replaced: a driver that is killed before it records the new
+        one leaves no hash that the file does not have."""
+        stages = self.stages()
+        record, gone = stages[name], self.name_of(artifact)
+        stages[name] = replace(
+            record,
+            artifacts={path: found for path, found in record.artifacts.items() if path != gone},
+            metrics={key: value for key, value in record.metrics.items() if key != "evaluation"},
+            evaluated_on=None,
+        )
+        self._write_manifest(stages)
+
     def record_evaluation(
         self,
         name: str,

@@ -329,6 +329,29 @@ def test_an_evaluation_that_was_cut_short_is_all_that_is_repeated(
     assert bench.calls == ALL[5:]
 
 
+def test_a_kill_between_an_evaluation_and_its_record_is_no_change_of_the_file(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def measure(context: Any, model: Path, label: str) -> list[PromptResult]:
+        bench.calls.append((f"evaluate {label}", bench.history(model)))
+        counts: dict[str, Any] = {"n": max(context.settings.eval.k), "correct": 1, "tokens": 1}
+        about: dict[str, Any] = {"outcomes": {}, "instructions": {}, "greedy_correct": True}
+        return [PromptResult(prompt_id="p", domain="d", **counts, **about)]
+
+    def killed(*_: object, **__: object) -> None:
+        raise Interrupted("killed")
+
+    monkeypatch.setattr(pipeline, "measure_policy", measure)
+    bench.run()
+    with monkeypatch.context() as patched:
+        patched.setattr(RunDir, "record_evaluation", killed)
+        with pytest.raises(Interrupted):
+            bench.run("eval.k=[1,2]")
+    result = bench.run("eval.k=[1,2]")
+    assert [name for name, _ in bench.calls] == [n for n, _ in ALL if n.startswith("evaluate")]
+    assert {tuple(e["k"]) for e in result.evaluations.values()} == {(1, 2)}
+
+
 def test_a_run_at_a_url_goes_on_from_another_machine(bench: Bench) -> None:
     url = f"run.dir=file://{bench.path}/bucket/run"
     bench.failures["dpo"] = Interrupted("stopped")

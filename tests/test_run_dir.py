@@ -265,6 +265,21 @@ class TestManifest:
         assert record.seconds == 2.0 + 3.0 + 5.5
         assert run.evaluation_done("sft", {"eval.k": 1}) is False
 
+    def test_an_evaluation_is_forgotten_before_its_file_is_replaced(self, run):
+        run.begin_stage("sft", F1)
+        policy, results = run.path / "policy.txt", run.path / "evals.json"
+        for file in (policy, results):
+            file.write_text("old")
+        run.finish_stage("sft", [policy], {"rows": 3}, 2.0)
+        table = {"eval.k": 1}
+        run.record_evaluation("sft", table, artifact=results, summary={"all": 1}, seconds=1.0)
+        run.forget_evaluation("sft", results)
+        results.write_text("new, and its driver was killed")
+        assert run.stage_done("sft", F1)
+        assert run.evaluation_done("sft", table) is False
+        record = run.stages()["sft"]
+        assert (list(record.artifacts), record.metrics) == (["policy.txt"], {"rows": 3})
+
     def test_what_is_set_aside_makes_room_and_keeps_its_numbers(self, run):
         assert run.set_aside("rl") is None
         for number in (1, 2):
