@@ -75,6 +75,7 @@ def run(settings: Settings, inputs: Inputs, *, fresh: bool) -> RunResult:
         else:
             with _pools(run_dir.path, settings) as pools:
                 _run_stages(run_dir, settings, inputs, plan, pools, copy)
+        if not _has_report(run_dir):
             _report(run_dir)
         _hand_over(run_dir, settings, inputs)
         if copy is not None:
@@ -122,6 +123,16 @@ def _run_stages(
     finally:
         ledger.close()
         metrics.close()
+
+
+def _has_report(run_dir: RunDir) -> bool:
+    """Whether there is one of what the run has come to: a driver may have been killed before it
+    wrote it."""
+    if not run_dir.report_path.exists():
+        return False
+    written = run_dir.report_path.stat().st_mtime_ns
+    rests_on = (run_dir.config_path, run_dir.manifest_path)
+    return all(path.stat().st_mtime_ns <= written for path in rests_on)
 
 
 def _report(run_dir: RunDir) -> None:

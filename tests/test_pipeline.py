@@ -18,6 +18,7 @@ from posttrain.config import load
 from posttrain.errors import Interrupted, RunDirError, SettingsError, StageError
 from posttrain.evaluation import PromptResult
 from posttrain.inputs import load_inputs
+from posttrain.inspect import Run
 from posttrain.metrics import read_metrics
 from posttrain.run_dir import RunDir, staged_directory
 
@@ -350,6 +351,37 @@ def test_a_kill_between_an_evaluation_and_its_record_is_no_change_of_the_file(
     result = bench.run("eval.k=[1,2]")
     assert [name for name, _ in bench.calls] == [n for n, _ in ALL if n.startswith("evaluate")]
     assert {tuple(e["k"]) for e in result.evaluations.values()} == {(1, 2)}
+
+
+def test_a_report_that_a_kill_prevented_is_written_by_the_next_start(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[list[str]] = []
+
+    def write(run: Run, path: Path) -> None:
+        told.append(run.stages["stage"].to_list())
+        path.write_text("report")
+
+    def killed(*_: object) -> None:
+        raise Interrupted("killed")
+
+    def run_and_be_killed(*overrides: str) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(pipeline, "_report", killed)
+            with pytest.raises(Interrupted):
+                bench.run(*overrides)
+
+    monkeypatch.setattr(pipeline, "write_report", write)
+    run_and_be_killed("stages=[sft]")
+    bench.run("stages=[sft]")
+    assert (bench.calls, told) == ([], [["start", "sft"]])
+    bench.run("stages=[sft]")
+    assert len(told) == 1  # it is there
+    run_and_be_killed("stages=[sft, rl]")
+    bench.run("stages=[sft, rl]")
+    assert (bench.calls, told[1:]) == ([], [["start", "sft", "rl"]])
+    bench.run("stages=[sft]")
+    assert (bench.calls, told[2:]) == ([], [["start", "sft"]])
 
 
 def test_a_run_at_a_url_goes_on_from_another_machine(bench: Bench) -> None:
