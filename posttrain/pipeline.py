@@ -32,7 +32,7 @@ from posttrain.prompt_table import write_prompts
 from posttrain.remote_run import RemoteCopy, run_place
 from posttrain.rerun import Kind, Plan
 from posttrain.roles import demands
-from posttrain.run_dir import RunDir, hash_path
+from posttrain.run_dir import CARD_NAME, RunDir, hash_path
 from posttrain.stage_order import START
 from posttrain.stages.context import StageContext
 from posttrain.stages.held_out import measure_policy
@@ -311,7 +311,8 @@ def _pools(owner: Path, settings: Settings) -> Pools:
 
 
 def _hand_over(run_dir: RunDir, settings: Settings, inputs: Inputs) -> None:
-    """The policy of the last stage that trained becomes the run's, or the adapters of all."""
+    """The policy of the last stage that trained becomes the run's, or the adapters of all; with its
+    card."""
     trained = [name for name in settings.stages if name != "screen"]
     base, adapters = _adapters(run_dir, settings, inputs)
     # What began with an adapter has a base that lies in a cache: it would not be found elsewhere.
@@ -323,12 +324,19 @@ def _hand_over(run_dir: RunDir, settings: Settings, inputs: Inputs) -> None:
         from_hub = base == inputs.model and not Path(settings.policy.model).exists()
         named = settings.policy.model if from_hub and base != STARTER_POLICY else str(base)
         stack_adapters(adapters, base, named, run_dir.policy_dir)
+    else:
+        last = run_dir.stage_dir(trained[-1]) / "policy" if trained else inputs.model
+        _copy_policy(last, run_dir.policy_dir)
+    # After a stage a card goes beside what is there by then, which this may have replaced.
+    if trained and not (run_dir.policy_dir / CARD_NAME).exists():
+        write_policy_card(run_dir, trained[-1])
+
+
+def _copy_policy(source: Path, target: Path) -> None:
+    if target.exists() and hash_path(target) == hash_path(source):
         return
-    last = run_dir.stage_dir(trained[-1]) / "policy" if trained else inputs.model
-    if run_dir.policy_dir.exists() and hash_path(run_dir.policy_dir) == hash_path(last):
-        return
-    with staged_directory(run_dir.policy_dir) as staged:
-        shutil.copytree(last, staged, dirs_exist_ok=True)
+    with staged_directory(target) as staged:
+        shutil.copytree(source, staged, dirs_exist_ok=True)
 
 
 def _adapters(run_dir: RunDir, settings: Settings, inputs: Inputs) -> tuple[Path, list[Path]]:

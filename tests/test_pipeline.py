@@ -286,6 +286,24 @@ def test_adapters_are_stacked_on_what_the_stages_that_trained_began_with(
     assert named == str(base)
 
 
+@pytest.mark.parametrize("adapters", [False, True])
+def test_the_policy_that_a_run_leaves_has_the_card_of_its_last_stage(
+    bench: Bench, adapters: bool
+) -> None:
+    bench.adapters = adapters
+    bench.run("stages=[sft]")
+    policy = bench.run("stages=[sft, rl]").policy
+    card = (policy / "README.md").read_text()
+    assert card == (bench.run_dir / "rl" / "policy" / "README.md").read_text()
+    assert ", after sft → rl" in card
+    assert (policy / "weights").exists() is adapters
+
+    (policy / "README.md").write_text("edited")
+    if not adapters:  # the stand-in for what stacks adapters does it again each time
+        bench.run("stages=[sft, rl]")
+        assert (policy / "README.md").read_text() == "edited"
+
+
 @pytest.mark.parametrize("error", [Interrupted("stopped"), StageError("no"), KeyError("bug")])
 def test_an_interrupted_run_goes_on_where_it_was(bench: Bench, error: Exception) -> None:
     bench.failures["rl"] = error
