@@ -141,7 +141,8 @@ def rollouts_card(metrics: Mapping[str, Any], settings: Mapping[str, Any]) -> st
             f" temperature {settings['temperature']}, at most {settings['max_tokens']} tokens."
             " A row is one answer with its reward; `outcome` is what became of its group.",
             "",
-            f"Groups of the last attempt: {ends}.",
+            f"How draws ended: {ends}. Rows of an attempt beyond the checkpoint that a later one"
+            " resumed from are here too, and not counted.",
             "",
         ]
     )

@@ -109,4 +109,4 @@ def test_the_answers_of_rl_load_with_datasets() -> None:
     settings = {"group_size": 8, "temperature": 1.0, "max_tokens": 96}
     card = rollouts_card({"draws": {"trained": 720, "stale": 1}}, settings)
     assert header(card)["configs"][0]["data_files"] == "*.parquet"
-    assert "Groups of the last attempt: trained 720, stale 1." in card
+    assert "How draws ended: trained 720, stale 1." in card

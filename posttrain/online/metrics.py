@@ -111,15 +111,7 @@ def summarise_loop(
     seconds: float,
 ) -> LoopSummary:
     """From the draws that ended in this attempt, by (outcome, reason, domain)."""
-    draws: Counter[DrawOutcome] = Counter()
-    reasons: Counter[str] = Counter()
-    trained: Counter[str] = Counter()
-    for (outcome, reason, domain), count in ended.items():
-        draws[outcome] += count
-        if outcome is DrawOutcome.TRAINED:
-            trained[domain] += count
-        else:
-            reasons[reason] += count
+    draws, reasons, trained = ends(ended)
     return LoopSummary(
         version=version,
         num_steps=num_steps,
@@ -133,6 +125,22 @@ def summarise_loop(
         learning_seconds=totals.learning_seconds,
         teacher=totals.teacher,
     )
+
+
+def ends(
+    ended: Mapping[tuple[DrawOutcome, str, str], int],
+) -> tuple[Counter[DrawOutcome], Counter[str], Counter[str]]:
+    """Draws by outcome; untrained ones by reason; trained ones by domain."""
+    draws: Counter[DrawOutcome] = Counter()
+    reasons: Counter[str] = Counter()
+    trained: Counter[str] = Counter()
+    for (outcome, reason, domain), count in ended.items():
+        draws[outcome] += count
+        if outcome is DrawOutcome.TRAINED:
+            trained[domain] += count
+        else:
+            reasons[reason] += count
+    return draws, reasons, trained
 
 
 def answer_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
