@@ -5,7 +5,7 @@
     ledger.sqlite    draws, verdicts, decisions (posttrain.ledger)
     metrics.jsonl    one record per step (posttrain.metrics)
     prompts.parquet  every prompt of the run (posttrain.prompt_table)
-    rollouts/        groups as they were trained or rejected
+    rollouts/        groups as RL trained or rejected them
     sft/ rl/ dpo/    checkpoints of a stage; dpo/pairs.jsonl
     policy/          the result
     superseded/      what earlier settings left of a stage that was done again
@@ -70,8 +70,8 @@ def still_asked_for(
     begun: Mapping[str, StageRecord], settings: Mapping[str, Any]
 ) -> dict[str, StageRecord]:
     """Of the manifest's stages those that `settings` (of config.yaml) name, in their order: what
-    was left out since has no part in the result, and what was done again was begun last. All of
-    them where the settings do not say."""
+    was left out is no part of the result, what was done again was begun last. All of them where
+    the settings do not say."""
     asked = settings.get("stages")
     if not isinstance(asked, list) or not all(isinstance(name, str) for name in asked):
         return dict(begun)
@@ -248,6 +248,9 @@ class RunDir:
         it is now, or None if there was nothing."""
         directory = self.stage_dir(name)
         target = None
+        if name == "rl" and self.rollouts_dir.exists():  # DPO would mine them
+            directory.mkdir(exist_ok=True)
+            self.rollouts_dir.rename(directory / self.rollouts_dir.name)
         if directory.exists():
             self.superseded_dir.mkdir(exist_ok=True)
             numbers = [int(p.name.rpartition("-")[2]) for p in self.superseded_dir.iterdir()]

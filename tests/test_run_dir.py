@@ -292,6 +292,19 @@ class TestManifest:
             assert not run.stage_dir("rl").exists()
             assert run.stages() == {}
 
+    @pytest.mark.parametrize("begun", [False, True])
+    def test_what_rl_answered_is_set_aside_with_it(self, run, begun):
+        if begun:
+            run.stage_dir("rl").mkdir()
+        run.rollouts_dir.mkdir()
+        (run.rollouts_dir / "001-00000.parquet").write_text("old")
+        assert run.set_aside("dpo") is None
+        target = run.set_aside("rl")
+        assert target == run.path / "superseded" / "rl-1"
+        assert (target / "rollouts" / "001-00000.parquet").read_text() == "old"
+        assert not run.rollouts_dir.exists()
+        assert not run.stage_dir("rl").exists()
+
     def test_artifacts_lie_in_the_run(self, run, tmp_path):
         run.begin_stage("sft", F1)
         with pytest.raises(ValueError, match="not in the subpath"):
