@@ -107,6 +107,13 @@ class LedgerReader:
         )
         return Counter({(DrawOutcome(row[0]), row[1], row[2]): row[3] for row in rows})
 
+    def surviving_ends(self) -> set[tuple[str, int]]:
+        """(draw, attempt that it ended in) of those that have ended on the surviving lineage."""
+        rows = self._connection.execute(
+            "SELECT draw_id, attempt FROM outcomes WHERE void_by IS NULL"
+        )
+        return set(rows.fetchall())
+
     def close(self) -> None:
         self._connection.close()
 

@@ -154,6 +154,7 @@ class TestResume:
             (DrawOutcome.TRAINED, "", "maths"): 1,
             (DrawOutcome.STALE, "deadline", "maths"): 1,
         }
+        assert ledger.surviving_ends() == {("1-0", 1), ("1-1", 2), ("other", 3)}
 
     def test_leaves_other_stages_alone(self, path, ledger):
         draw(ledger, "a", ledger.open_attempt("rl", 0), at=3)

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ledger_entries import draw, end
 from online_fakes import make_group
 
 from posttrain.data.chat import ChatFormat
 from posttrain.data.instructions import InstructionMix
 from posttrain.data.pairs import MiningSettings
 from posttrain.data.prompts import make_prompt
+from posttrain.ledger import Ledger
 from posttrain.rollout_log import RolloutLog, newest_groups
 from posttrain.run_dir import RunDir
 from posttrain.stages.stored_pairs import stored_pairs
@@ -78,6 +80,7 @@ class Engine:
 def context(tmp_path: Path, tiny_policy: Path) -> Any:
     return SimpleNamespace(
         run=RunDir(tmp_path),
+        ledger=SimpleNamespace(surviving_ends=lambda: {(draw, 1) for draw in "abcd"}),
         chat=ChatFormat(str(tiny_policy)),
         train=PROMPTS[:3],
         instruction_mix=lambda salt: InstructionMix([], salt),
@@ -106,14 +109,36 @@ async def test_a_stored_pair_counts_where_both_answers_are_likely_now(context: A
     assert newest == []
 
 
+async def test_groups_of_steps_that_never_happened_teach_nothing(context: Any) -> None:
+    answers = ("#1", Outcome.CORRECT), ("#2", Outcome.WRONG)
+    with Ledger(context.run.ledger_path) as ledger:
+        for attempt in (1, 2):
+            assert ledger.open_attempt("rl", 0) == attempt  # the second begins again
+            log = RolloutLog(context.run.rollouts_dir, attempt)
+            draw(ledger, "a", attempt, at=0)
+            log.append(group(PROMPTS[attempt - 1], *answers, draw="a"), DrawOutcome.TRAINED)
+            end(ledger, "a", 1)
+            log.flush()
+        context.ledger = ledger
+        engine = Engine(context.chat.tokenizer.convert_tokens_to_ids("9"))
+        settings = MiningSettings(stored_groups=8, cases=["wrong"])
+        fresh = [group(PROMPTS[2], *answers, draw="new")]
+        pairs = await stored_pairs(context, engine, settings, fresh)
+    assert [pair.prompt for pair in pairs] == [PROMPTS[1]]
+
+
 def test_the_newest_groups_come_first(tmp_path: Path) -> None:
     for attempt in (1, 2):
         log = RolloutLog(tmp_path, attempt=attempt)
         for number in range(3):
             log.append(make_group("01", draw_id=f"d{attempt}-{number}"), DrawOutcome.TRAINED)
             log.flush()
-    found = newest_groups(tmp_path, 4)
+    everything = {(f"d{a}-{number}", a) for a in (1, 2) for number in range(3)}
+    found = newest_groups(tmp_path, 4, everything)
     assert [rows[0]["draw_id"] for rows in found] == ["d2-2", "d2-1", "d2-0", "d1-2"]
     assert [row["text"] for row in found[0]] == ["0", "1"]
-    assert len(newest_groups(tmp_path, 99)) == 6
-    assert newest_groups(tmp_path / "none", 1) == []
+    assert len(newest_groups(tmp_path, 99, everything)) == 6
+    assert newest_groups(tmp_path / "none", 1, everything) == []
+    void = {("d2-2", 2), ("d1-2", 1)}
+    found = newest_groups(tmp_path, 3, everything - void)
+    assert [rows[0]["draw_id"] for rows in found] == ["d2-1", "d2-0", "d1-1"]

@@ -39,7 +39,9 @@ async def stored_pairs(
 ) -> list[PreferencePair]:
     """`generators` serve the policy that DPO starts from, which has just written `fresh`."""
     prompts = {prompt.prompt_id: prompt for prompt in context.train}
-    stored = newest_groups(context.run.rollouts_dir, settings.stored_groups)
+    stored = newest_groups(
+        context.run.rollouts_dir, settings.stored_groups, context.ledger.surviving_ends()
+    )
     pairs = [
         pair
         for rows in stored
