@@ -17,6 +17,7 @@ from posttrain.data.prompts import make_prompt
 from posttrain.ledger import Ledger
 from posttrain.rollout_log import RolloutLog, newest_groups
 from posttrain.run_dir import RunDir
+from posttrain.stages import pair_mining
 from posttrain.stages.stored_pairs import stored_pairs
 from posttrain.types import (
     DrawOutcome,
@@ -107,6 +108,35 @@ async def test_a_stored_pair_counts_where_both_answers_are_likely_now(context: A
         context, engine, settings.model_copy(update={"stored_groups": 3}), fresh
     )
     assert newest == []
+
+
+async def test_a_prompt_has_its_pairs_once_however_often_it_was_answered(
+    context: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, wrong = Outcome.CORRECT, Outcome.WRONG
+    log = RolloutLog(context.run.rollouts_dir, attempt=1)
+    for name, answer in (("a", "#3"), ("b", "#4"), ("c", "#5")):
+        stored = group(PROMPTS[0], ("#1", right), (answer, wrong), draw=name)
+        log.append(stored, DrawOutcome.TRAINED)
+    log.append(group(PROMPTS[1], ("#2", right), ("#3", wrong), draw="d"), DrawOutcome.TRAINED)
+    log.flush()
+    engine = Engine(context.chat.tokenizer.convert_tokens_to_ids("9"))
+
+    async def serving(model: str) -> Engine:
+        return engine
+
+    async def sample(*_: Any) -> list[RolloutGroup]:
+        return [group(PROMPTS[0], ("#1", right), ("#2", wrong), draw="new")]
+
+    context.pools = SimpleNamespace(serving=serving)
+    monkeypatch.setattr(pair_mining, "_sample", sample)
+    settings = MiningSettings(stored_groups=8, cases=["wrong"], pairs_per_prompt=2)
+    pairs = await pair_mining.mine(context, Path("policy"), settings)
+    assert [(pair.prompt, pair.rejected) for pair in pairs] == [
+        (PROMPTS[0], "#2"),  # what it answers now comes first, then the newest
+        (PROMPTS[1], "#3"),
+        (PROMPTS[0], "#5"),
+    ]
 
 
 async def test_groups_of_steps_that_never_happened_teach_nothing(context: Any) -> None:
