@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from ledger_entries import draw, end
 from online_fakes import make_group
 
 from posttrain.data.chat import ChatFormat
-from posttrain.data.instructions import InstructionMix
+from posttrain.data.instructions import InstructionMix, InstructionSettings
 from posttrain.data.pairs import MiningSettings
 from posttrain.data.prompts import make_prompt
 from posttrain.ledger import Ledger
@@ -137,6 +138,29 @@ async def test_a_prompt_has_its_pairs_once_however_often_it_was_answered(
         (PROMPTS[1], "#3"),
         (PROMPTS[0], "#5"),
     ]
+
+
+async def test_groups_under_a_system_instruction_that_is_gone_are_passed_over_and_counted(
+    context: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = ("#1", Outcome.CORRECT), ("#2", Outcome.WRONG)
+    log = RolloutLog(context.run.rollouts_dir, attempt=1)
+    for name, prompt, system in (("a", 0, None), ("b", 1, "brief"), ("c", 2, "gone")):
+        stored = replace(group(PROMPTS[prompt], *answers, draw=name), system=system)
+        log.append(stored, DrawOutcome.TRAINED)
+    log.append(group(PROMPTS[3], *answers, draw="d"), DrawOutcome.TRAINED)  # no task any more
+    log.flush()
+    brief = InstructionSettings(name="brief", text="Be brief.")
+    context.instruction_mix = lambda salt: InstructionMix([brief], salt)
+    engine = Engine(context.chat.tokenizer.convert_tokens_to_ids("9"))
+    fresh = [group(PROMPTS[0], *answers, draw="new")]
+    settings = MiningSettings(stored_groups=8, cases=["wrong"])
+    pairs = await stored_pairs(context, engine, settings, fresh)
+    assert [(pair.prompt, pair.system) for pair in pairs] == [
+        (PROMPTS[1], "brief"),
+        (PROMPTS[0], None),
+    ]
+    assert "dpo: 1 of 3 groups that RL left are passed over" in capsys.readouterr().err
 
 
 async def test_groups_of_steps_that_never_happened_teach_nothing(context: Any) -> None:
