@@ -115,6 +115,7 @@ STEPS = Frame(
         "reward_mean": (pl.Float64, "over all answers that came in, rejected groups included"),
         "pass@1": (pl.Float64, "share of right answers, likewise"),
         "zero_advantage_share": (pl.Float64, "share of the groups that carried no signal"),
+        "signal_share": (pl.Float64, "share that could be trained on; the rest was not scored"),
         "lag_mean": (pl.Float64, "optimizer steps between a group's oldest token and its training"),
         "lag_max": (pl.Float64, "likewise, the worst group"),
         "trained_tokens": (pl.Float64, "completion tokens of the step"),

@@ -199,10 +199,9 @@ def step_metrics(
     lags = [lag_of(group, current) for group in trained]
     gated = len(interval.groups)
     outcomes, reasons, domains = _ended_by(interval.ended)
-    zero_advantage = outcomes[DrawOutcome.ZERO_ADVANTAGE]
     return {
         **answer_metrics(interval.groups),
-        **({"zero_advantage_share": zero_advantage / gated} if gated else {}),
+        **(_signal(gated, outcomes) if gated else {}),
         **_stale_lengths(interval.stale_lengths),
         "lag_max": max(lags),
         "lag_mean": fmean(lags),
@@ -221,6 +220,16 @@ def step_metrics(
         **{f"learner/{name}": value for name, value in learner.items()},
         **{f"publish/{name}": value for name, value in publish.items()},
         **{f"teacher/{name}": value for name, value in teacher.items()},
+    }
+
+
+def _signal(gated: int, outcomes: Counter[DrawOutcome]) -> dict[str, float]:
+    """Shares of the groups that came to the gate: those without a signal, and those with one. Of
+    those that could not be scored nobody knows."""
+    equal, unscored = outcomes[DrawOutcome.ZERO_ADVANTAGE], outcomes[DrawOutcome.ERRORED]
+    return {
+        "zero_advantage_share": equal / gated,
+        "signal_share": (gated - equal - unscored) / gated,
     }
 
 
