@@ -8,7 +8,12 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain.ledger_schema import VERDICT_COLUMNS, connect_readonly, verdict_from_row
+from posttrain.ledger_schema import (
+    VERDICT_COLUMNS,
+    VOID_VERDICTS,
+    connect_readonly,
+    verdict_from_row,
+)
 from posttrain.types import Action, DrawOutcome, Verdict
 
 # Each query lists (draw_id, detail) of what breaks a rule. "Surviving" is `void_by IS NULL`.
@@ -157,11 +162,13 @@ def _number(connection: sqlite3.Connection, query: str) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
-    """A critic's verdict about the prompt."""
+    """A critic's verdict about the prompt. `void_by` is the attempt that resumed from a checkpoint
+    which knows nothing of it, None if it counts."""
 
     seq: int
     at: float
     verdict: Verdict
+    void_by: int | None
 
     def describe(self) -> str:
         v = self.verdict
@@ -171,13 +178,13 @@ class Judged:
         by = f"with version {version}" if version else f"by {v.judge} with critic {v.critic}"
         return (
             f"{_clock(self.at)} {how} {v.label} {by}:"
-            f" {v.num_correct} of {v.num_samples} right ({v.decided_by})"
+            f" {v.num_correct} of {v.num_samples} right ({v.decided_by}){_void(self.void_by)}"
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decided:
-    """What selection did with the prompt, and why."""
+    """What selection did with the prompt, and why. `void_by` is that of the verdict."""
 
     seq: int
     at: float
@@ -186,9 +193,13 @@ class Decided:
     rule: str
     reason: str
     verdict: Verdict
+    void_by: int | None
 
     def describe(self) -> str:
-        return f"{_clock(self.at)} {self.stage}: {self.action} by {self.rule}: {self.reason}"
+        return (
+            f"{_clock(self.at)} {self.stage}: {self.action} by {self.rule}: {self.reason}"
+            f"{_void(self.void_by)}"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,16 +271,22 @@ def prompt_history(ledger_path: Path, prompt_id: str) -> list[Event]:
 
 def _judged(connection: sqlite3.Connection, prompt_id: str) -> list[Judged]:
     rows = connection.execute(
-        f"SELECT seq, at, {VERDICT_COLUMNS} FROM verdicts WHERE prompt_id = ?", (prompt_id,)
+        f"{VOID_VERDICTS} SELECT seq, at, void_by, {VERDICT_COLUMNS}"
+        " FROM verdicts LEFT JOIN void_verdicts ON verdict = seq WHERE prompt_id = ?",
+        (prompt_id,),
     )
-    return [Judged(seq=seq, at=at, verdict=verdict_from_row(rest)) for seq, at, *rest in rows]
+    return [
+        Judged(seq=seq, at=at, verdict=verdict_from_row(rest), void_by=void_by)
+        for seq, at, void_by, *rest in rows
+    ]
 
 
 def _decided(connection: sqlite3.Connection, prompt_id: str) -> list[Decided]:
     verdict = ", ".join(f"v.{column.strip()}" for column in VERDICT_COLUMNS.split(","))
     rows = connection.execute(
-        f"SELECT d.seq, d.at, d.stage, d.action, d.rule, d.reason, {verdict}"
-        " FROM decisions d JOIN verdicts v ON v.seq = d.verdict WHERE d.prompt_id = ?",
+        f"{VOID_VERDICTS} SELECT d.seq, d.at, d.stage, d.action, d.rule, d.reason, w.void_by,"
+        f" {verdict} FROM decisions d JOIN verdicts v ON v.seq = d.verdict"
+        " LEFT JOIN void_verdicts w ON w.verdict = d.verdict WHERE d.prompt_id = ?",
         (prompt_id,),
     )
     return [
@@ -281,8 +298,9 @@ def _decided(connection: sqlite3.Connection, prompt_id: str) -> list[Decided]:
             rule=rule,
             reason=reason,
             verdict=verdict_from_row(rest),
+            void_by=void_by,
         )
-        for seq, at, stage, action, rule, reason, *rest in rows
+        for seq, at, stage, action, rule, reason, void_by, *rest in rows
     ]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from posttrain.atomic import write_atomically
-from posttrain.run_dir import CARD_NAME, RunDir
+from posttrain.run_dir import CARD_NAME, RunDir, still_asked_for
 from posttrain.types import PreferencePair
 
 TRAINED = {
@@ -28,10 +28,12 @@ TABLES = ("evaluation", "history")
 def write_policy_card(run: RunDir, stage: str) -> None:
     """Beside the policy after `stage`, and beside the run's if it is the last: README.md. Cards
     are no part of what a directory's hash covers."""
-    reported = {name: record.metrics for name, record in run.stages().items()}
+    config = run.config()
+    stages = still_asked_for(run.stages(), config["settings"])
+    reported = {name: record.metrics for name, record in stages.items()}
     names = list(reported)
     upto = {name: reported[name] for name in names[: names.index(stage) + 1]}
-    card = policy_card(run.config(), upto, stage)
+    card = policy_card(config, upto, stage)
     for directory in (run.stage_dir(stage) / "policy", run.policy_dir):
         if directory.exists():
             write_atomically(directory / CARD_NAME, card)
@@ -139,7 +141,8 @@ def rollouts_card(metrics: Mapping[str, Any], settings: Mapping[str, Any]) -> st
             f" temperature {settings['temperature']}, at most {settings['max_tokens']} tokens."
             " A row is one answer with its reward; `outcome` is what became of its group.",
             "",
-            f"Groups of the last attempt: {ends}.",
+            f"How draws ended: {ends}. Rows of an attempt beyond the checkpoint that a later one"
+            " resumed from are here too, and not counted.",
             "",
         ]
     )

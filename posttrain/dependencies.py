@@ -13,14 +13,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from posttrain.stage_order import STAGES
+from posttrain.stage_order import STAGES, START
 
 Table = dict[str, Any]
 
 SOURCE_OF = "source of "
-
-START = "start"
-"""The evaluation of the policy that comes in, recorded like a stage."""
 
 REWARDS_ELSEWHERE = (
     *("rewards.judge.model", "rewards.reward_model.model"),

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,24 @@ class LedgerReader:
         counts = {str(outcome): 0 for outcome in DrawOutcome} | {"in_flight": 0}
         rows = self._connection.execute("SELECT state, count(*) FROM lineage GROUP BY state")
         return counts | dict(rows.fetchall())
+
+    def ended_draws(self, stage: str) -> Counter[tuple[DrawOutcome, str, str]]:
+        """Draws of a stage that have ended on the surviving lineage, by (outcome, reason, domain):
+        over all of its attempts."""
+        rows = self._connection.execute(
+            "SELECT o.outcome, o.reason, l.domain, count(*) FROM lineage l"
+            " JOIN outcomes o ON o.draw_id = l.draw_id AND o.void_by IS NULL"
+            " WHERE l.stage = ? GROUP BY o.outcome, o.reason, l.domain",
+            (stage,),
+        )
+        return Counter({(DrawOutcome(row[0]), row[1], row[2]): row[3] for row in rows})
+
+    def surviving_ends(self) -> set[tuple[str, int]]:
+        """(draw, attempt that it ended in) of those that have ended on the surviving lineage."""
+        rows = self._connection.execute(
+            "SELECT draw_id, attempt FROM outcomes WHERE void_by IS NULL"
+        )
+        return set(rows.fetchall())
 
     def close(self) -> None:
         self._connection.close()

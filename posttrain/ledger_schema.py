@@ -106,6 +106,29 @@ VERDICT_COLUMNS = (
     " decided_by, sampling"
 )
 
+# Verdicts of re-screening (critic `stage:attempt.step`) carry no mark. The checkpoint of step N
+# holds those that were recorded before anything was drawn at step N: it is taken right before that
+# draw, and in lock-step the slice of step N comes before both.
+VOID_VERDICTS = """
+    WITH first_draws AS (
+        SELECT attempt, drawn_at_step, min(seq) AS seq FROM draws GROUP BY attempt, drawn_at_step
+    ), beyond AS (
+        SELECT own.stage || ':' || own.attempt AS critic, later.attempt AS void_by,
+               min(d.seq) AS seq
+        FROM attempts own
+        JOIN attempts later ON later.stage = own.stage AND later.attempt > own.attempt
+        JOIN first_draws d ON d.attempt = own.attempt AND d.drawn_at_step >= later.from_step
+        GROUP BY own.attempt, later.attempt
+    ), void_verdicts AS (
+        SELECT v.seq AS verdict, min(beyond.void_by) AS void_by
+        FROM verdicts v
+        JOIN beyond ON beyond.critic = substr(v.critic, 1, instr(v.critic, '.') - 1)
+             AND beyond.seq < v.seq
+        GROUP BY v.seq
+    )"""
+"""Comes before a query, which may then ask `void_verdicts (verdict, void_by)`; decisions are void
+with the verdict that they rest on."""
+
 
 def connect_readonly(path: Path) -> sqlite3.Connection:
     """A connection that cannot write. RunDirError if there is no ledger of this version."""

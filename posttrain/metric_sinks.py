@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from posttrain.atomic import write_atomically
 from posttrain.errors import SettingsError
 from posttrain.metrics import MetricSink
+
+WANDB_ID = "wandb_id"
+"""File of a run's directory."""
 
 
 class LogSettings(BaseModel):
@@ -38,11 +43,15 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """One run of the project, named after the run's directory, resumed by it."""
+    """One run of the project, named after the run's directory, resumed by the id kept there."""
 
     def __init__(self, project: str, directory: Path) -> None:
         self._run = _module("wandb", "log.wandb").init(
-            project=project, name=directory.name, dir=str(directory), resume="allow"
+            project=project,
+            name=directory.name,
+            id=_kept_id(directory / WANDB_ID),
+            dir=str(directory),
+            resume="allow",
         )
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -85,6 +94,14 @@ def scalars(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         elif isinstance(value, int | float) and name != "step":
             found[f"{prefix}/{name}"] = float(value)
     return found
+
+
+def _kept_id(file: Path) -> str:
+    """Made at the first start: a directory of the same name elsewhere, or started over, is another
+    run."""
+    if not file.exists():
+        write_atomically(file, secrets.token_hex(8))
+    return file.read_text(encoding="utf-8").strip()
 
 
 def _module(name: str, key: str) -> Any:

@@ -19,7 +19,6 @@ from posttrain.atomic import staged_directory, write_atomically
 from posttrain.cards import write_policy_card
 from posttrain.config import Settings
 from posttrain.data.instructions import InstructionMix
-from posttrain.dependencies import START
 from posttrain.errors import Interrupted, PosttrainError, StageError
 from posttrain.evaluation import PromptResult, evaluate, summarise
 from posttrain.inputs import STARTER_POLICY, Inputs
@@ -33,7 +32,8 @@ from posttrain.prompt_table import write_prompts
 from posttrain.remote_run import RemoteCopy, run_place
 from posttrain.rerun import Kind, Plan
 from posttrain.roles import demands
-from posttrain.run_dir import RunDir, hash_path
+from posttrain.run_dir import CARD_NAME, RunDir, hash_path
+from posttrain.stage_order import START
 from posttrain.stages.context import StageContext
 from posttrain.stages.held_out import measure_policy
 from posttrain.workers.adapters import is_adapter, stack_adapters
@@ -74,6 +74,7 @@ def run(settings: Settings, inputs: Inputs, *, fresh: bool) -> RunResult:
         else:
             with _pools(run_dir.path, settings, inputs.rewards) as pools:
                 _run_stages(run_dir, settings, inputs, plan, pools, copy)
+        if not _has_report(run_dir):
             _report(run_dir)
         _hand_over(run_dir, settings, inputs)
         if copy is not None:
@@ -121,6 +122,16 @@ def _run_stages(
     finally:
         ledger.close()
         metrics.close()
+
+
+def _has_report(run_dir: RunDir) -> bool:
+    """Whether there is one of what the run has come to: a driver may have been killed before it
+    wrote it."""
+    if not run_dir.report_path.exists():
+        return False
+    written = run_dir.report_path.stat().st_mtime_ns
+    rests_on = (run_dir.config_path, run_dir.manifest_path)
+    return all(path.stat().st_mtime_ns <= written for path in rests_on)
 
 
 def _report(run_dir: RunDir) -> None:
@@ -231,13 +242,15 @@ class _Runner:
             return
         began = time.perf_counter()
         results = await measure_policy(context, self._model, name)
+        summary = summarise(results, context.settings.eval.k)
         target.parent.mkdir(exist_ok=True)
+        context.run.forget_evaluation(name, target)
         write_atomically(target, json.dumps([asdict(result) for result in results]))
         context.run.record_evaluation(
             name,
             wanted,
             artifact=target,
-            summary=summarise(results, context.settings.eval.k),
+            summary=summary,
             seconds=time.perf_counter() - began,
         )
 
@@ -299,7 +312,8 @@ def _pools(owner: Path, settings: Settings, rewards: RewardSettings) -> Pools:
 
 
 def _hand_over(run_dir: RunDir, settings: Settings, inputs: Inputs) -> None:
-    """The policy of the last stage that trained becomes the run's, or the adapters of all."""
+    """The policy of the last stage that trained becomes the run's, or the adapters of all; with its
+    card."""
     trained = [name for name in settings.stages if name != "screen"]
     base, adapters = _adapters(run_dir, settings, inputs)
     # What began with an adapter has a base that lies in a cache: it would not be found elsewhere.
@@ -311,20 +325,27 @@ def _hand_over(run_dir: RunDir, settings: Settings, inputs: Inputs) -> None:
         from_hub = base == inputs.model and not Path(settings.policy.model).exists()
         named = settings.policy.model if from_hub and base != STARTER_POLICY else str(base)
         stack_adapters(adapters, base, named, run_dir.policy_dir)
+    else:
+        last = run_dir.stage_dir(trained[-1]) / "policy" if trained else inputs.model
+        _copy_policy(last, run_dir.policy_dir)
+    # After a stage a card goes beside what is there by then, which this may have replaced.
+    if trained and not (run_dir.policy_dir / CARD_NAME).exists():
+        write_policy_card(run_dir, trained[-1])
+
+
+def _copy_policy(source: Path, target: Path) -> None:
+    if target.exists() and hash_path(target) == hash_path(source):
         return
-    last = run_dir.stage_dir(trained[-1]) / "policy" if trained else inputs.model
-    if run_dir.policy_dir.exists() and hash_path(run_dir.policy_dir) == hash_path(last):
-        return
-    with staged_directory(run_dir.policy_dir) as staged:
-        shutil.copytree(last, staged, dirs_exist_ok=True)
+    with staged_directory(target) as staged:
+        shutil.copytree(source, staged, dirs_exist_ok=True)
 
 
 def _adapters(run_dir: RunDir, settings: Settings, inputs: Inputs) -> tuple[Path, list[Path]]:
     """The policy that the last unbroken row of stages began with, and the adapters that they left
-    on it, in order."""
+    on it, in order. A critic of screening's own is nobody else's policy."""
     base, adapters = inputs.model, list[Path]()
     for name in settings.stages:
-        if name in inputs.stage_models:
+        if name in inputs.stage_models and name != "screen":
             base, adapters = inputs.stage_models[name], []
         adapter = run_dir.stage_dir(name) / "adapter"
         if adapter.is_dir():

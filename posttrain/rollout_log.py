@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -86,17 +87,21 @@ def rows_of(group: RolloutGroup, outcome: DrawOutcome) -> list[dict[str, Any]]:
     ]
 
 
-def newest_groups(directory: Path, count: int) -> list[list[dict[str, Any]]]:
+def newest_groups(
+    directory: Path, count: int, surviving: Container[tuple[str, int]]
+) -> list[list[dict[str, Any]]]:
     """The rows of the `count` groups that were written last, each group's together, newest first.
-    Fewer if there are no more."""
+    Fewer if there are no more. Only (draw, attempt) in `surviving` count: an attempt that was
+    killed has left groups of steps that never happened, too."""
     import pyarrow.parquet as pq
 
     groups: list[list[dict[str, Any]]] = []
     for file in sorted(directory.glob("*.parquet"), reverse=True):
-        rows = pq.read_table(file).to_pylist()
+        attempt = int(file.name.partition("-")[0])
         by_draw: dict[str, list[dict[str, Any]]] = {}
-        for row in rows:
-            by_draw.setdefault(row["draw_id"], []).append(row)
+        for row in pq.read_table(file).to_pylist():
+            if (row["draw_id"], attempt) in surviving:
+                by_draw.setdefault(row["draw_id"], []).append(row)
         groups += reversed(by_draw.values())
         if len(groups) >= count:
             break

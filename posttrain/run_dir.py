@@ -5,7 +5,7 @@
     ledger.sqlite    draws, verdicts, decisions (posttrain.ledger)
     metrics.jsonl    one record per step (posttrain.metrics)
     prompts.parquet  every prompt of the run (posttrain.prompt_table)
-    rollouts/        groups as they were trained or rejected
+    rollouts/        groups as RL trained or rejected them
     sft/ rl/ dpo/    checkpoints of a stage; dpo/pairs.jsonl
     policy/          the result
     superseded/      what earlier settings left of a stage that was done again
@@ -36,6 +36,7 @@ from posttrain.atomic import PARTIAL, recover, staged_directory, write_atomicall
 from posttrain.errors import ModelError, RunDirError
 from posttrain.lease import Lease
 from posttrain.metrics import to_json
+from posttrain.stage_order import START
 
 __all__ = ["Lease", "RunDir", "StageRecord", "fingerprint_directory", "staged_directory"]
 
@@ -63,6 +64,18 @@ class StageRecord:
     metrics: Mapping[str, Any]
     seconds: float | None
     evaluated_on: Mapping[str, Any] | None
+
+
+def still_asked_for(
+    begun: Mapping[str, StageRecord], settings: Mapping[str, Any]
+) -> dict[str, StageRecord]:
+    """Of the manifest's stages those that `settings` (of config.yaml) name, in their order: what
+    was left out is no part of the result, what was done again was begun last. All of them where
+    the settings do not say."""
+    asked = settings.get("stages")
+    if not isinstance(asked, list) or not all(isinstance(name, str) for name in asked):
+        return dict(begun)
+    return {name: begun[name] for name in (START, *asked) if name in begun}
 
 
 class RunDir:
@@ -194,6 +207,19 @@ class RunDir:
         )
         self._write_manifest(stages)
 
+    def forget_evaluation(self, name: str, artifact: Path) -> None:
+        """Comes before `artifact` is replaced: a driver that is killed before it records the new
+        one leaves no hash that the file does not have."""
+        stages = self.stages()
+        record, gone = stages[name], self.name_of(artifact)
+        stages[name] = replace(
+            record,
+            artifacts={path: found for path, found in record.artifacts.items() if path != gone},
+            metrics={key: value for key, value in record.metrics.items() if key != "evaluation"},
+            evaluated_on=None,
+        )
+        self._write_manifest(stages)
+
     def record_evaluation(
         self,
         name: str,
@@ -222,6 +248,9 @@ class RunDir:
         it is now, or None if there was nothing."""
         directory = self.stage_dir(name)
         target = None
+        if name == "rl" and self.rollouts_dir.exists():  # DPO would mine them
+            directory.mkdir(exist_ok=True)
+            self.rollouts_dir.rename(directory / self.rollouts_dir.name)
         if directory.exists():
             self.superseded_dir.mkdir(exist_ok=True)
             numbers = [int(p.name.rpartition("-")[2]) for p in self.superseded_dir.iterdir()]

@@ -9,6 +9,8 @@ from typing import Literal, get_args
 StageName = Literal["screen", "sft", "rl", "dpo"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
 READ_SCREENING = ("sft", "rl")
+START = "start"
+"""The evaluation of the policy that comes in, recorded like a stage."""
 
 
 def check_stages(stages: Sequence[str], own_model: Collection[str] = ()) -> None:

@@ -33,7 +33,7 @@ from posttrain.types import (
 
 DOMAINS = {"a1": "sums", "a2": "sums", "s1": "words", "s2": "words", "h1": "sums", "h2": "words"}
 SETTINGS = {
-    "stages": ["screen", "rl"],
+    "stages": ["screen", "rl", "dpo"],
     "run": {"dir": "runs/known", "seed": 3},
     "policy": {"model": "starter"},
     "tasks": {"train": [{"source": "t.jsonl"}], "held_out": [{"source": "h.jsonl"}]},

@@ -52,6 +52,37 @@ class TestHistory:
         assert len(prompt_history(path, "other")) == 3
         assert prompt_history(path, "unknown") == []
 
+    def test_a_re_screening_that_no_checkpoint_holds_is_void_with_its_decision(self, path, ledger):
+        def judge(critic, correct):
+            judged = verdict(critic=critic, correct=correct)
+            decision = Decision(
+                prompt_id="p", action=Action.KEEP, rule="r", reason="", verdict=judged
+            )
+            ledger.record_decisions("rl", [decision])
+
+        def void():
+            ledger.flush()
+            return [(type(e).__name__, e.void_by) for e in prompt_history(path, "p")]
+
+        def both(*void_by):
+            return [(kind, by) for by in void_by for kind in ("Judged", "Decided")]
+
+        first = ledger.open_attempt("rl", 0)
+        draw(ledger, "1-0", first, at=0, prompt_id="other")
+        judge("rl:1.1", 1)
+        judge("rl:1.2", 2)  # in lock-step, before anything is drawn at step 2
+        draw(ledger, "1-1", first, at=2, prompt_id="other")
+        judge("rl:1.1", 4)  # beside training, of a slice that took long
+        judge("rl:1.3", 5)
+        second = ledger.open_attempt("rl", 2)
+        draw(ledger, "2-0", second, at=2, prompt_id="other")
+        judge("rl:2.2", 6)
+        judge("c0", 7)
+        ledger.open_attempt("other", 0)
+        assert void() == both(None, None, 2, 2, None, None)
+        ledger.open_attempt("rl", 0)  # begun again
+        assert void() == both(4, 4, 2, 2, 4, None)
+
 
 class TestAudit:
     """Each rule is broken by hand, behind the ledger's back."""

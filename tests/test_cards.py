@@ -64,6 +64,22 @@ def test_cards_stand_beside_the_policy_and_are_not_hashed(run: RunDir) -> None:
     assert "dpo" not in header(card)["tags"]  # begun, but after this policy
 
 
+def test_stages_that_were_left_out_or_done_again_count_where_they_stand_now(run: RunDir) -> None:
+    manifest = json.loads(run.manifest_path.read_text())
+    stages = manifest["stages"]
+    stages = {name: stages[name] for name in ("start", "dpo", "rl", "screen")}
+    stages["dpo"] = stages["rl"]  # was done, and is no stage of the settings any more
+    run.manifest_path.write_text(json.dumps(manifest | {"stages": stages}))
+    config = run.config()
+    config["settings"]["stages"] = ["screen", "rl"]
+    run.config_path.write_text(yaml.safe_dump(config, sort_keys=False))
+    (run.stage_dir("rl") / "policy").mkdir(parents=True)
+    write_policy_card(run, "rl")
+    card = (run.stage_dir("rl") / "policy" / "README.md").read_text()
+    assert header(card)["tags"] == ["posttrain", "screen", "rl"]
+    assert "| domain | start | rl |" in card.splitlines()
+
+
 def test_a_policy_of_the_run_is_named_without_where_the_run_lies(run: RunDir) -> None:
     assert run.name_of(run.path / "rl" / "policy") == "rl/policy"
     assert run.name_of(Path("/models/mine")) == "/models/mine"
@@ -93,4 +109,4 @@ def test_the_answers_of_rl_load_with_datasets() -> None:
     settings = {"group_size": 8, "temperature": 1.0, "max_tokens": 96}
     card = rollouts_card({"draws": {"trained": 720, "stale": 1}}, settings)
     assert header(card)["configs"][0]["data_files"] == "*.parquet"
-    assert "Groups of the last attempt: trained 720, stale 1." in card
+    assert "How draws ended: trained 720, stale 1." in card

@@ -242,7 +242,7 @@ def test_runs_share_a_teacher_and_the_second_loads_none(tmp_path):
         assert 0.1 <= step["teacher/weight"] <= 1
         assert step["teacher/late"] == 0
         assert abs(step["teacher/gap"]) < 5
-    assert first.stages()["rl"].metrics["teacher"]["late_groups"] == 0
+    assert first.stages()["rl"].metrics["last_attempt"]["teacher"]["late_groups"] == 0
 
     second = RunDir(tmp_path / "second")
     done = posttrain("run", CONFIG, f"run.dir={second.path}", "stages=[sft]", *shared)

@@ -53,8 +53,8 @@ def test_the_ends_of_the_histogram_stand_apart() -> None:
             judged("p2", 7, 10, action="drop"),
             judged("p3", 19, 20),
             judged("p4", 8, 8, action="drop"),
+            judged("p5", 0, 8),  # of a screening that was interrupted: done again, it counts
             judged("p5", 8, 8, action="drop"),
-            judged("p5", 0, 8),  # a later verdict is no screening of its own
             judged("p6", 0, 8, step=10),  # re-screening
             judged("p7", 0, 0),  # nothing was scored
         )

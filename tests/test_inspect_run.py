@@ -10,17 +10,20 @@ from typing import Any
 
 import polars as pl
 import pytest
-from inspect_runs import SETTINGS, write_known_run
+from inspect_runs import SETTINGS, decide, verdict, write_evaluation, write_known_run
 
 from posttrain.data.prompts import content_hash
 from posttrain.errors import DataError, PosttrainError, RunDirError
 from posttrain.inspect import Run, describe, load_run, load_runs, stacked
 from posttrain.inspect.columns import FRAMES
+from posttrain.inspect.difficulty import screened
+from posttrain.inspect.findings import gained
+from posttrain.inspect.metric_frames import surviving
 from posttrain.ledger import Ledger
 from posttrain.pair_table import write_pairs
 from posttrain.prompt_table import write_prompts
 from posttrain.run_dir import RunDir
-from posttrain.types import Message, PreferencePair, Prompt
+from posttrain.types import Action, Label, Message, PreferencePair, Prompt
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +102,20 @@ def test_prompts_and_what_became_of_them(run: Run) -> None:
     assert json.loads(run.prompts["reference"][0]) == "A1"
 
 
+def test_a_screening_that_was_done_again_counts_as_the_curriculum_read_it(fresh: RunDir) -> None:
+    with Ledger(fresh.ledger_path) as ledger:
+        again = verdict("a2", 1, 8, Label.HARD)
+        ledger.record_decisions("sft", [decide(again, Action.KEEP, "drop_easiest", "kept")])
+        only_rl = verdict("h1", 4, 4, Label.EASY, critic="rl:2.2")
+        ledger.record_verdicts([verdict("a2", 7, 8, Label.EASY, critic="rl:2.2"), only_rl])
+    run = load_run(fresh.path)
+    rates = dict(column(run.prompts, "prompt_id", "screened_rate"))
+    assert (rates["a2"], rates["h1"], rates["a1"]) == (0.125, None, 1.0)
+    assert dict(column(run.prompts, "prompt_id", "label"))["a2"] == "easy"
+    judged = column(screened(run.verdicts), "prompt_id", "pass_rate", "action")
+    assert sorted(judged)[:2] == [("a1", 1.0, "drop"), ("a2", 0.125, "keep")]
+
+
 def test_steps_that_a_resumed_attempt_did_again_count_once(run: Run) -> None:
     assert column(run.steps, "stage", "step", "attempt", "step_s", "elapsed_s") == [
         ("rl", 1, 1, 2.0, 2.0),
@@ -119,6 +136,35 @@ def test_what_an_abandoned_attempt_recorded_beyond_its_checkpoint_is_left_out(
     assert column(load_run(fresh.path).steps, "step", "attempt") == [(1, 1), (2, 2), (3, 3)]
 
 
+def test_what_re_screening_decided_beyond_a_checkpoint_is_left_out(fresh: RunDir) -> None:
+    with Ledger(fresh.ledger_path) as ledger:
+        ledger.open_attempt("rl", 1)
+    run = load_run(fresh.path)
+    assert column(run.verdicts, "critic") == ["c0"] * 4
+    assert dict(column(run.prompts, "prompt_id", "fate"))["a1"] == "never drawn"
+
+
+@pytest.mark.parametrize(
+    ("before", "held"),
+    [
+        ("s1 r1 s2 s3", "s1 r1 s2"),
+        ("s1 s2 r1 r2 s3", "s1 s2"),  # beside training: the checkpoint was taken with s2
+        ("s1 r2 s2 s3 r3", "s1 r2 s2"),  # in lock-step: before it
+        ("s1 r1 s2 r2", "s1 r1 s2"),  # and ended there
+        ("s1 s2 e2 s3", "s1 s2 e2"),  # the policy of step 2 is on the lineage
+    ],
+)
+def test_a_re_screening_counts_where_the_checkpoint_holds_it(before: str, held: str) -> None:
+    events = {"r": {"event": "rescreen"}, "e": {"event": "evaluation"}, "s": {"attempt": 1}}
+    told = {
+        name: {"stage": "rl", "step": int(name[1])} | events[name[0]] for name in before.split()
+    }
+    resumed = {"stage": "rl", "step": 3, "attempt": 2}
+    other = {"stage": "sft", "event": "rescreen", "step": 9}
+    found = surviving([other, *told.values(), resumed])
+    assert found == [other, *(told[name] for name in held.split()), resumed]
+
+
 def test_accuracy_after_stages_and_during_rl_with_seconds_of_work(run: Run) -> None:
     of_all = run.accuracy.filter(pl.col("domain") == "all")
     assert column(of_all, "stage", "step", "elapsed_s", "mean", "low", "high") == [
@@ -133,6 +179,34 @@ def test_accuracy_after_stages_and_during_rl_with_seconds_of_work(run: Run) -> N
         ("dpo", "running", None, None),
     ]
     assert json.loads(run.stages["metrics"][1]) == {"samples": 32}
+
+
+def test_stages_that_the_settings_no_longer_name_are_no_part_of_the_result(
+    fresh: RunDir,
+) -> None:
+    manifest = json.loads(fresh.manifest_path.read_text())
+    stages = manifest["stages"]
+    again = {name: stages[name] for name in ("start", "rl", "screen")}  # screening was done again
+    left_out = {"sft": stages["rl"] | {"seconds": 100.0}}
+    fresh.manifest_path.write_text(json.dumps(manifest | {"stages": left_out | again}))
+    write_evaluation(fresh, "sft", {"h1": 4})
+    with fresh.metrics_path.open("a") as file:
+        event = {"stage": "sft", "event": "evaluation", "step": 5, "all": {}, "domains": {}}
+        event["all"] = {"pass@1": {"mean": 0.9, "low": 0.8, "high": 1.0}}
+        file.write(json.dumps(event) + "\n")
+    run = load_run(fresh.path)
+    assert column(run.stages, "stage") == ["start", "screen", "rl"]
+    of_all = run.accuracy.filter(pl.col("domain") == "all")
+    assert column(of_all, "stage", "elapsed_s") == [("start", 10.0), ("rl", 35.0), ("rl", 17.0)]
+    assert run.evals["stage"].unique(maintain_order=True).to_list() == ["start", "rl"]
+    finding = gained(run)
+    assert finding is not None
+    assert finding.answer == "Held-out pass@1: start .25 → rl .50."
+
+    fresh.config_path.write_text("format: other\n")  # nothing says what was left out
+    run = load_run(fresh.path, on_error="collect")
+    assert column(run.stages, "stage") == ["sft", "start", "rl", "screen"]
+    assert "sft" in set(run.evals["stage"]) & set(run.accuracy["stage"])
 
 
 def test_evaluations_prompt_by_prompt_in_the_order_of_stages(run: Run) -> None:

@@ -71,5 +71,20 @@ def test_re_screened_dropped_and_re_tested(run: RunDir) -> None:
     ]
 
 
+def test_what_was_decided_beyond_a_checkpoint_moves_nothing(run: RunDir) -> None:
+    with Ledger(run.ledger_path) as ledger:
+        ledger.open_attempt("rl", 1)
+        judged = verdict("a1", 8, 16, Label.MEDIUM, critic="rl:3.4")
+        kept = decide(judged, Action.KEEP, "re-screening", "medium at step 4")
+        ledger.record_decisions("rl", [kept])
+    void = "(void: attempt 3 resumed from before it)"
+    assert told(run, "a1")[3:] == [
+        f"rl: re-screened easy with version 2.2: 16 of 16 right (fixed n) {void}",
+        f"rl: drop by re-screening: easy at step 2 {void}",
+        "rl: re-screened medium with version 3.4: 8 of 16 right (fixed n)",
+        "rl: keep by re-screening: medium at step 4",  # it had never left
+    ]
+
+
 def test_an_unknown_prompt_has_no_life(run: RunDir) -> None:
     assert timeline(run, "nobody", texts=False) == []

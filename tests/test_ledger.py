@@ -139,6 +139,23 @@ class TestResume:
         assert ledger.draw_counts() == NONE_DRAWN | {"trained": 1}
         assert audit(path).ok
 
+    def test_what_ended_counts_over_all_attempts_of_the_stage(self, ledger):
+        first = ledger.open_attempt("rl", 0)
+        for draw_id, step in (("1-0", 1), ("1-1", 2)):
+            draw(ledger, draw_id, first, at=0)
+            end(ledger, draw_id, step)
+        second = ledger.open_attempt("rl", 1)
+        draw(ledger, "1-1", second, at=1)
+        end(ledger, "1-1", 2, DrawOutcome.STALE, reason="deadline")
+        draw(ledger, "2-2", second, at=1)
+        draw(ledger, "other", ledger.open_attempt("rescreen", 0), at=0)
+        end(ledger, "other", 1)
+        assert ledger.ended_draws("rl") == {
+            (DrawOutcome.TRAINED, "", "maths"): 1,
+            (DrawOutcome.STALE, "deadline", "maths"): 1,
+        }
+        assert ledger.surviving_ends() == {("1-0", 1), ("1-1", 2), ("other", 3)}
+
     def test_leaves_other_stages_alone(self, path, ledger):
         draw(ledger, "a", ledger.open_attempt("rl", 0), at=3)
         end(ledger, "a", 4)

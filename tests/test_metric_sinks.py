@@ -53,15 +53,30 @@ def test_wandb_gets_one_run_named_after_the_directory(
         return run
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    (sink,) = open_sinks(LogSettings(wandb="mine"), tmp_path / "run7")
+    directory = tmp_path / "run7"
+    directory.mkdir()
+    (sink,) = open_sinks(LogSettings(wandb="mine"), directory)
     sink.write(STEP)
     sink.write({"stage": "sft", "event": "done"})
     sink.close()
+    begun = {
+        "project": "mine",
+        "name": "run7",
+        "id": (directory / "wandb_id").read_text(),
+        "dir": str(directory),
+        "resume": "allow",
+    }
+    assert len(begun["id"]) == 16
     assert logged == [
-        {"project": "mine", "name": "run7", "dir": str(tmp_path / "run7"), "resume": "allow"},
+        begun,
         {"rl/pass@1": 0.5, "rl/pool/sums/dropped": 2.0, "step": 3},
         "finished",
     ]
+    open_sinks(LogSettings(wandb="mine"), directory)  # the run goes on
+    assert logged[-1] == begun
+    (tmp_path / "other").mkdir()
+    open_sinks(LogSettings(wandb="mine"), tmp_path / "other")
+    assert logged[-1]["id"] != begun["id"]
 
 
 @pytest.mark.parametrize(

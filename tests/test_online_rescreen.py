@@ -9,9 +9,10 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
-from online_fakes import CountingCurriculum, TextScorer, make_rollout, run_virtual
+from online_fakes import CountingCurriculum, TextScorer, make_prompt, make_rollout, run_virtual
 from pydantic import ValidationError
 
+from curricula.sampler import CurriculumSettings, DifficultySampler, build_curriculum
 from judges.labels import LabelSettings
 from posttrain.online.periodic import Periodic
 from posttrain.online.rescreen import Rescreener, RescreenReport, RescreenSettings, of_one_version
@@ -60,7 +61,10 @@ class Decisions:
 
 
 def rescreen(
-    critic: Critic, curriculum: CountingCurriculum, seed: int | None = None, **settings: Any
+    critic: Critic,
+    curriculum: CountingCurriculum | DifficultySampler,
+    seed: int | None = None,
+    **settings: Any,
 ) -> tuple[RescreenReport, Decisions]:
     ledger = Decisions()
     rescreener = Rescreener(
@@ -120,6 +124,20 @@ def test_easy_prompts_leave_and_dropped_ones_come_back_when_they_are_not() -> No
         ("p2", 16, 16, 7),
         ("p3", 16, 12, 7),
     ]
+
+
+def test_the_last_prompt_of_a_domain_is_kept_and_recorded_so() -> None:
+    curriculum = build_curriculum(
+        [make_prompt(0), make_prompt(1)], [], CurriculumSettings(), group_size=4, seed=0
+    )
+    assert isinstance(curriculum, DifficultySampler)
+    report, ledger = rescreen(Critic(["1" * 16]), curriculum, retest_share=0.0)
+    assert curriculum.pool()["toy"]["dropped"] == report.dropped == 1
+    (_, first), (_, last) = ledger.recorded
+    assert curriculum.is_dropped(first.prompt_id) and not curriculum.is_dropped(last.prompt_id)
+    assert (first.action, first.reason) == (Action.DROP, "easy at step 7: 16 of 16 right")
+    assert last.action is Action.KEEP
+    assert last.reason == "easy at step 7: 16 of 16 right, but it is the last of its domain"
 
 
 def test_too_few_right_answers_bring_nothing_back() -> None:

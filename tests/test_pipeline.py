@@ -18,8 +18,9 @@ from posttrain.config import load
 from posttrain.errors import Interrupted, ModelError, RunDirError, SettingsError, StageError
 from posttrain.evaluation import PromptResult
 from posttrain.inputs import load_inputs
+from posttrain.inspect import Run
 from posttrain.metrics import read_metrics
-from posttrain.run_dir import RunDir
+from posttrain.run_dir import RunDir, staged_directory
 
 
 class Pools:
@@ -48,6 +49,8 @@ class Bench:
         self.calls: list[tuple[str, str]] = []
         self.extras: dict[str, Any] = {}
         self.failures: dict[str, BaseException] = {}
+        self.adapters = False
+        self.stacks: list[tuple[list[str], Path, str]] = []
 
     def run(self, *overrides: str, fresh: bool = False) -> pipeline.RunResult:
         """The calls are those of this run only. A policy is named after all that made it."""
@@ -64,7 +67,15 @@ class Bench:
         policy = context.policy_of(name)
         shutil.copytree(model, policy)
         (policy / "history.txt").write_text(f"{made_by} {name}".strip())
+        if self.adapters:
+            context.adapter_of(name).mkdir()
+            (context.adapter_of(name) / "weights").write_text(name)
         return {"stage": name}
+
+    def stack(self, adapters: list[Path], base: Path, named: str, target: Path) -> None:
+        self.stacks.append(([path.parent.name for path in adapters], base, named))
+        with staged_directory(target) as staged:
+            (staged / "weights").write_text(" ".join(a.parent.name for a in adapters))
 
     def history(self, model: Path) -> str:
         file = model / "history.txt"
@@ -117,6 +128,7 @@ def bench(tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(pipeline, "_pools", lambda *_: Pools())
     monkeypatch.setattr(pipeline, "measure_policy", measure)
+    monkeypatch.setattr(pipeline, "stack_adapters", bench.stack)
     monkeypatch.setattr(pipeline, "summarise", lambda results, k: SUMMARY | {"k": k})
     monkeypatch.setattr(Pools, "refusal", None)
     monkeypatch.setattr(Pools, "starts", 0)
@@ -298,6 +310,37 @@ def test_a_critic_of_its_own_judges_and_is_not_trained(bench: Bench, tiny_policy
     assert bench.extras["rl"] == "critic critic"
 
 
+@pytest.mark.parametrize("stage", ["screen", "sft"])
+def test_adapters_are_stacked_on_what_the_stages_that_trained_began_with(
+    bench: Bench, tiny_policy: Path, stage: str
+) -> None:
+    other = Path(shutil.copytree(tiny_policy, bench.path / "other"))
+    bench.adapters = True
+    bench.run("stages=[sft, screen, rl]", f"{stage}.model={other}")
+    adapters, base, named = bench.stacks[-1]
+    assert adapters == ["sft", "rl"]
+    assert base == (tiny_policy if stage == "screen" else other)  # a critic is nobody's base
+    assert named == str(base)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_the_policy_that_a_run_leaves_has_the_card_of_its_last_stage(
+    bench: Bench, adapters: bool
+) -> None:
+    bench.adapters = adapters
+    bench.run("stages=[sft]")
+    policy = bench.run("stages=[sft, rl]").policy
+    card = (policy / "README.md").read_text()
+    assert card == (bench.run_dir / "rl" / "policy" / "README.md").read_text()
+    assert ", after sft → rl" in card
+    assert (policy / "weights").exists() is adapters
+
+    (policy / "README.md").write_text("edited")
+    if not adapters:  # the stand-in for what stacks adapters does it again each time
+        bench.run("stages=[sft, rl]")
+        assert (policy / "README.md").read_text() == "edited"
+
+
 @pytest.mark.parametrize("error", [Interrupted("stopped"), StageError("no"), KeyError("bug")])
 def test_an_interrupted_run_goes_on_where_it_was(bench: Bench, error: Exception) -> None:
     bench.failures["rl"] = error
@@ -358,6 +401,60 @@ def test_an_evaluation_that_was_cut_short_is_all_that_is_repeated(
     monkeypatch.setattr(pipeline, "measure_policy", whole)
     bench.run()
     assert bench.calls == ALL[5:]
+
+
+def test_a_kill_between_an_evaluation_and_its_record_is_no_change_of_the_file(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def measure(context: Any, model: Path, label: str) -> list[PromptResult]:
+        bench.calls.append((f"evaluate {label}", bench.history(model)))
+        counts: dict[str, Any] = {"n": max(context.settings.eval.k), "correct": 1, "tokens": 1}
+        about: dict[str, Any] = {"outcomes": {}, "instructions": {}, "greedy_correct": True}
+        return [PromptResult(prompt_id="p", domain="d", **counts, **about)]
+
+    def killed(*_: object, **__: object) -> None:
+        raise Interrupted("killed")
+
+    monkeypatch.setattr(pipeline, "measure_policy", measure)
+    bench.run()
+    with monkeypatch.context() as patched:
+        patched.setattr(RunDir, "record_evaluation", killed)
+        with pytest.raises(Interrupted):
+            bench.run("eval.k=[1,2]")
+    result = bench.run("eval.k=[1,2]")
+    assert [name for name, _ in bench.calls] == [n for n, _ in ALL if n.startswith("evaluate")]
+    assert {tuple(e["k"]) for e in result.evaluations.values()} == {(1, 2)}
+
+
+def test_a_report_that_a_kill_prevented_is_written_by_the_next_start(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[list[str]] = []
+
+    def write(run: Run, path: Path) -> None:
+        told.append(run.stages["stage"].to_list())
+        path.write_text("report")
+
+    def killed(*_: object) -> None:
+        raise Interrupted("killed")
+
+    def run_and_be_killed(*overrides: str) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(pipeline, "_report", killed)
+            with pytest.raises(Interrupted):
+                bench.run(*overrides)
+
+    monkeypatch.setattr(pipeline, "write_report", write)
+    run_and_be_killed("stages=[sft]")
+    bench.run("stages=[sft]")
+    assert (bench.calls, told) == ([], [["start", "sft"]])
+    bench.run("stages=[sft]")
+    assert len(told) == 1  # it is there
+    run_and_be_killed("stages=[sft, rl]")
+    bench.run("stages=[sft, rl]")
+    assert (bench.calls, told[1:]) == ([], [["start", "sft", "rl"]])
+    bench.run("stages=[sft]")
+    assert (bench.calls, told[2:]) == ([], [["start", "sft"]])
 
 
 def test_a_run_at_a_url_goes_on_from_another_machine(bench: Bench) -> None:

@@ -13,7 +13,12 @@ import yaml
 
 from posttrain.atomic import recover, write_atomically
 from posttrain.errors import ModelError, RunDirError
-from posttrain.run_dir import RunDir, fingerprint_directory, staged_directory
+from posttrain.run_dir import (
+    RunDir,
+    fingerprint_directory,
+    staged_directory,
+    still_asked_for,
+)
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {
@@ -207,6 +212,14 @@ class TestManifest:
         manifest = json.loads(run.manifest_path.read_text())
         assert [(n, s["state"]) for n, s in manifest["stages"].items()] == list(states.items())
 
+    def test_of_what_was_begun_the_settings_name_what_counts_and_its_order(self, run):
+        for name in ("start", "sft", "dpo", "screen", "rl"):  # rl was done again
+            run.begin_stage(name, F1)
+        asked = {"stages": ["screen", "sft", "rl", "later"]}
+        assert list(still_asked_for(run.stages(), asked)) == ["start", "screen", "sft", "rl"]
+        for odd in ({}, {"stages": None}, {"stages": [["rl"]]}):
+            assert still_asked_for(run.stages(), odd) == run.stages()
+
     @pytest.mark.parametrize(
         ("harm", "what"),
         [
@@ -252,6 +265,21 @@ class TestManifest:
         assert record.seconds == 2.0 + 3.0 + 5.5
         assert run.evaluation_done("sft", {"eval.k": 1}) is False
 
+    def test_an_evaluation_is_forgotten_before_its_file_is_replaced(self, run):
+        run.begin_stage("sft", F1)
+        policy, results = run.path / "policy.txt", run.path / "evals.json"
+        for file in (policy, results):
+            file.write_text("old")
+        run.finish_stage("sft", [policy], {"rows": 3}, 2.0)
+        table = {"eval.k": 1}
+        run.record_evaluation("sft", table, artifact=results, summary={"all": 1}, seconds=1.0)
+        run.forget_evaluation("sft", results)
+        results.write_text("new, and its driver was killed")
+        assert run.stage_done("sft", F1)
+        assert run.evaluation_done("sft", table) is False
+        record = run.stages()["sft"]
+        assert (list(record.artifacts), record.metrics) == (["policy.txt"], {"rows": 3})
+
     def test_what_is_set_aside_makes_room_and_keeps_its_numbers(self, run):
         assert run.set_aside("rl") is None
         for number in (1, 2):
@@ -263,6 +291,19 @@ class TestManifest:
             assert (target / "weights").read_text() == str(number)
             assert not run.stage_dir("rl").exists()
             assert run.stages() == {}
+
+    @pytest.mark.parametrize("begun", [False, True])
+    def test_what_rl_answered_is_set_aside_with_it(self, run, begun):
+        if begun:
+            run.stage_dir("rl").mkdir()
+        run.rollouts_dir.mkdir()
+        (run.rollouts_dir / "001-00000.parquet").write_text("old")
+        assert run.set_aside("dpo") is None
+        target = run.set_aside("rl")
+        assert target == run.path / "superseded" / "rl-1"
+        assert (target / "rollouts" / "001-00000.parquet").read_text() == "old"
+        assert not run.rollouts_dir.exists()
+        assert not run.stage_dir("rl").exists()
 
     def test_artifacts_lie_in_the_run(self, run, tmp_path):
         run.begin_stage("sft", F1)

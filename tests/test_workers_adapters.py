@@ -88,6 +88,30 @@ def test_one_adapter_alone_stays_what_it_was(base, adapter, tmp_path):
     )
 
 
+def test_what_is_stacked_already_stays_until_it_would_be_another(base, adapter, tmp_path):
+    stacked = tmp_path / "stacked"
+
+    def stacks_again(*adapters: Path, named: str = "someone/base") -> bool:
+        if stacked.exists():
+            (stacked / "README.md").write_text("card")
+        stack_adapters(adapters, base, named, stacked)
+        return not (stacked / "README.md").exists()
+
+    assert stacks_again(adapter)
+    assert not stacks_again(adapter)
+    assert stacks_again(adapter, named="other/base")
+    other = make_adapter(base, tmp_path / "other", seed=2)
+    assert stacks_again(adapter, other)
+    assert stacks_again(other, adapter)
+    make_adapter(base, adapter, seed=3)
+    assert stacks_again(other, adapter)
+    weights_file = stacked / "adapter_model.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:50])
+    assert stacks_again(other, adapter)
+    assert not stacks_again(other, adapter)
+    check_adapter(stacked, base)
+
+
 def test_a_policy_may_be_an_adapter(base, adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
     assert is_adapter(adapter)

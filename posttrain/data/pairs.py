@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Literal, NamedTuple, get_args
 
@@ -148,6 +149,17 @@ def mine_pairs(group: RolloutGroup, settings: MiningSettings) -> list[Preference
                 used |= texts
                 pairs.append(_pair(group, chosen, rejected, case))
     return pairs
+
+
+def at_most_per_prompt(pairs: Iterable[PreferencePair], most: int) -> list[PreferencePair]:
+    """The first `most` of each prompt, whichever of its groups they are of."""
+    counts: Counter[str] = Counter()
+    kept = []
+    for pair in pairs:
+        counts[pair.prompt.prompt_id] += 1
+        if counts[pair.prompt.prompt_id] <= most:
+            kept.append(pair)
+    return kept
 
 
 def _ordered_pairs(scored: list[Candidate]) -> Iterator[tuple[Candidate, Candidate]]:

@@ -43,7 +43,7 @@ PROMPTS = Frame(
         "in_train": (pl.Boolean, "RL draws from it"),
         "in_held_out": (pl.Boolean, "evaluation only"),
         "in_sft": (pl.Boolean, "has a row in the SFT set"),
-        "screened_rate": (pl.Float64, "share of right answers in its first verdict"),
+        "screened_rate": (pl.Float64, "share of right answers in its last verdict before RL"),
         "label": (pl.String, "of its last verdict: easy, medium, hard, unsolved"),
         "num_draws": (pl.Int64, "draws that RL opened for it"),
         "num_trained": (pl.Int64, "of those, how many were trained on"),
@@ -56,7 +56,8 @@ PROMPTS = Frame(
 )
 
 VERDICTS = Frame(
-    row="a judge's verdict about a prompt, oldest first, and what was decided on it",
+    row="a judge's verdict on the surviving lineage about a prompt, oldest first, and what was"
+    " decided on it",
     columns={
         "seq": (pl.Int64, "number among all events of the run"),
         "at": (TIME, "when it was recorded"),
@@ -114,6 +115,7 @@ STEPS = Frame(
         "reward_mean": (pl.Float64, "over all answers that came in, rejected groups included"),
         "pass@1": (pl.Float64, "share of right answers, likewise"),
         "zero_advantage_share": (pl.Float64, "share of the groups that carried no signal"),
+        "signal_share": (pl.Float64, "share that could be trained on; the rest was not scored"),
         "lag_mean": (pl.Float64, "optimizer steps between a group's oldest token and its training"),
         "lag_max": (pl.Float64, "likewise, the worst group"),
         "trained_tokens": (pl.Float64, "completion tokens of the step"),
@@ -192,7 +194,7 @@ PAIRS = Frame(
 )
 
 STAGES = Frame(
-    row="a stage that was begun, in order",
+    row="a stage that was begun and that the settings name, in their order",
     columns={
         "stage": (pl.String, "start: evaluation of the policy that came in"),
         "state": (pl.String, "running or done"),

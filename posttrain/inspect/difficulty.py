@@ -18,10 +18,11 @@ UNDECIDED = "no selection"
 
 
 def screened(verdicts: pl.DataFrame) -> pl.DataFrame:
-    """The first verdict of each prompt that a checkpoint gave before RL, with scored answers."""
-    return verdicts.filter(pl.col("step").is_null() & pl.col("pass_rate").is_not_null()).unique(
-        "prompt_id", keep="first", maintain_order=True
-    )
+    """The last verdict of each prompt that a checkpoint gave before RL, with scored answers: the
+    one that the curriculum starts from. Earlier ones are of a screening that was done again."""
+    before_rl = verdicts.filter(pl.col("step").is_null())
+    last = before_rl.unique("prompt_id", keep="last", maintain_order=True)
+    return last.filter(pl.col("pass_rate").is_not_null())
 
 
 def pass_rate_bins(verdicts: pl.DataFrame) -> pl.DataFrame:

@@ -13,7 +13,7 @@ import polars as pl
 
 from posttrain.errors import DataError
 from posttrain.inspect.columns import DRAWS, VERDICTS
-from posttrain.ledger_schema import connect_readonly
+from posttrain.ledger_schema import VOID_VERDICTS, connect_readonly
 from posttrain.types import Outcome
 
 CHUNK = 50_000
@@ -36,12 +36,13 @@ _ENDED_SCHEMA = {
     **dict.fromkeys(("step", "num_scored", "num_correct", "ended_at"), pl.Int64),
 }
 # Of several decisions that rest on a verdict the last one counts.
-_JUDGED = """
+_JUDGED = f"""{VOID_VERDICTS}
     SELECT v.seq, CAST(v.at * 1e6 AS INTEGER), v.prompt_id, v.judge, v.critic, v.num_samples,
            v.num_correct, v.alpha, v.beta, v.label, v.decided_by, v.outcomes, d.stage, d.action,
            d.rule, d.reason
     FROM verdicts v LEFT JOIN decisions d ON d.seq = (
         SELECT max(seq) FROM decisions WHERE prompt_id = v.prompt_id AND verdict = v.seq)
+    WHERE v.seq NOT IN (SELECT verdict FROM void_verdicts)
     ORDER BY v.seq"""
 _JUDGED_SCHEMA = {
     **dict.fromkeys(("seq", "at"), pl.Int64),
@@ -54,7 +55,8 @@ _JUDGED_SCHEMA = {
 
 
 def read_ledger(path: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """`draws` and `verdicts` of one moment; empty ones for a run that has recorded nothing yet.
+    """`draws` and `verdicts` of one moment, those of the surviving lineage; empty ones for a run
+    that has recorded nothing yet.
 
     The verdicts' `domain` is left null: the ledger does not hold it.
 

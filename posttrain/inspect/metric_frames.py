@@ -19,7 +19,8 @@ def surviving(records: Iterable[Record]) -> list[Record]:
     """Records in order, without those that a resumed attempt did again or went back behind.
 
     An attempt that resumes from step N records N+1 next: whatever the earlier attempt recorded of
-    its own steps beyond N is off the lineage, whether it has been reached again yet or not.
+    its own steps beyond N is off the lineage, whether it has been reached again yet or not. So is
+    a re-screening that ended after step N was recorded: the checkpoint knows nothing of it.
     """
     kept: list[Record] = []
     reached: dict[str, tuple[int, Any]] = {}
@@ -28,11 +29,27 @@ def surviving(records: Iterable[Record]) -> list[Record]:
         if isinstance(stage, str) and step is not None and "event" not in record:
             last_step, last_attempt = reached.get(stage, (0, attempt))
             # A trainer may log twice at one step; an attempt never records a step twice.
-            if step < last_step or (step == last_step and attempt != last_attempt):
-                kept = [r for r in kept if r.get("stage") != stage or r.get("step", 0) < step]
+            if step < last_step or attempt != last_attempt:
+                kept = _upto(kept, stage, step - 1)
             reached[stage] = step, attempt
         kept.append(record)
     return kept
+
+
+def _upto(records: Iterable[Record], stage: str, last_step: int) -> list[Record]:
+    """Without what `stage` recorded beyond its checkpoint of `last_step`."""
+    held: list[Record] = []
+    reached = 0
+    for record in records:
+        if record.get("stage") == stage:
+            step = record.get("step", 0)
+            late = record.get("event") == "rescreen" and reached >= last_step
+            if step > last_step or late:
+                continue
+            if "event" not in record:
+                reached = max(reached, step)
+        held.append(record)
+    return held
 
 
 def steps_frame(records: Iterable[Record], stages: Mapping[str, StageRecord]) -> pl.DataFrame:
@@ -90,7 +107,7 @@ def accuracy_frame(
     """`accuracy`: at the end of each stage, and during RL where it was evaluated.
 
     `elapsed_s` counts the seconds of finished stages; a stage that failed and was done again
-    counts once.
+    counts once. A stage that is not among `stages` counts not at all, unless none is known.
     """
     rows: list[dict[str, Any]] = []
     began: dict[str, float] = {}
@@ -105,7 +122,7 @@ def accuracy_frame(
         for stage, step, seconds in steps.select("stage", "step", "elapsed_s").iter_rows()
     }
     for event in records:
-        if event.get("event") == "evaluation":
+        if event.get("event") == "evaluation" and (not stages or event["stage"] in stages):
             at = (event["stage"], event["step"])
             seconds = loop_s.get(at)
             since = None if seconds is None else began.get(at[0], 0.0) + seconds

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from posttrain.inspect.metric_frames import (
 )
 from posttrain.inspect.problems import OnError, Problem, Problems
 from posttrain.metrics import read_metrics
-from posttrain.run_dir import RunDir, StageRecord
+from posttrain.run_dir import RunDir, StageRecord, still_asked_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,8 @@ def load_run(path: str | Path, *, on_error: OnError = "raise") -> Run:
     """Everything that a run directory holds.
 
     A run under way is read as it is now: the ledger in one moment of it, metrics up to the last
-    whole line. What a resumed run did again or went back behind is left out.
+    whole line. What a resumed run did again or went back behind is left out, and of stages,
+    evaluations and accuracy those of a stage that its settings no longer name.
 
     Args:
         on_error: `raise` stops at the first file or line that cannot be read; `collect` leaves it
@@ -93,8 +94,10 @@ def load_run(path: str | Path, *, on_error: OnError = "raise") -> Run:
     run_dir = RunDir(path)
     problems = Problems(on_error)
     config: dict[str, Any] = problems.reading(run_dir.config_path, run_dir.config, {})
+    settings = config.get("settings") or {}
     none: dict[str, StageRecord] = {}
-    stages = problems.reading(run_dir.manifest_path, lambda: _manifest(run_dir), none)
+    begun = problems.reading(run_dir.manifest_path, lambda: _manifest(run_dir), none)
+    stages = still_asked_for(begun, settings)
     records = surviving(_metrics(run_dir.metrics_path, problems))
     draws, verdicts = problems.reading(
         run_dir.ledger_path,
@@ -102,7 +105,7 @@ def load_run(path: str | Path, *, on_error: OnError = "raise") -> Run:
         (DRAWS.empty(), VERDICTS.empty()),
     )
     steps = steps_frame(records, stages)
-    evals = _evals(run_dir.evals_dir, list(stages), problems)
+    evals = _evals(run_dir.evals_dir, list(stages), begun.keys() - stages.keys(), problems)
     known = problems.reading(
         run_dir.prompts_path,
         lambda: read_prompts(run_dir.prompts_path),
@@ -112,7 +115,7 @@ def load_run(path: str | Path, *, on_error: OnError = "raise") -> Run:
     return Run(
         name=path.resolve().name,
         path=path,
-        settings=config.get("settings", {}),
+        settings=settings,
         stages=stages_frame(stages),
         prompts=prompts,
         verdicts=_with_domains(verdicts, prompts),
@@ -189,9 +192,11 @@ def _metrics(path: Path, problems: Problems) -> list[dict[str, Any]]:
     return read_metrics(path, on_bad_line=lambda error: problems.note(path, error))
 
 
-def _evals(directory: Path, stages: list[str], problems: Problems) -> pl.DataFrame:
+def _evals(
+    directory: Path, stages: list[str], left_out: Set[str], problems: Problems
+) -> pl.DataFrame:
     files = sorted(
-        directory.glob("*.json"),
+        (f for f in directory.glob("*.json") if f.stem not in left_out),
         key=lambda f: stages.index(f.stem) if f.stem in stages else len(stages),
     )
     frames = [problems.reading(f, lambda f=f: read_evaluation(f), EVALS.empty()) for f in files]  # type: ignore[misc]
@@ -216,7 +221,8 @@ def _prompts(
         how="diagonal",
     ).unique("prompt_id", keep="first", maintain_order=True)
     judged = verdicts.group_by("prompt_id").agg(
-        pl.col("pass_rate").first().alias("screened_rate"), pl.col("label").last()
+        pl.col("pass_rate").filter(pl.col("step").is_null()).last().alias("screened_rate"),
+        pl.col("label").last(),
     )
     joined = seen.join(judged, on="prompt_id", how="left", maintain_order="left")
     return add_fates(joined, draws, verdicts).select(PROMPTS.names)

@@ -42,7 +42,7 @@ def tell(
     out_of_pool = False
     for event in events:
         line = event.describe()
-        if isinstance(event, Decided) and event.stage == "rl":
+        if isinstance(event, Decided) and event.stage == "rl" and event.void_by is None:
             drops = event.action is Action.DROP
             if drops != out_of_pool:
                 line += "; it leaves the pool" if drops else "; it is back in the pool"

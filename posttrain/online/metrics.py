@@ -111,15 +111,7 @@ def summarise_loop(
     seconds: float,
 ) -> LoopSummary:
     """From the draws that ended in this attempt, by (outcome, reason, domain)."""
-    draws: Counter[DrawOutcome] = Counter()
-    reasons: Counter[str] = Counter()
-    trained: Counter[str] = Counter()
-    for (outcome, reason, domain), count in ended.items():
-        draws[outcome] += count
-        if outcome is DrawOutcome.TRAINED:
-            trained[domain] += count
-        else:
-            reasons[reason] += count
+    draws, reasons, trained = ends(ended)
     return LoopSummary(
         version=version,
         num_steps=num_steps,
@@ -133,6 +125,22 @@ def summarise_loop(
         learning_seconds=totals.learning_seconds,
         teacher=totals.teacher,
     )
+
+
+def ends(
+    ended: Mapping[tuple[DrawOutcome, str, str], int],
+) -> tuple[Counter[DrawOutcome], Counter[str], Counter[str]]:
+    """Draws by outcome; untrained ones by reason; trained ones by domain."""
+    draws: Counter[DrawOutcome] = Counter()
+    reasons: Counter[str] = Counter()
+    trained: Counter[str] = Counter()
+    for (outcome, reason, domain), count in ended.items():
+        draws[outcome] += count
+        if outcome is DrawOutcome.TRAINED:
+            trained[domain] += count
+        else:
+            reasons[reason] += count
+    return draws, reasons, trained
 
 
 def answer_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
@@ -191,10 +199,9 @@ def step_metrics(
     lags = [lag_of(group, current) for group in trained]
     gated = len(interval.groups)
     outcomes, reasons, domains = _ended_by(interval.ended)
-    zero_advantage = outcomes[DrawOutcome.ZERO_ADVANTAGE]
     return {
         **answer_metrics(interval.groups),
-        **({"zero_advantage_share": zero_advantage / gated} if gated else {}),
+        **(_signal(gated, outcomes) if gated else {}),
         **_stale_lengths(interval.stale_lengths),
         "lag_max": max(lags),
         "lag_mean": fmean(lags),
@@ -213,6 +220,16 @@ def step_metrics(
         **{f"learner/{name}": value for name, value in learner.items()},
         **{f"publish/{name}": value for name, value in publish.items()},
         **{f"teacher/{name}": value for name, value in teacher.items()},
+    }
+
+
+def _signal(gated: int, outcomes: Counter[DrawOutcome]) -> dict[str, float]:
+    """Shares of the groups that came to the gate: those without a signal, and those with one. Of
+    those that could not be scored nobody knows."""
+    equal, unscored = outcomes[DrawOutcome.ZERO_ADVANTAGE], outcomes[DrawOutcome.ERRORED]
+    return {
+        "zero_advantage_share": equal / gated,
+        "signal_share": (gated - equal - unscored) / gated,
     }
 
 

@@ -81,7 +81,8 @@ class ScreenedCurriculum(Protocol):
         ...
 
     def drop(self, prompt_id: str) -> None:
-        """Takes a prompt out of what is drawn, until it is restored."""
+        """Takes a prompt out of what is drawn, until it is restored; refused for the last one of
+        its domain."""
         ...
 
     def restore(self, prompt_id: str) -> None: ...
@@ -158,8 +159,8 @@ class Rescreener:
         judged = [task.result() for task in judging]
         verdicts = [verdict for verdict, _ in judged if verdict is not None]
         decisions = [self._decide(verdict, step) for verdict in verdicts]
-        self._ledger.record_decisions(self._stage, decisions)
         moved = Counter(d.action for d in decisions if self._move(d))
+        self._ledger.record_decisions(self._stage, [self._as_moved(d) for d in decisions])
         return RescreenReport(
             prompts=len(verdicts),
             samples=sum(v.num_samples for v in verdicts),
@@ -246,6 +247,13 @@ class Rescreener:
         elif decision.action is Action.KEEP and before:
             self._curriculum.restore(prompt_id)
         return self._curriculum.is_dropped(prompt_id) is not before
+
+    def _as_moved(self, decision: Decision) -> Decision:
+        """A curriculum keeps the last prompt of a domain, however easy it is."""
+        if decision.action is Action.KEEP or self._curriculum.is_dropped(decision.prompt_id):
+            return decision
+        reason = f"{decision.reason}, but it is the last of its domain"
+        return replace(decision, action=Action.KEEP, reason=reason)
 
 
 def of_one_version(rollouts: Sequence[Rollout]) -> tuple[PolicyVersion, list[Rollout]]:

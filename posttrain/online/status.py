@@ -8,7 +8,7 @@ from collections.abc import Mapping
 def status(metrics: Mapping[str, float]) -> str:
     """From a step's metrics (see `posttrain.online.metrics`); what was not measured is left out.
 
-    >>> status({"pass@1": 0.5, "zero_advantage_share": 0.25, "lag_mean": 0.9, "lag_max": 2})
+    >>> status({"pass@1": 0.5, "signal_share": 0.75, "lag_mean": 0.9, "lag_max": 2})
     'pass@1 .50 · signal 75% · lag 0.9 (max 2)'
     """
     parts = [
@@ -16,8 +16,8 @@ def status(metrics: Mapping[str, float]) -> str:
         for name, label in (("reward_mean", "reward"), ("pass@1", "pass@1"))
         if name in metrics
     ]
-    if "zero_advantage_share" in metrics:
-        parts.append(f"signal {1 - metrics['zero_advantage_share']:.0%}")
+    if "signal_share" in metrics:
+        parts.append(f"signal {metrics['signal_share']:.0%}")
     if "lag_mean" in metrics:
         parts.append(f"lag {metrics['lag_mean']:.1f} (max {metrics['lag_max']:.0f})")
     if "trained_tokens_per_s" in metrics:

@@ -6,7 +6,7 @@ import asyncio
 import random
 from pathlib import Path
 
-from posttrain.data.pairs import MiningSettings, mine_pairs
+from posttrain.data.pairs import MiningSettings, at_most_per_prompt, mine_pairs
 from posttrain.progress import Progress
 from posttrain.stages.context import StageContext
 from posttrain.stages.stored_pairs import stored_pairs
@@ -25,13 +25,13 @@ async def mine(
     context: StageContext, model: Path, settings: MiningSettings
 ) -> list[PreferencePair]:
     """Pairs from groups that `model`, the policy that DPO starts from, answers now, and from
-    stored ones if the settings ask for any."""
+    stored ones if the settings ask for any; a prompt that RL drew often has no more than others."""
     generators = await context.pools.serving(str(model))
     groups = await _sample(context, generators, settings)
     pairs = [pair for group in groups for pair in mine_pairs(group, settings)]
     if settings.stored_groups:
         pairs += await stored_pairs(context, generators, settings, groups)
-    return pairs
+    return at_most_per_prompt(pairs, settings.pairs_per_prompt)
 
 
 async def _sample(

@@ -10,9 +10,10 @@ from typing import Any
 from curricula.sampler import DifficultySampler, UniformSampler, build_curriculum
 from posttrain.cards import write_rollouts_card
 from posttrain.errors import RunDirError
+from posttrain.ledger import LedgerReader
 from posttrain.online.accounting import Draw
 from posttrain.online.controller import Controller
-from posttrain.online.metrics import LoopSummary
+from posttrain.online.metrics import LoopSummary, ends
 from posttrain.online.teaching import REWARDS_ALONE, GroupTeacher, OnlineTeacher
 from posttrain.progress import say
 from posttrain.stages.context import StageContext
@@ -97,7 +98,7 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
     after_step.rollouts.flush()
     beside.stop()
     await _hand_on(context, learner, model)
-    metrics = _metrics(summary)
+    metrics = _metrics(summary, context.ledger)
     write_rollouts_card(context.run, metrics, settings.model_dump())
     return metrics
 
@@ -211,16 +212,21 @@ async def _probes(context: StageContext, generators: GeneratorPool) -> list[Prob
     return sequences
 
 
-def _metrics(summary: LoopSummary) -> dict[str, Any]:
+def _metrics(summary: LoopSummary, ledger: LedgerReader) -> dict[str, Any]:
+    """Of the stage, whatever its attempts were; what nobody adds up over these stands apart."""
+    draws, reasons, trained = ends(ledger.ended_draws(STAGE))
     return {
-        "steps": summary.num_steps,
-        "draws": {outcome.value: n for outcome, n in summary.draws.items()},
-        "draws_by_reason": dict(summary.draws_by_reason),
-        "trained_by_domain": dict(summary.trained_by_domain),
-        "trained_tokens": summary.trained_tokens,
-        "generated_tokens": summary.generated_tokens,
-        "max_lag": summary.max_lag,
-        "loop_seconds": summary.seconds,
-        "learning_seconds": summary.learning_seconds,
-        **({} if summary.teacher is None else {"teacher": asdict(summary.teacher)}),
+        "steps": summary.version.step,
+        "draws": {outcome.value: n for outcome, n in draws.items()},
+        "draws_by_reason": dict(reasons),
+        "trained_by_domain": dict(trained),
+        "last_attempt": {
+            "steps": summary.num_steps,
+            "trained_tokens": summary.trained_tokens,
+            "generated_tokens": summary.generated_tokens,
+            "max_lag": summary.max_lag,
+            "loop_seconds": summary.seconds,
+            "learning_seconds": summary.learning_seconds,
+            **({} if summary.teacher is None else {"teacher": asdict(summary.teacher)}),
+        },
     }

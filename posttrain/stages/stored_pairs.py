@@ -38,15 +38,8 @@ async def stored_pairs(
     fresh: Sequence[RolloutGroup],
 ) -> list[PreferencePair]:
     """`generators` serve the policy that DPO starts from, which has just written `fresh`."""
-    prompts = {prompt.prompt_id: prompt for prompt in context.train}
-    stored = newest_groups(context.run.rollouts_dir, settings.stored_groups)
-    pairs = [
-        pair
-        for rows in stored
-        # A changed set of tasks may have lost some.
-        if rows[0]["prompt_id"] in prompts
-        for pair in mine_pairs(_group(context, prompts[rows[0]["prompt_id"]], rows), settings)
-    ]
+    groups = _stored_groups(context, settings.stored_groups)
+    pairs = [pair for group in groups for pair in mine_pairs(group, settings)]
     if not pairs:
         return []
     own = [rollout for group in fresh for rollout in group.rollouts][:FRESH_ANSWERS]
@@ -63,6 +56,21 @@ async def stored_pairs(
         f"least {least:.2f} nats a token)"
     )
     return likely
+
+
+def _stored_groups(context: StageContext, count: int) -> list[RolloutGroup]:
+    """Without those whose task or system instruction the settings have lost since."""
+    prompts = {prompt.prompt_id: prompt for prompt in context.train}
+    systems = {None, *context.instruction_mix(0).by_name}
+    stored = newest_groups(context.run.rollouts_dir, count, context.ledger.surviving_ends())
+    asked = [rows for rows in stored if rows[0]["prompt_id"] in prompts]
+    known = [rows for rows in asked if rows[0]["system"] in systems]
+    if len(known) < len(asked):
+        say(
+            f"dpo: {len(asked) - len(known)} of {len(asked)} groups that RL left are passed over: "
+            "system_instructions no longer has what they were answered under"
+        )
+    return [_group(context, prompts[rows[0]["prompt_id"]], rows) for rows in known]
 
 
 def _group(

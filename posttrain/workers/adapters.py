@@ -11,13 +11,14 @@ from typing import Any
 
 from posttrain.atomic import staged_directory
 from posttrain.errors import ModelError
-from posttrain.run_dir import MODEL_SUFFIXES, fingerprint_directory
+from posttrain.run_dir import MODEL_SUFFIXES, fingerprint_directory, hash_path
 from posttrain.workers.settings import LoraSettings
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 BASE = "base.json"
-"""Beside an adapter of ours: the fingerprint of the policy that it was trained on."""
+"""Beside an adapter of ours: the fingerprint of the policy that it was trained on, and of the
+adapters that it is made of."""
 
 
 def is_adapter(path: Path) -> bool:
@@ -106,8 +107,16 @@ def stack_adapters(adapters: Sequence[Path], base: Path, named: str, target: Pat
 
     Exact, not an approximation: ranks are put side by side, W + s₁B₁A₁ + s₂B₂A₂ =
     W + [s₁B₁ s₂B₂][A₁; A₂], so that the rank is the sum of theirs. All were trained with one
-    table of settings and adapt the same modules. `named` is how the base is called in it.
+    table of settings and adapt the same modules. `named` is how the base is called in it. Nothing
+    is done where `target` is that adapter already.
     """
+    made_of = {
+        "fingerprint": fingerprint_directory(base),
+        "named": named,
+        "stacked": [fingerprint_directory(path) for path in adapters],
+    }
+    if _is_made_of(target, made_of):
+        return
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -125,8 +134,17 @@ def stack_adapters(adapters: Sequence[Path], base: Path, named: str, target: Pat
     with staged_directory(target) as staged:
         save_file({n: t.contiguous() for n, t in stacked.items()}, staged / WEIGHTS)
         (staged / CONFIG).write_text(json.dumps(configs[0] | changes, indent=2) + "\n")
-        (staged / BASE).write_text(json.dumps({"fingerprint": fingerprint_directory(base)}))
+        weights = {"weights": hash_path(staged / WEIGHTS)}
+        (staged / BASE).write_text(json.dumps(made_of | weights))
         _copy_tokenizer(base, staged)
+
+
+def _is_made_of(stacked: Path, made_of: Mapping[str, Any]) -> bool:
+    """Whether `stack_adapters` wrote it from that, and its weights are as they were."""
+    if not (stacked / BASE).is_file() or not (stacked / WEIGHTS).is_file():
+        return False
+    recorded: dict[str, Any] = json.loads((stacked / BASE).read_text())
+    return recorded == {**made_of, "weights": hash_path(stacked / WEIGHTS)}
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

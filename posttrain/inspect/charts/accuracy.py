@@ -29,7 +29,7 @@ def domain_accuracy(run: Run, metric: str = "pass@1") -> Any:
     rows = run.accuracy.filter((pl.col("metric") == metric) & pl.col("step").is_null())
     if rows.is_empty():
         return nothing(title, "No policy of this run was evaluated.")
-    stages = [stage for stage in STAGES if stage in set(rows["stage"])]
+    stages = rows["stage"].unique(maintain_order=True).to_list()
     last = rows.filter((pl.col("stage") == stages[-1]) & (pl.col("domain") != "all"))
     order = ["all", *last.sort("mean")["domain"]]
     offset = alt.YOffset("stage:N", sort=stages)
