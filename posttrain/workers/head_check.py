@@ -61,7 +61,8 @@ def _hidden_states(head: Any) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, TOKENS, head.weight.shape[-1], generator=generator)
     hidden = hidden.to(device=head.weight.device, dtype=head.weight.dtype)
-    return hidden * (LARGEST_LOGIT / head(hidden).abs().max().clamp(min=1e-3))
+    largest: Tensor = head(hidden).abs().max()
+    return hidden * (LARGEST_LOGIT / largest.clamp(min=1e-3))
 
 
 @contextmanager
