@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -40,20 +39,19 @@ def record_of(asked: TokenSequence) -> Record:
 
 
 class CountingTeacher:
-    """Opens as `posttrain.teaching.acquire` wants it; takes `seconds` an answer and dies before its
+    """Loads as `posttrain.teaching.acquire` wants it; takes `seconds` an answer and dies before its
     `dies_at`th."""
 
     def __init__(self, dies_at: int | None = None, seconds: float = 0.0) -> None:
-        self.num_opened = 0
+        self.num_loads = 0
         self.asked: list[bytes] = []
         self._dies_at = dies_at
         self._seconds = seconds
         self._num_answers = 0
 
-    @contextmanager
-    def open(self) -> Iterator[object]:
-        self.num_opened += 1
-        yield self._answer
+    def load(self) -> Callable[[Sequence[TokenSequence]], list[Record]]:
+        self.num_loads += 1
+        return self._answer
 
     def _answer(self, sequences: Sequence[TokenSequence]) -> list[Record]:
         if self._num_answers == self._dies_at:

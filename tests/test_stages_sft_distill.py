@@ -37,9 +37,12 @@ class LocalTeachers(Teachers):
     """Asks in this process; notes which models were loaded."""
 
     @contextmanager
-    def _asked(self, model):
-        LOADED.append(model)
-        yield CausalTeacher(model, self.pool, rank=0, address="127.0.0.1:1")
+    def _models(self):
+        def load(model):
+            LOADED.append(model)
+            return CausalTeacher(model, self.pool, rank=0, address="127.0.0.1:1")
+
+        yield load
 
 
 @pytest.fixture(scope="module")

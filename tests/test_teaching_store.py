@@ -116,30 +116,30 @@ def test_records_become_rectangles():
 
 def test_a_second_pass_asks_nobody(tmp_path):
     first, second = CountingTeacher(seconds=0.1), CountingTeacher()
-    report = acquire(MANY, TargetStore(tmp_path, IDENTITY), first.open, "teacher")
+    report = acquire(MANY, TargetStore(tmp_path, IDENTITY), first.load, "teacher")
     assert (report.hits, report.hit_rate, report.sequences) == (0, 0.0, len(MANY))
-    again = acquire(MANY, TargetStore(tmp_path, IDENTITY), second.open, "teacher")
-    assert (second.num_opened, second.asked) == (0, [])
+    again = acquire(MANY, TargetStore(tmp_path, IDENTITY), second.load, "teacher")
+    assert (second.num_loads, second.asked) == (0, [])
     assert (again.hits, again.hit_rate) == (len(MANY), 1.0)
     assert 0.1 <= again.seconds_saved <= report.seconds
     assert again.bytes_per_label == report.bytes_per_label
 
 
 def test_only_new_sequences_are_asked_and_each_once(tmp_path):
-    acquire(MANY[:10], TargetStore(tmp_path, IDENTITY), CountingTeacher().open, "teacher")
+    acquire(MANY[:10], TargetStore(tmp_path, IDENTITY), CountingTeacher().load, "teacher")
     teacher = CountingTeacher()
     nothing_learnt = sequence(1, 2, prompt=2)
     wanted = [*MANY[:13], *MANY[10:13], nothing_learnt]
-    report = acquire(wanted, TargetStore(tmp_path, IDENTITY), teacher.open, "teacher")
+    report = acquire(wanted, TargetStore(tmp_path, IDENTITY), teacher.load, "teacher")
     assert teacher.asked == [s.key for s in MANY[10:13]]
     assert (report.sequences, report.hits) == (13, 10)
 
 
 def test_a_pass_that_died_goes_on_behind_its_last_shard(tmp_path, small_shards):
     with pytest.raises(ConnectionError):
-        acquire(MANY, TargetStore(tmp_path, IDENTITY), CountingTeacher(dies_at=2).open, "teacher")
+        acquire(MANY, TargetStore(tmp_path, IDENTITY), CountingTeacher(dies_at=2).load, "teacher")
     teacher = CountingTeacher()
-    report = acquire(MANY, TargetStore(tmp_path, IDENTITY), teacher.open, "teacher")
+    report = acquire(MANY, TargetStore(tmp_path, IDENTITY), teacher.load, "teacher")
     assert report.hits == 20
     assert teacher.asked == [s.key for s in MANY[20:]]
 
@@ -216,7 +216,7 @@ def test_another_rank_waits_until_all_is_there(tmp_path):
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "empty"])
 def test_a_damaged_shard_is_made_anew(tmp_path, small_shards, harm):
-    acquire(MANY, TargetStore(tmp_path, IDENTITY), CountingTeacher().open, "teacher")
+    acquire(MANY, TargetStore(tmp_path, IDENTITY), CountingTeacher().load, "teacher")
     shards = sorted(tmp_path.glob("*.safetensors"))
     broken = shards[1]
     content = bytearray(broken.read_bytes())
@@ -227,7 +227,7 @@ def test_a_damaged_shard_is_made_anew(tmp_path, small_shards, harm):
     lost = [s.key for s in MANY if s.key not in store]
     assert 0 < len(lost) <= 10
     teacher = CountingTeacher()
-    report = acquire(MANY, store, teacher.open, "teacher")
+    report = acquire(MANY, store, teacher.load, "teacher")
     assert teacher.asked == lost
     assert report.damaged_shards == 1
     healed = TargetStore(tmp_path, IDENTITY)

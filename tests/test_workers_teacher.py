@@ -184,6 +184,24 @@ def test_copies_share_the_work_and_one_that_is_killed_is_replaced(cluster, tiny_
         pool.stop()
 
 
+def test_another_model_takes_the_processes_over(cluster, tiny_policy):
+    asked = [s for s in sequences(3) if s.num_labels]
+    pool = TeacherPool(str(tiny_policy), TeacherPoolSettings(**TINY), 120)
+    try:
+        rank = pool._copies[0]._ranks[0]
+        pool.load(str(POLICY_DIR))
+        answers = pool.label_logprobs(asked, 1.0)
+        assert pool._copies[0]._ranks == [rank]
+        kill(rank)  # the process that takes its place loads the same
+        again = pool.label_logprobs(asked, 1.0)
+    finally:
+        pool.stop()
+    alone = CausalTeacher(str(POLICY_DIR), TeacherPoolSettings(), rank=0, address="127.0.0.1:1")
+    for answer, other, wanted in zip(answers, again, alone.label_logprobs(asked, 1.0), strict=True):
+        np.testing.assert_allclose(answer, wanted, atol=1e-5)
+        np.testing.assert_allclose(other, wanted, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_a_copy_that_cannot_be_divided_is_refused(cluster, tiny_policy):
     """Its one head of keys and values is no two."""
@@ -199,6 +217,7 @@ def test_two_ranks_of_a_copy_answer_as_one(cluster):
     pool = TeacherPool(policy, TeacherPoolSettings(**TINY, tensor_parallel=2, replicas=2), 120)
     try:
         wanted = alone.label_logprobs(asked, 1.0)
+        pool.load(policy)
         for answer, other in zip(pool.label_logprobs(asked, 1.0), wanted, strict=True):
             np.testing.assert_allclose(answer, other, atol=1e-4)
     finally:

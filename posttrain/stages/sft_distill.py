@@ -84,19 +84,15 @@ class DistillingTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _acquire(self, teachers: Teachers, sequences: Sequence[TokenSequence]) -> None:
         """Only the first rank asks; the others see in the store when it has what they need."""
-        first = self.accelerator.is_main_process
         self._targets = teachers.teaching.open_targets()
-        if first:
-            report = teachers.acquire_targets(sequences, self._targets)
-            self.teaching_report["targets"] = asdict(report)
-        wait_for(sequences, self._targets)
-        if self._reliability is None:
-            return
-        self._critic = teachers.teaching.open_critic()
-        if first:
-            report = teachers.acquire_critic(sequences, self._critic)
-            self.teaching_report["critic"] = asdict(report)
-        wait_for(sequences, self._critic)
+        if self._reliability is not None:
+            self._critic = teachers.teaching.open_critic()
+        if self.accelerator.is_main_process:
+            reports = teachers.acquire(sequences, self._targets, self._critic)
+            self.teaching_report = {name: asdict(report) for name, report in reports.items()}
+        for store in (self._targets, self._critic):
+            if store is not None:
+                wait_for(sequences, store)
 
     def _prepare_dataset(
         self,

@@ -71,15 +71,10 @@ def teach(settings: TeachSettings) -> dict[str, Any]:
     )
     connect()
     try:
-        targets = teachers.acquire_targets(sequences, teaching.open_targets())
-        critic = teachers.acquire_critic(sequences, teaching.open_critic())
+        reports = teachers.acquire(sequences, teaching.open_targets(), teaching.open_critic())
     finally:
         disconnect()
-    return {
-        "store": str(teaching.store),
-        "targets": asdict(targets),
-        "critic": asdict(critic),
-    }
+    return {"store": str(teaching.store)} | {k: asdict(report) for k, report in reports.items()}
 
 
 def tokenised(rows: Sequence[SFTRow], chat: ChatFormat, mix: InstructionMix) -> list[TokenSequence]:

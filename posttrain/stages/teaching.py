@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from posttrain.losses.distillation_settings import DistillationSettings
 from posttrain.teaching.acquire import AcquireReport, Ask, acquire
 from posttrain.teaching.identity import Teaching
 from posttrain.teaching.records import Record, TokenSequence
+from posttrain.teaching.settings import TargetSettings
 from posttrain.teaching.store import TargetStore
 from posttrain.workers.settings import TeacherPoolSettings
 from posttrain.workers.teacher_pool import TeacherPool
+
+if TYPE_CHECKING:
+    from posttrain.types import FloatArray
+
+
+class Model(Protocol):
+    """See `CausalTeacher`."""
+
+    def targets(
+        self, sequences: Sequence[TokenSequence], settings: TargetSettings
+    ) -> list[Record]: ...
+
+    def label_logprobs(
+        self, sequences: Sequence[TokenSequence], temperature: float
+    ) -> list[FloatArray]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,40 +41,51 @@ class Teachers:
     pool: TeacherPoolSettings
     deadline_s: float
 
-    def acquire_targets(
-        self, sequences: Sequence[TokenSequence], store: TargetStore
-    ) -> AcquireReport:
-        """The teacher's targets of all sequences; it is started only for those that are missing."""
+    def acquire(
+        self,
+        sequences: Sequence[TokenSequence],
+        targets: TargetStore,
+        critic: TargetStore | None = None,
+    ) -> dict[str, AcquireReport]:
+        """Afterwards the teacher's targets of all sequences are stored, and with a store for the
+        critic log p₀ of their labels; reports by `targets` and `critic`. A model is loaded only for
+        what is missing, the critic where the teacher was: a process takes longer to start."""
+        with self._models() as load:
 
-        @contextmanager
-        def open_teacher() -> Iterator[Ask]:
-            with self._asked(self.teaching.teacher) as pool:
-                yield lambda asked: pool.targets(asked, self.teaching.targets)
+            def load_teacher() -> Ask:
+                teacher = load(self.teaching.teacher)
+                return lambda asked: teacher.targets(asked, self.teaching.targets)
 
-        return acquire(sequences, store, open_teacher, "teacher")
-
-    def acquire_critic(
-        self, sequences: Sequence[TokenSequence], store: TargetStore
-    ) -> AcquireReport:
-        """log p₀ of all sequences' labels, likewise."""
-
-        @contextmanager
-        def open_critic() -> Iterator[Ask]:
-            with self._asked(self.teaching.critic) as pool:
-                yield lambda asked: [
+            def load_critic() -> Ask:
+                policy = load(self.teaching.critic)
+                return lambda asked: [
                     Record(per_label={"label_logprobs": logprobs})
-                    for logprobs in pool.label_logprobs(asked, 1.0)
+                    for logprobs in policy.label_logprobs(asked, 1.0)
                 ]
 
-        return acquire(sequences, store, open_critic, "critic")
+            reports = {"targets": acquire(sequences, targets, load_teacher, "teacher")}
+            if critic is not None:
+                reports["critic"] = acquire(sequences, critic, load_critic, "critic")
+        return reports
 
     @contextmanager
-    def _asked(self, model: str) -> Iterator[TeacherPool]:
-        pool = TeacherPool(model, self.pool, self.deadline_s)
+    def _models(self) -> Iterator[Callable[[str], Model]]:
+        """Loads a checkpoint in the place of the one before; nothing runs until the first."""
+        pool: TeacherPool | None = None
+
+        def load(checkpoint: str) -> Model:
+            nonlocal pool
+            if pool is None:
+                pool = TeacherPool(checkpoint, self.pool, self.deadline_s)
+            else:
+                pool.load(checkpoint)
+            return pool
+
         try:
-            yield pool
+            yield load
         finally:
-            pool.stop()
+            if pool is not None:
+                pool.stop()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from posttrain.progress import Progress, say
@@ -16,8 +15,8 @@ SHARD_SEQUENCES = 512
 
 Ask = Callable[[Sequence[TokenSequence]], Sequence[Record]]
 """A model's word on sequences, in order."""
-Open = Callable[[], AbstractContextManager[Ask]]
-"""Loads that model, for as long as the context is open."""
+Load = Callable[[], Ask]
+"""Loads that model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +35,7 @@ class AcquireReport:
 
 
 def acquire(
-    sequences: Sequence[TokenSequence], store: TargetStore, open_model: Open, label: str
+    sequences: Sequence[TokenSequence], store: TargetStore, load: Load, label: str
 ) -> AcquireReport:
     """Afterwards every sequence with a label is in `store`. The model is loaded only for what is
     missing, and what it says is on disk shard by shard: a pass that was killed goes on."""
@@ -50,7 +49,7 @@ def acquire(
     began = time.perf_counter()
     if missing:
         say(f"{label}: {len(hits)} of {len(wanted)} sequences are stored, {len(missing)} are asked")
-        _ask_for(missing, store, open_model, label)
+        _ask_for(missing, store, load, label)
     else:
         say(f"{label}: all of {len(wanted)} sequences are stored, nothing is loaded")
     return AcquireReport(
@@ -66,18 +65,18 @@ def acquire(
 
 
 def _ask_for(
-    missing: dict[bytes, TokenSequence], store: TargetStore, open_model: Open, label: str
+    missing: dict[bytes, TokenSequence], store: TargetStore, load: Load, label: str
 ) -> None:
     progress = Progress(label, -(-len(missing) // SHARD_SEQUENCES))
     began = time.perf_counter()
-    with open_model() as ask:
-        for keys in _shards(list(missing)):
-            records = ask([missing[key] for key in keys])
-            # The first shard bears the model's start: whoever finds it stored saves that too.
-            now = time.perf_counter()
-            store.write(dict(zip(keys, records, strict=True)), seconds=now - began)
-            began = now
-            progress.advance()
+    ask = load()
+    for keys in _shards(list(missing)):
+        records = ask([missing[key] for key in keys])
+        # The first shard bears the model's start: whoever finds it stored saves that too.
+        now = time.perf_counter()
+        store.write(dict(zip(keys, records, strict=True)), seconds=now - began)
+        began = now
+        progress.advance()
 
 
 def _shards(keys: list[bytes]) -> Iterator[list[bytes]]:

@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 class TeacherActor:
     """One rank of a `CausalTeacher` behind Ray. All ranks of a copy are told `ready` together."""
 
-    def __init__(self, model: str, settings: TeacherPoolSettings, rank: int) -> None:
-        self._model = model
+    def __init__(self, settings: TeacherPoolSettings, rank: int) -> None:
         self._settings = settings
         self._rank = rank
         self._teacher: CausalTeacher | None = None
@@ -45,10 +44,12 @@ class TeacherActor:
 
         return free_address()
 
-    def ready(self, address: str) -> None:
+    def ready(self, model: str, address: str) -> None:
+        """With `model`, in the place of the one before."""
         from posttrain.workers.teacher import CausalTeacher
 
-        self._teacher = CausalTeacher(self._model, self._settings, rank=self._rank, address=address)
+        self._teacher = None  # before there is a second one in memory
+        self._teacher = CausalTeacher(model, self._settings, rank=self._rank, address=address)
 
     def targets(self, sequences: Sequence[TokenSequence], settings: TargetSettings) -> list[Record]:
         return self._running.targets(sequences, settings)
@@ -80,7 +81,8 @@ class TeacherPool:
             ModelError: the model cannot be loaded or divided.
         """
         self._settings = settings
-        self._start_copy = partial(_Copy, model, settings, deadline_s)
+        self._model = model
+        self._deadline_s = deadline_s
         self._copies: list[_Copy] = []
         self._free: queue.SimpleQueue[_Copy] = queue.SimpleQueue()
         self._stopped = False
@@ -115,11 +117,21 @@ class TeacherPool:
         scores: list[FloatArray] = await loop.run_in_executor(self._threads, asking)
         return scores
 
+    def load(self, model: str) -> None:
+        """From now on every copy answers for `model`, in the processes that there are. Raises as
+        the constructor; nobody may be asking meanwhile."""
+        self._model = model
+        for copy in self._copies:
+            copy.load(model)
+
     def stop(self) -> None:
         self._stopped = True
         self._threads.shutdown(wait=False, cancel_futures=True)
         for copy in self._copies:
             copy.stop()
+
+    def _start_copy(self) -> _Copy:
+        return _Copy(self._model, self._settings, self._deadline_s)
 
     def _shared(self, method: str, sequences: Sequence[TokenSequence], how: Any) -> list[Any]:
         count = self._settings.replicas
@@ -153,11 +165,11 @@ class _Copy:
     """The ranks that share one set of weights: asked together, ended together."""
 
     def __init__(self, model: str, settings: TeacherPoolSettings, deadline_s: float) -> None:
-        self._deadline_s = settings.deadline_s
+        self._settings = settings
+        self._start_deadline_s = deadline_s
         self._ranks = [
             create_actor(
                 TeacherActor,
-                model,
                 settings,
                 rank,
                 resources=settings,
@@ -165,28 +177,32 @@ class _Copy:
             )
             for rank in range(settings.tensor_parallel)
         ]
-        ends_at = time.monotonic() + deadline_s
-        name = TeacherActor.__name__
         try:
-            first = self._ranks[0].address.remote()
-            (address,) = wait_until_ready([first], name, settings, deadline_s)
-            ready = [rank.ready.remote(address) for rank in self._ranks]
-            wait_until_ready(ready, name, settings, ends_at - time.monotonic())
+            self.load(model)
         except BaseException:
             self.stop()
             raise
 
+    def load(self, model: str) -> None:
+        """In the place of the model before, if there is one."""
+        ends_at = time.monotonic() + self._start_deadline_s
+        name, settings = TeacherActor.__name__, self._settings
+        first = self._ranks[0].address.remote()
+        (address,) = wait_until_ready([first], name, settings, self._start_deadline_s)
+        ready = [rank.ready.remote(model, address) for rank in self._ranks]
+        wait_until_ready(ready, name, settings, ends_at - time.monotonic())
+
     def ask(self, method: str, sequences: Sequence[TokenSequence], how: Any) -> list[Any]:
         calls = [getattr(rank, method).remote(sequences, how) for rank in self._ranks]
         try:
-            answers: list[list[Any]] = ray.get(calls, timeout=self._deadline_s)
+            answers: list[list[Any]] = ray.get(calls, timeout=self._settings.deadline_s)
         except RayTaskError as error:
             raise error.cause from error
         except RayActorError as error:
             raise EngineError(f"a teacher died: {error}") from error
         except GetTimeoutError as error:
             raise EngineError(
-                f"a teacher did not answer within {self._deadline_s:g} s "
+                f"a teacher did not answer within {self._settings.deadline_s:g} s "
                 "(resources.teacher.deadline_s)"
             ) from error
         return answers[0]

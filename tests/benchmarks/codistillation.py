@@ -21,7 +21,7 @@ import json
 import random
 import string
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -121,16 +121,19 @@ def exchange(key: bytes) -> list[int]:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalTeachers(Teachers):
     """Asks in this process, a teacher that is wrong in a share of the rows; the critic never is.
-    `spent` gets the processor's seconds of each model that was asked."""
+    `spent` gets the processor's seconds that asking took."""
 
     share: float
     spent: list[float]
 
     @contextmanager
-    def _asked(self, model: str) -> Iterator[Any]:
-        share = self.share if model == self.teaching.teacher else 0.0
+    def _models(self) -> Iterator[Callable[[str], Any]]:
+        def load(model: str) -> CorruptedTeacher:
+            share = self.share if model == self.teaching.teacher else 0.0
+            return CorruptedTeacher(model, self.pool, rank=0, address="", share=share)
+
         began = time.process_time()
-        yield CorruptedTeacher(model, self.pool, rank=0, address="", share=share)
+        yield load
         self.spent.append(time.process_time() - began)
 
 

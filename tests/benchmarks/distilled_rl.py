@@ -29,7 +29,10 @@ from posttrain.run_dir import RunDir
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 EVERY = 5
-COMMON = ("stages=[sft,rl]", "sft.checkpoints.count=1", f"rl.export_every={EVERY}")
+COMMON = (
+    *("stages=[sft,rl]", "sft.checkpoints.count=1", f"rl.export_every={EVERY}"),
+    "tasks.held_out=[{source: starter, size: 16}]",  # what is measured is measured afterwards
+)
 KINDS: dict[str, tuple[str, ...]] = {
     "labels alone": (),
     "co-distilled": (
@@ -85,7 +88,8 @@ def curve(run: RunDir) -> list[tuple[float, float]]:
             if record["step"] % EVERY == 0:
                 times.append(elapsed)
                 policies.append(run.stage_dir("rl") / f"export-{record['step']}")
-    settings = load(CONFIG, [f"run.dir={run.path}", "eval.instruction_samples=0"])
+    both_cores = "resources.rollout.engine.threads=2"
+    settings = load(CONFIG, [f"run.dir={run.path}", "eval.instruction_samples=0", both_cores])
     summaries = evaluate_models(settings, load_inputs(settings), policies)
     return [(t, s["all"]["pass@1"]["mean"]) for t, s in zip(times, summaries, strict=True)]
 
