@@ -12,6 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 from prune_fakes import question
 
 from posttrain.prune.judging import open_tasks
@@ -60,6 +61,7 @@ def asked(log: Path) -> Counter[str]:
     return Counter(log.read_text().split()) if log.exists() else Counter()
 
 
+@pytest.mark.slow
 def test_killed_five_times_it_comes_to_the_same(tmp_path: Path, tiny_policy: Path) -> None:
     rng = random.Random(0)
     rows = [

@@ -76,6 +76,7 @@ async def goes_on(stack):
     return metrics
 
 
+@pytest.mark.slow
 async def test_a_killed_engine_core_is_replaced_and_its_requests_are_answered(stack, capfd):
     before = (await stack.publisher().publish(stack.next_version()))["replaced_engines"]
     (replica,) = stack.generators._replicas

@@ -109,19 +109,19 @@ LORA = LoraSettings(r=4, dropout=0.2)
 ZERO_3 = {"zero_stage": 3, "deepspeed": DIVIDE_ALL}
 EXPERTS = {"expert_parallel": 2}
 REFERENCE = {"loss": LossSettings(kl_coefficient=0.5)}
-slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("save_model", "lora", "changes"),
     [
         pytest.param(save_tied, LORA, ZERO_3, id="adapter-3"),
-        slow(save_tied, LORA, {}, id="adapter-2"),
-        slow(save_tied, None, {"zero_stage": 1}, id="zero-1"),
-        slow(save_tied, None, {"zero_stage": 1, "dtype": "bfloat16"}, id="bf16-1"),
-        slow(save_tied, None, ZERO_3 | REFERENCE, id="reference-3"),
-        slow(save_moe_policy, None, EXPERTS, id="experts-2"),
-        slow(save_moe_policy, None, EXPERTS | ZERO_3, id="experts-3"),
+        pytest.param(save_tied, LORA, {}, id="adapter-2"),
+        pytest.param(save_tied, None, {"zero_stage": 1}, id="zero-1"),
+        pytest.param(save_tied, None, {"zero_stage": 1, "dtype": "bfloat16"}, id="bf16-1"),
+        pytest.param(save_tied, None, ZERO_3 | REFERENCE, id="reference-3"),
+        pytest.param(save_moe_policy, None, EXPERTS, id="experts-2"),
+        pytest.param(save_moe_policy, None, EXPERTS | ZERO_3, id="experts-3"),
     ],
 )
 def test_every_way_to_train_is_resumed(two_ranks, tmp_path, save_model, lora, changes):

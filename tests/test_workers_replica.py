@@ -135,6 +135,7 @@ async def test_a_version_counts_from_its_confirmation_within_the_deadline(place,
     assert place.version == VERSION  # it starts from the checkpoint again
 
 
+@pytest.mark.slow
 async def test_failures_without_an_answer_in_between_are_bounded_and_listed(place):
     for _ in range(2):
         with pytest.raises(EngineLost):

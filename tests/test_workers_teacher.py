@@ -165,6 +165,7 @@ def kill(rank):
     os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_copies_share_the_work_and_one_that_is_killed_is_replaced(cluster, tiny_policy, teacher):
     asked = [s for s in sequences(7) if s.num_labels]
     wanted = teacher.targets(asked, TargetSettings())
