@@ -47,6 +47,7 @@ def run_command(
     as_json: Json = False,
 ) -> None:
     """Run the stages of CONFIG. The same command again resumes."""
+    from posttrain.inputs import check_learner
     from posttrain.remote_run import check_place
     from posttrain.rerun import refuse_own_output
     from posttrain.stages.trl_settings import check_trainers
@@ -55,6 +56,7 @@ def run_command(
     check_trainers(settings)
     check_place(settings.run)
     refuse_own_output(settings)
+    check_learner(settings, inputs)
     if dry_run:
         _emit(_plan(settings, inputs), as_json)
         return

@@ -100,13 +100,12 @@ def load_inputs(settings: Settings) -> Inputs:
     Raises:
         SettingsError: a package that `log` asks for is missing; an adapter cannot be put where
             `policy.lora` says.
-        ModelError: no readable checkpoint, a chat template that renders other than what was said,
-            or a learner whose data type the engines do not take.
+        ModelError: no readable checkpoint, or a chat template that renders other than what was
+            said.
         DataError: a source is missing, empty or malformed; a held-out prompt is also trained on;
             a prompt is too long; a reference does not suit its verifier.
     """
     check_sinks(settings.log)
-    _check_dtypes(settings)
     model = locate_model(settings.policy.model)
     check_context(model, settings.policy.max_length, "policy.max_length")
     if settings.policy.lora is not None:
@@ -155,14 +154,18 @@ def load_inputs(settings: Settings) -> Inputs:
     )
 
 
-def _check_dtypes(settings: Settings) -> None:
-    """ModelError if the engines would refuse what the learner publishes."""
+def check_learner(settings: Settings, inputs: Inputs) -> None:
+    """ModelError for what would show when RL starts, after the stages before it: an architecture
+    that the learner does not compute, engines that refuse what it publishes."""
+    from posttrain.workers.policy_model import check_architecture
+
     if "rl" not in settings.stages:
         return
     learner, resources = settings.rl.learner.dtype, settings.resources
     check_dtype(learner, resources.rollout.engine.dtype)
     if settings.rl.rescreen is not None and settings.rl.rescreen.placement == "dedicated":
         check_dtype(learner, resources.judge.engine.dtype, "resources.judge.engine.dtype")
+    check_architecture(inputs.stage_models.get("rl", inputs.model))
 
 
 def _teacher(settings: Settings, chat: ChatFormat) -> Path | None:

@@ -155,14 +155,16 @@ def test_what_re_screening_decided_beyond_a_checkpoint_is_left_out(fresh: RunDir
     ],
 )
 def test_a_re_screening_counts_where_the_checkpoint_holds_it(before: str, held: str) -> None:
-    events = {"r": {"event": "rescreen"}, "e": {"event": "evaluation"}, "s": {"attempt": 1}}
+    events = {"r": {"event": "rescreen"}, "e": {"event": "evaluation"}, "s": {}}
     told = {
-        name: {"stage": "rl", "step": int(name[1])} | events[name[0]] for name in before.split()
+        name: {"stage": "rl", "step": int(name[1]), "attempt": 1} | events[name[0]]
+        for name in before.split()
     }
     resumed = {"stage": "rl", "step": 3, "attempt": 2}
+    own = resumed | {"event": "rescreen"}  # in lock-step a slice comes before its step's record
     other = {"stage": "sft", "event": "rescreen", "step": 9}
-    found = surviving([other, *told.values(), resumed])
-    assert found == [other, *(told[name] for name in held.split()), resumed]
+    found = surviving([other, *told.values(), own, resumed])
+    assert found == [other, *(told[name] for name in held.split()), own, resumed]
 
 
 def test_accuracy_after_stages_and_during_rl_with_seconds_of_work(run: Run) -> None:

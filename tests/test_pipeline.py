@@ -17,7 +17,7 @@ from posttrain import pipeline
 from posttrain.config import load
 from posttrain.errors import Interrupted, ModelError, RunDirError, SettingsError, StageError
 from posttrain.evaluation import PromptResult
-from posttrain.inputs import load_inputs
+from posttrain.inputs import check_learner, load_inputs
 from posttrain.inspect import Run
 from posttrain.metrics import read_metrics
 from posttrain.run_dir import RunDir, staged_directory
@@ -379,10 +379,11 @@ def test_engines_that_do_not_suit_the_learner_are_bad_input(
 ) -> None:
     """Else it would show at the first publish, after all the stages before."""
     learner = ["rl.learner.dtype=bfloat16", "rl.rescreen={placement: dedicated}"]
+    settings = load(bench.config, [f"run.dir={bench.run_dir}", *learner, *engines])
+    inputs = load_inputs(settings)  # of which an evaluation is made without a learner
     with pytest.raises(ModelError, match=f"bfloat16 .* computes in float32: set {named} and"):
-        bench.run(*learner, *engines)
-    assert bench.calls == []
-    bench.run(*learner, *engines, "stages=[sft]")  # where it trains nothing
+        check_learner(settings, inputs)
+    check_learner(settings.model_copy(update={"stages": ["sft"]}), inputs)
 
 
 def test_an_evaluation_that_was_cut_short_is_all_that_is_repeated(

@@ -56,7 +56,7 @@ def beside(monkeypatch: pytest.MonkeyPatch, publisher: Publisher | None) -> Any:
     curriculum = object.__new__(DifficultySampler)
     engines: Any = object()
     to_critic: Any = publisher
-    return Beside(context, engines, curriculum, critic, to_critic)
+    return Beside(context, 1, engines, curriculum, critic, to_critic)
 
 
 async def train(beside: Any, steps: range) -> None:

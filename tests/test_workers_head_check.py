@@ -1,5 +1,7 @@
 """Architectures whose logits are more than hidden states times the head are found when loaded."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from engine_models import save_policy
@@ -7,7 +9,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from posttrain.errors import ModelError
 from posttrain.workers.head_check import check_head
-from posttrain.workers.policy_model import PackedPolicy, find_backbone, load_model
+from posttrain.workers.policy_model import (
+    PackedPolicy,
+    check_architecture,
+    find_backbone,
+    load_model,
+)
 from posttrain.workers.settings import LearnerSettings, TeacherPoolSettings
 from posttrain.workers.teacher import CausalTeacher
 
@@ -98,3 +105,20 @@ def test_the_learner_refuses_a_head_with_a_bias_and_a_teacher_adds_it(tmp_path):
     with pytest.raises(ModelError, match=rf"'{path}': the head of PhiForCausalLM has a bias"):
         PackedPolicy(model, chunk_tokens=16)
     CausalTeacher(path, TeacherPoolSettings(), rank=0, address="127.0.0.1:1")
+
+
+@pytest.mark.parametrize(("model_type", "changes"), [*CHANGED, ("phi", {})])
+def test_an_architecture_is_refused_before_its_weights_are_read(tmp_path, model_type, changes):
+    path = save(tmp_path, model_type, **changes)
+    with pytest.raises(ModelError, match="changes what its head gives|has a bias"):
+        check_architecture(Path(path))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [("qwen3", {"head_dim": 16, "tie_word_embeddings": True}), ("llama", {}), ("mamba", {})],
+)
+def test_others_pass_without_their_weights(tmp_path, model_type, changes):
+    path = Path(save(tmp_path, model_type, **changes))
+    (path / "model.safetensors").unlink()
+    check_architecture(path)

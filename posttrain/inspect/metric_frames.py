@@ -30,18 +30,21 @@ def surviving(records: Iterable[Record]) -> list[Record]:
             last_step, last_attempt = reached.get(stage, (0, attempt))
             # A trainer may log twice at one step; an attempt never records a step twice.
             if step < last_step or attempt != last_attempt:
-                kept = _upto(kept, stage, step - 1)
+                kept = _upto(kept, stage, step - 1, attempt)
             reached[stage] = step, attempt
         kept.append(record)
     return kept
 
 
-def _upto(records: Iterable[Record], stage: str, last_step: int) -> list[Record]:
-    """Without what `stage` recorded beyond its checkpoint of `last_step`."""
+def _upto(records: Iterable[Record], stage: str, last_step: int, attempt: Any) -> list[Record]:
+    """Without what `stage` recorded beyond its checkpoint of `last_step` before `attempt`, whose
+    own events may come before its first step."""
     held: list[Record] = []
     reached = 0
     for record in records:
-        if record.get("stage") == stage:
+        if record.get("stage") == stage and (
+            "event" not in record or record.get("attempt") != attempt
+        ):
             step = record.get("step", 0)
             late = record.get("event") == "rescreen" and reached >= last_step
             if step > last_step or late:

@@ -44,7 +44,8 @@ class RescreenSettings(BaseModel):
     - `samples`: answers to each; 13 right ones of 13 make a prompt easy by default.
     - `retest_share`: of a slice, one at least unless it is 0, for prompts that were dropped.
     - `placement`: *shared* judges with the engines and weights that serve rollouts, *dedicated*
-      with an engine of its own (`resources.judge`) whose weights stand still between slices.
+      with an engine of its own (`resources.judge`) whose weights stand still between slices: one
+      that is due while another is judged is left out.
     - `concurrency`: prompts in flight; every answer of theirs takes room from a rollout.
     """
 

@@ -58,7 +58,7 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
     reissue = _open_draws(context, attempt)
     if state is not None:
         say(f"rl: goes on from step {first_step}, {len(reissue)} draws are drawn again")
-    beside = await Beside.start(context, model, generators, curriculum, learner, probes)
+    beside = await Beside.start(context, model, attempt, generators, curriculum, learner, probes)
     after_step = AfterStep(
         context, model, attempt, first_step, curriculum, learner, generators, beside
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ class Beside:
     def __init__(
         self,
         context: StageContext,
+        attempt: int,
         generators: GeneratorPool,
         curriculum: DifficultySampler | UniformSampler,
         critic: GeneratorPool | None,
@@ -31,6 +32,7 @@ class Beside:
     ) -> None:
         settings = context.settings.rl
         self._context = context
+        self._attempt = attempt
         self._generators = generators
         self._critic = critic
         self._to_critic = to_critic
@@ -63,6 +65,7 @@ class Beside:
         cls,
         context: StageContext,
         model: Path,
+        attempt: int,
         generators: GeneratorPool,
         curriculum: DifficultySampler | UniformSampler,
         learner: WeightSource,
@@ -80,7 +83,7 @@ class Beside:
                 probes=probes,
                 settings=settings.publish,
             )
-        return cls(context, generators, curriculum, critic, to_critic)
+        return cls(context, attempt, generators, curriculum, critic, to_critic)
 
     @property
     def loops(self) -> list[Callable[[], Coroutine[Any, Any, None]]]:
@@ -121,9 +124,7 @@ class Beside:
 
     async def _rescreen(self, step: int) -> None:
         report = await self._rescreener.slice(step)
-        self._context.metrics.append(
-            {"stage": "rl", "event": "rescreen", "step": step} | asdict(report)
-        )
+        self._note("rescreen", step, asdict(report))
 
     async def _evaluate(self, step: int) -> None:
         """Weights may change meanwhile: the figure is that of `step` or a little later."""
@@ -140,4 +141,8 @@ class Beside:
             label=f"step-{step}",
         )
         summary = summarise(results, settings.k)
-        context.metrics.append({"stage": "rl", "event": "evaluation", "step": step} | summary)
+        self._note("evaluation", step, summary)
+
+    def _note(self, event: str, step: int, found: Mapping[str, Any]) -> None:
+        here = {"stage": "rl", "event": event, "step": step, "attempt": self._attempt}
+        self._context.metrics.append(here | found)

@@ -64,9 +64,9 @@ def check_adapter(adapter: Path, base: Path) -> None:
 
 def check_targets(base: Path, settings: LoraSettings) -> None:
     """Raises SettingsError if an adapter cannot be put where it should be; loads no weights."""
-    from posttrain.workers.policy_model import add_adapter
+    from posttrain.workers.policy_model import add_adapter, empty_model
 
-    add_adapter(_empty_model(base), settings)
+    add_adapter(empty_model(base), settings)
 
 
 def merged_once(adapter: Path, base: Path) -> Path:
@@ -177,19 +177,11 @@ def _module_shapes(base: Path) -> Mapping[str, tuple[int, int]]:
     """Linear layer -> shape of its weight."""
     from torch import nn
 
-    modules = _empty_model(base).named_modules()
+    from posttrain.workers.policy_model import empty_model
+
+    modules = empty_model(base).named_modules()
     return {
         name: (module.out_features, module.in_features)
         for name, module in modules
         if isinstance(module, nn.Linear)
     }
-
-
-def _empty_model(base: Path) -> Any:
-    """The architecture without its weights."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    with init_empty_weights():
-        return AutoModelForCausalLM.from_config(config)

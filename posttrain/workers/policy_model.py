@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -197,6 +198,26 @@ def recompute_buffers(model: Any) -> None:
     for name, module in computed.named_modules():
         for leaf in module._non_persistent_buffers_set:
             setattr(model.get_submodule(name), leaf, getattr(module, leaf))
+
+
+def check_architecture(model_path: Path) -> None:
+    """Raises ModelError as `load_model` and `PackedPolicy` do for an architecture; loads no weights,
+    and makes up a small head in the place of the model's."""
+    model = empty_model(model_path)
+    refuse_head_bias(model)
+    width = model.get_output_embeddings().weight.shape[-1]
+    model.set_output_embeddings(nn.Linear(width, 8, bias=False))
+    check_head(str(model_path), model)
+
+
+def empty_model(model_path: Path) -> Any:
+    """The architecture without its weights."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+    with init_empty_weights():
+        return AutoModelForCausalLM.from_config(config)
 
 
 NO_NOISE: Mapping[str, float | None] = {

@@ -89,7 +89,7 @@ class RolloutPoolSettings(BaseModel):
 
 
 class TeacherPoolSettings(ActorResources):
-    """Copies of a teacher (and, before, of the critic), each over `tensor_parallel` actors with
+    """Copies of a teacher (and, after it, of the critic), each over `tensor_parallel` actors with
     these resources.
 
     A forward pass takes up to `batch_tokens` tokens, padding included, and makes the distributions

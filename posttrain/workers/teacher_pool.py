@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import queue
 import time
 from collections.abc import Sequence
@@ -48,7 +49,9 @@ class TeacherActor:
         """With `model`, in the place of the one before."""
         from posttrain.workers.teacher import CausalTeacher
 
-        self._teacher = None  # before there is a second one in memory
+        # Before there is a second one in memory: layers that ranks share refer to themselves.
+        self._teacher = None
+        gc.collect()
         self._teacher = CausalTeacher(model, self._settings, rank=self._rank, address=address)
 
     def targets(self, sequences: Sequence[TokenSequence], settings: TargetSettings) -> list[Record]:
@@ -121,6 +124,7 @@ class TeacherPool:
         """From now on every copy answers for `model`, in the processes that there are. Raises as
         the constructor; nobody may be asking meanwhile."""
         self._model = model
+        self._failures = 0  # a model's own, as those of a pool
         for copy in self._copies:
             copy.load(model)
 

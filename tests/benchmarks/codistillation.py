@@ -193,9 +193,8 @@ def once(
     ]
     chat = ChatFormat(str(STARTER_POLICY))
     store = arguments.out / "stores" / f"{seed}-{corruption:g}"
-    stored = TeacherSettings(store=str(store))
-    dtype = TeacherPoolSettings().dtype
-    teaching = teaching_of(STARTER_TEACHER_DIR, STARTER_POLICY, chat, stored, dtype, Path.cwd())
+    teacher, dtype = TeacherSettings(store=str(store)), TeacherPoolSettings().dtype
+    teaching = teaching_of(STARTER_TEACHER_DIR, STARTER_POLICY, chat, teacher, dtype, Path.cwd())
     taught = settings.weight != "ce_only"
     teachers = LocalTeachers(
         teaching=teaching, pool=TeacherPoolSettings(), deadline_s=1.0, share=corruption, spent=[]
