@@ -133,8 +133,8 @@ class DifficultySampler(_OfDomains):
 
     def rescreen_slice(self, size: int, retest_share: float) -> list[Prompt]:
         """Those of a random few whose last observation is oldest: what is drawn often is known
-        from the policy's own answers, what is passed over is known from nobody's. The share holds on
-        average over slices, however small they are: else what was dropped would never return."""
+        from the policy's own answers, what is passed over is known from nobody's. The share holds
+        on average over slices, however small they are: else what was dropped would never return."""
         retested = int(size * retest_share + self._rng.random())
         dropped = self._spread(retested, dropped=True)
         active = self._spread(_CHOICE * (size - len(dropped)), dropped=False)

@@ -45,6 +45,8 @@ ELSEWHERE = (
 """Prefixes of settings that no stage's result rests on, or that count by their content."""
 
 ENGINE_DTYPE = "resources.rollout.engine.dtype"
+JUDGE_DTYPE = "resources.rewards.judge.engine.dtype"
+CRITIC_DTYPE = "resources.judge.engine.dtype"
 TEACHER_DTYPE = "resources.teacher.dtype"
 SCORING = ("screen", "rl", "dpo")
 DATA = {"screen": ("train", "sft"), "sft": ("sft",), "rl": ("train",), "dpo": ("train", "pairs")}
@@ -104,7 +106,7 @@ def evaluation_table(
             if key.startswith(kept) and not key.startswith(elsewhere)
         },
         **rewards,
-        ENGINE_DTYPE: flat[ENGINE_DTYPE],
+        **{name: flat[name] for name in _scoring_dtypes(flat)},
         "data.held_out": data["held_out"],
         f"after {stage}": digest(table),
     }
@@ -165,11 +167,18 @@ def _settings_of(stage: str, flat: Table) -> Table:
     if not _is_taught(stage, flat):
         elsewhere = (*elsewhere, "teacher.")
     table = {key: value for key, value in flat.items() if not key.startswith(elsewhere)}
+    dtypes = [TEACHER_DTYPE] if _is_taught(stage, flat) else []
     if stage in SCORING:
-        table[ENGINE_DTYPE] = flat[ENGINE_DTYPE]
-    if _is_taught(stage, flat):
-        table[TEACHER_DTYPE] = flat[TEACHER_DTYPE]
-    return table
+        dtypes += _scoring_dtypes(flat)
+    if stage == "rl" and flat.get("rl.rescreen.placement") == "dedicated":
+        dtypes.append(CRITIC_DTYPE)
+    return table | {name: flat[name] for name in dtypes}
+
+
+def _scoring_dtypes(flat: Table) -> list[str]:
+    """Of the engines that answers and their scores come from."""
+    served = flat.get("rewards.judge.model") is not None
+    return [ENGINE_DTYPE, *([JUDGE_DTYPE] if served else [])]
 
 
 def _is_taught(stage: str, flat: Table) -> bool:

@@ -300,7 +300,9 @@ def _check_weights(path: Path, setting: str) -> None:
 
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise ModelError(f"{setting}: {path} holds no safetensors")
+        raise ModelError(
+            f"{setting}: {path} holds no safetensors; write it anew with save_pretrained"
+        )
     for file in files:
         try:
             with safe_open(file, framework="np"):

@@ -92,7 +92,11 @@ def test_a_setting_concerns_what_follows_from_it(override: str, expected: set[st
 
 JUDGED = "rewards.judge={endpoint: {url: 'http://here/v1', model: m}}"
 RATED = "rewards.reward_model={model: m}"
+SERVED = "rewards.judge={model: m}"
 RESCREENED = "rl.rescreen={every_steps: 5}"
+DEDICATED = "rl.rescreen={placement: dedicated}"
+JUDGES_DTYPE = "resources.rewards.judge.engine.dtype=bfloat16"
+CRITICS_DTYPE = "resources.judge.engine.dtype=bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -111,6 +115,11 @@ RESCREENED = "rl.rescreen={every_steps: 5}"
         (RATED, "rewards.reward_model.dtype=bfloat16", ALL | EVALUATIONS),
         (RESCREENED, "rl.rescreen.concurrency=3", set()),
         (RESCREENED, "rl.rescreen.prompts=3", FROM_RL),
+        # In another data type a model says something else.
+        (SERVED, JUDGES_DTYPE, ALL | EVALUATIONS),
+        (JUDGED, JUDGES_DTYPE, set()),
+        (DEDICATED, CRITICS_DTYPE, FROM_RL),
+        (RESCREENED, CRITICS_DTYPE, set()),
         # What runs into a verifier's deadline is wrong.
         ("run.seed=0", "rewards.deadline_s=20", ALL | EVALUATIONS),
         ("run.seed=0", "rewards.deadlines_s={exact: 20}", ALL | EVALUATIONS),

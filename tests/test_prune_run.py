@@ -285,6 +285,24 @@ def test_a_verifier_of_ones_own_that_changed_is_another(
         bench.prune(**mine)
 
 
+def test_a_judge_counts_by_its_weights_and_not_by_how_it_is_asked(
+    bench: Bench, tmp_path: Path
+) -> None:
+    judge = tmp_path / "judge"
+    judge.mkdir()
+    (judge / "model.safetensors").write_bytes(b"1")
+    asked: dict[str, Any] = {"rewards__judge": {"model": str(judge)}}
+    bench.prune(**asked)
+    moved = judge.rename(tmp_path / "moved")
+    bench.prune(rewards__judge={"model": str(moved), "concurrency": 3, "retries": 0})
+    assert bench.critics.opened == 0
+    (moved / "model.safetensors").write_bytes(b"2")
+    with pytest.raises(RunDirError, match=r"verifier\.models\.judge: '.*', now '"):
+        bench.prune(rewards__judge={"model": str(moved)})
+    with pytest.raises(RunDirError, match=r"verifier\.settings\.judge\.max_tokens: "):
+        bench.prune(rewards__judge={"model": str(moved), "max_tokens": 9})
+
+
 def test_nothing_is_written_into_the_source(bench: Bench, tmp_path: Path) -> None:
     inside = tmp_path / "set"
     inside.mkdir()

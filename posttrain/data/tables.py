@@ -9,7 +9,7 @@ from typing import Any
 from posttrain.errors import DataError
 
 BUILDERS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
-FILE_SUFFIXES = (*BUILDERS, ".jsonl", ".ndjson", ".json", ".txt")
+FILE_SUFFIXES = (*BUILDERS, ".jsonl", ".ndjson", ".json", ".txt", ".tsv", ".gz", ".zst", ".yaml")
 
 
 def is_table(source: str) -> bool:
@@ -18,7 +18,7 @@ def is_table(source: str) -> bool:
     if path.exists():
         return path.is_dir() or path.suffix in BUILDERS
     # A hub name is `owner/name`, and may have dots; what looks like a path was meant as one.
-    is_file = path.suffix in FILE_SUFFIXES
+    is_file = path.suffix.lower() in FILE_SUFFIXES
     return source.count("/") == 1 and source[0] not in "./~" and not is_file
 
 

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import rewards
+from posttrain.dependencies import REWARDS_ELSEWHERE
 from posttrain.errors import RunDirError
 from posttrain.prune.critic import CriticModel
 from posttrain.prune.settings import PruneSettings
 from posttrain.prune.store import Store
+from posttrain.run_dir import fingerprint_directory
 from rewards import custom
+from rewards.shaping import RewardSettings
 
 _LIBRARIES = ("math-verify", "reasoning-gym")
 """Verifiers are made of these; another version may score otherwise."""
@@ -41,13 +44,36 @@ def identity(settings: PruneSettings, model: CriticModel) -> dict[str, Any]:
             "seed": judge.seed,
         }
         judged_with["verifier"] = {
-            "settings": settings.rewards.model_dump(mode="json"),
+            "settings": _reward_settings(settings.rewards),
             "version": verifier_version(),
         }
+        if models := _reward_models(settings.rewards):
+            judged_with["verifier"]["models"] = models
         if own := settings.rewards.custom:
             hashes = {name: custom.source_hash(name, path) for name, path in own.items()}
             judged_with["verifier"]["custom"] = hashes
     return judged_with
+
+
+def _reward_settings(given: RewardSettings) -> dict[str, Any]:
+    """Without how the work is spread, and what models are called."""
+    flat = _flat(given.model_dump(mode="json"), "rewards.")
+    return {
+        key.removeprefix("rewards."): value
+        for key, value in flat.items()
+        if not key.startswith(REWARDS_ELSEWHERE)
+    }
+
+
+def _reward_models(given: RewardSettings) -> dict[str, str]:
+    """Fingerprints of judge and reward model, which are directories here."""
+    named = {"judge": given.judge, "reward_model": given.reward_model}
+    models = {part: getattr(asked, "model", None) for part, asked in named.items()}
+    return {
+        part: fingerprint_directory(Path(model))
+        for part, model in models.items()
+        if model is not None
+    }
 
 
 def verifier_version() -> str:

@@ -68,9 +68,14 @@ def critic_model(name: str, max_length: int) -> CriticModel:
     return CriticModel(name=name, fingerprint=files.fingerprint, chat=chat)
 
 
+def with_located_models(settings: PruneSettings) -> PruneSettings:
+    """With directories for the names of judge and reward model. Raises ModelError."""
+    return settings.model_copy(update={"rewards": locate_reward_models(settings.rewards)})
+
+
 def critic_opener(settings: PruneSettings, out: Path) -> OpenCritic:
-    """Engines and scorers for as long as they are asked; `out` names what they leave in shared
-    memory should the process be killed."""
+    """Engines and scorers for as long as they are asked. `settings` name models of rewards by
+    directory, `out` names what is left in shared memory should the process be killed."""
 
     @asynccontextmanager
     async def open_critic() -> AsyncIterator[Critic]:
@@ -101,7 +106,7 @@ def _pools(settings: PruneSettings, out: Path) -> Pools:
         rollout=rollout,
         judge=rollout,
         learner=ResourceSettings().learner,
-        rewards=locate_reward_models(settings.rewards),
+        rewards=settings.rewards,
         reward_workers=resources.rewards.workers,
         reward_judge=resources.rewards.judge,
         reward_actor=resources.rewards.actor,

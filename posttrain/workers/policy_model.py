@@ -201,8 +201,8 @@ def recompute_buffers(model: Any) -> None:
 
 
 def check_architecture(model_path: Path) -> None:
-    """Raises ModelError as `load_model` and `PackedPolicy` do for an architecture; loads no weights,
-    and makes up a small head in the place of the model's."""
+    """Raises ModelError as `load_model` and `PackedPolicy` do for an architecture; loads no
+    weights, and makes up a small head in the place of the model's."""
     model = empty_model(model_path)
     refuse_head_bias(model)
     width = model.get_output_embeddings().weight.shape[-1]
