@@ -181,6 +181,16 @@ def test_accuracy_after_stages_and_during_rl_with_seconds_of_work(run: Run) -> N
     assert json.loads(run.stages["metrics"][1]) == {"samples": 32}
 
 
+def test_a_stage_that_was_resumed_takes_as_long_as_its_steps_at_least(fresh: RunDir) -> None:
+    manifest = json.loads(fresh.manifest_path.read_text())
+    manifest["stages"]["rl"]["seconds"] = 5.0  # of the last attempt; both steps took 6 s
+    fresh.manifest_path.write_text(json.dumps(manifest))
+    run = load_run(fresh.path)
+    assert column(run.stages, "stage", "seconds")[2] == ("rl", 6.0)
+    of_all = run.accuracy.filter((pl.col("domain") == "all") & (pl.col("stage") == "rl"))
+    assert column(of_all, "step", "elapsed_s") == [(None, 21.0), (1, 17.0)]
+
+
 def test_stages_that_the_settings_no_longer_name_are_no_part_of_the_result(
     fresh: RunDir,
 ) -> None:
