@@ -194,7 +194,7 @@ PAIRS = Frame(
 )
 
 STAGES = Frame(
-    row="a stage that was begun and that the settings name, in their order",
+    row="a stage that the settings name, in their order, up to the first that is not done",
     columns={
         "stage": (pl.String, "start: evaluation of the policy that came in"),
         "state": (pl.String, "running or done"),
