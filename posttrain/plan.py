@@ -148,8 +148,9 @@ def _gpu_gib_here() -> float | None:
         capture_output=True,
         text=True,
     )
-    sizes = [float(line) for line in told.stdout.split()] if told.returncode == 0 else []
-    return min(sizes) / 1024 if sizes else None
+    # A GPU that shares the host's memory has no number: [N/A].
+    sizes = [int(word) for word in told.stdout.split() if word.isdecimal()]
+    return min(sizes) / 1024 if sizes and told.returncode == 0 else None
 
 
 def _memory_here() -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,9 @@ import yaml
 
 from posttrain.cli import main
 from posttrain.config import load, resolved
+from posttrain.inputs import STARTER_POLICY
+from posttrain.model_shape import read_shape
+from posttrain.plan import examine
 from posttrain.run_dir import RunDir
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -52,6 +56,21 @@ def test_roles_and_their_memory_are_told(plan: Call) -> None:
     for role in found["roles"]:
         assert role["needed"] == pytest.approx(sum(role["parts"].values()))
         assert f"{role['needed']:.1f} of {role['available']:.1f}" in out
+
+
+@pytest.mark.parametrize(
+    ("told", "size"),
+    [("81920\n40960\n", 40.0), ("[N/A]\n", None), ("[Not Supported]\n49152\n", 48.0)],
+)
+def test_the_size_of_a_gpu_is_asked_for_and_may_be_unknown(
+    told: str, size: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "nvidia-smi"
+    script.write_text(f"#!/bin/sh\nprintf '%s' '{told}'\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    shape = read_shape(str(STARTER_POLICY))
+    assert examine(load(QUICKSTART), shape)["gpu_gib"] == size
 
 
 def test_what_does_not_fit_comes_with_what_to_change(plan: Call) -> None:
