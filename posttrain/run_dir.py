@@ -10,6 +10,7 @@
     policy/          the result
     superseded/      what earlier settings left of a stage that was done again
     report.html
+    wandb_id         under which Weights & Biases knows the run (posttrain.metric_sinks)
     lock             who drives the run, held with flock
 
 Writing goes through `posttrain.atomic`: a partial write is never mistaken for a whole one.
