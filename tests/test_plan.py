@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,34 @@ def test_what_does_not_fit_comes_with_what_to_change(plan: Call) -> None:
 def test_without_gpus_all_roles_share_this_machines_memory(plan: Call) -> None:
     _, out, _ = plan("resources.rollout.engine.kv_cache_gib=100000")
     assert "does not fit: the roles without GPUs need 100000" in out
+
+
+@pytest.mark.parametrize(
+    ("stages", "together"),
+    [
+        ("rl", ("rollout", "rewards.judge", "judge", "teacher", "rl")),
+        ("sft, rl", ("rollout", "rewards.judge", "judge", "teacher", "rl")),
+        ("sft, dpo", ("rollout", "rewards.judge", "dpo")),
+    ],
+)
+def test_what_is_up_together_counts_together(
+    stages: str, together: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = replace(read_shape(str(STARTER_POLICY)), parameters=2**30)
+    monkeypatch.setattr("posttrain.plan.read_shape", lambda *_: shape)
+    monkeypatch.setattr("posttrain.plan._memory_here", lambda: 0.0)
+    asked = load(
+        QUICKSTART,
+        [
+            *(f"stages=[{stages}]", "rl.rescreen={placement: dedicated}"),
+            *("teacher.model=starter-teacher", "rl.distillation={}"),
+            "rewards.judge={model: starter}",
+        ],
+    )
+    report = examine(asked, shape)
+    gib = {role["role"]: role["needed"] * role["actors"] for role in report["roles"]}
+    needed = sum(gib[role] for role in together)
+    assert f"the roles without GPUs need {needed:.1f} GiB" in report["problems"][0]
 
 
 def run_with(path: Path, *, learner_idle: float, engines_idle: float, steps: int = 10) -> Path:
