@@ -181,7 +181,10 @@ def _plan(settings: Settings, inputs: Inputs) -> dict[str, Any]:
     from posttrain.plan import examine, policy_shape
     from posttrain.rerun import outlook
 
-    needs = examine(settings, policy_shape(str(inputs.model)))
+    name = None if inputs.teacher is None else str(inputs.teacher)
+    teacher = settings.teacher.model_copy(update={"model": name})
+    located = settings.model_copy(update={"teacher": teacher, "rewards": inputs.rewards})
+    needs = examine(located, policy_shape(str(inputs.model)))
     # DPO mines its pairs from the prompts of RL.
     sets = {"sft": [row.prompt for row in inputs.sft_rows], "rl and dpo": inputs.train}
     return {

@@ -24,7 +24,7 @@ def plan_command(
 ) -> None:
     """Estimate the memory of each role of CONFIG, and say what does not fit.
 
-    Reads settings and the size of the model; neither data nor weights are loaded.
+    Reads settings and the sizes of the models; neither data nor weights are loaded.
     """
     from posttrain.config import load
     from posttrain.plan import examine, policy_shape, propose
@@ -52,7 +52,7 @@ def describe(report: dict[str, Any]) -> list[str]:
     for role in report["roles"]:
         parts = " + ".join(f"{name} {gib:.1f}" for name, gib in role["parts"].items())
         there = "" if role["available"] is None else f" of {role['available']:.1f}"
-        lines.append(f"  {role['role']:8} {role['needed']:6.1f}{there}: {parts} ({role['note']})")
+        lines.append(f"  {role['role']:13} {role['needed']:6.1f}{there}: {parts} ({role['note']})")
     lines += [f"does not fit: {problem}" for problem in report["problems"]] or [
         "nothing is known not to fit"
     ]

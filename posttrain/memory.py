@@ -87,6 +87,34 @@ def role_memory(settings: Settings, shape: ModelShape, gpu_gib: float | None) ->
     return roles
 
 
+def other_memory(
+    settings: Settings, shapes: Mapping[str, ModelShape], gpu_gib: float | None
+) -> list[RoleMemory]:
+    """Roles that serve a model of their own, `teacher` and `rewards.judge`: its shape by role."""
+    resources, roles = settings.resources, list[RoleMemory]()
+    if "teacher" in shapes:
+        pool, shape, ranks = resources.teacher, shapes["teacher"], resources.teacher.tensor_parallel
+        parts = {
+            "weights": shape.parameters * BYTES[pool.dtype] / ranks / GIB,
+            "logits": _logits(shape, min(pool.batch_tokens, pool.chunk_tokens)),
+        }
+        if pool.gpus:
+            parts |= {"framework": FRAMEWORK_GIB}
+        roles.append(
+            RoleMemory(
+                demand=Demand(role="teacher", count=pool.replicas * ranks, each=pool),
+                devices=1,
+                parts=parts,
+                available=_share(gpu_gib, pool.gpus),
+                note=f"a copy over {ranks}",
+            )
+        )
+    if "rewards.judge" in shapes:
+        judge, role = resources.rewards.judge, "rewards.judge"
+        roles.append(_engines(role, judge, shapes[role], judge.engine.max_model_len, gpu_gib))
+    return roles
+
+
 def learner_parts(
     shape: ModelShape,
     settings: LearnerSettings,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ WANDB_ID = "wandb_id"
 
 class LogSettings(BaseModel):
     """`tensorboard` writes event files into the run's `tensorboard/`; `wandb` names a project of
-    Weights & Biases (WANDB_MODE=offline works)."""
+    Weights & Biases (WANDB_MODE=offline works; each start is a run there then)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -43,15 +44,16 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """One run of the project, named after the run's directory, resumed by the id kept there."""
+    """One run of the project, named after the run's directory, resumed by the id kept there.
+    Offline nothing is resumed: starts that are synced under one id lose history to one another, so
+    each is a run of its own, of the same name."""
 
     def __init__(self, project: str, directory: Path) -> None:
         self._run = _module("wandb", "log.wandb").init(
             project=project,
             name=directory.name,
-            id=_kept_id(directory / WANDB_ID),
             dir=str(directory),
-            resume="allow",
+            **_resumed(directory),
         )
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -94,6 +96,12 @@ def scalars(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         elif isinstance(value, int | float) and name != "step":
             found[f"{prefix}/{name}"] = float(value)
     return found
+
+
+def _resumed(directory: Path) -> dict[str, str]:
+    if os.environ.get("WANDB_MODE") == "offline":
+        return {}
+    return {"id": _kept_id(directory / WANDB_ID), "resume": "allow"}
 
 
 def _kept_id(file: Path) -> str:

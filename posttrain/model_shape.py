@@ -31,8 +31,9 @@ class ModelShape:
     vocab_size: int
 
 
-def read_shape(model: str) -> ModelShape:
-    """Of a checkpoint directory or a name on the hub, of which only headers are fetched.
+def read_shape(model: str, setting: str = "policy.model") -> ModelShape:
+    """Of a checkpoint directory or a name on the hub, of which only headers are fetched. `setting`
+    is the one that names it, for the errors.
 
     Raises:
         ModelError: neither; or its configuration or weights cannot be read.
@@ -43,9 +44,9 @@ def read_shape(model: str) -> ModelShape:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
         tensors = dict(_local(Path(model)) if Path(model).is_dir() else _on_hub(model))
     except Exception as error:  # damaged files and the network raise whatever they like
-        raise ModelError(f"policy.model: the size of {model} cannot be read: {error}") from error
+        raise ModelError(f"{setting}: the size of {model} cannot be read: {error}") from error
     if not tensors:
-        raise ModelError(f"policy.model: {model} holds no safetensors")
+        raise ModelError(f"{setting}: {model} holds no safetensors")
     return shape_of(tensors, config)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from posttrain.config import Settings
 from posttrain.data.sources import STARTER
-from posttrain.inputs import STARTER_POLICY
-from posttrain.memory import GIB, RoleMemory, role_memory
+from posttrain.inputs import STARTER_POLICY, STARTER_TEACHER, STARTER_TEACHER_DIR
+from posttrain.memory import GIB, RoleMemory, other_memory, role_memory
 from posttrain.metrics import read_metrics
 from posttrain.model_shape import ModelShape, read_shape
 from posttrain.roles import demands
@@ -21,17 +21,36 @@ from posttrain.workers.adapters import base_of, is_adapter
 
 
 def policy_shape(model: str) -> ModelShape:
-    """Of what `policy.model` may be: `starter`, a checkpoint, an adapter (its base), or a name on
-    the hub. ModelError if it is none of them."""
-    if model == STARTER:
-        model = str(STARTER_POLICY)
-    return read_shape(base_of(Path(model)) if is_adapter(Path(model)) else model)
+    """Of what `policy.model` may be: `starter`, a checkpoint, a run (the policy that it left), an
+    adapter (its base), or a name on the hub. ModelError if it is none of them."""
+    return _shape(model, "policy.model")
+
+
+def other_shapes(settings: Settings) -> dict[str, ModelShape]:
+    """Of the models that this run serves beside its policy, by role. ModelError as above."""
+    teacher = settings.teacher.model if settings.taught_stages else None
+    judge = settings.rewards.judge
+    named = {
+        "teacher": str(STARTER_TEACHER_DIR) if teacher == STARTER_TEACHER else teacher,
+        "rewards.judge": None if judge is None else judge.model,
+    }
+    return {role: _shape(name, f"{role}.model") for role, name in named.items() if name is not None}
+
+
+def _shape(model: str, setting: str) -> ModelShape:
+    path = STARTER_POLICY if model == STARTER else Path(model)
+    if RunDir(path).is_run():
+        path = RunDir(path).policy_dir
+    if is_adapter(path):
+        return read_shape(base_of(path), setting)
+    return read_shape(str(path) if path.is_dir() else model, setting)
 
 
 def examine(settings: Settings, shape: ModelShape) -> dict[str, Any]:
     """Roles with their memory in GiB, and what to do where one does not fit."""
     gpu_gib = settings.resources.gpu_gib or _gpu_gib_here()
-    roles = role_memory(settings, shape, gpu_gib)
+    others = other_memory(settings, other_shapes(settings), gpu_gib)
+    roles = [*role_memory(settings, shape, gpu_gib), *others]
     asked = demands(settings)
     return {
         "model": settings.policy.model,
@@ -41,7 +60,7 @@ def examine(settings: Settings, shape: ModelShape) -> dict[str, Any]:
         "cpus": sum(d.count * d.each.cpus for d in asked),
         "demands": [demand.describe() for demand in asked],
         "roles": [_as_dict(role) for role in roles],
-        "problems": _problems(shape, roles),
+        "problems": _problems(settings, shape, roles),
     }
 
 
@@ -94,16 +113,15 @@ def _as_dict(role: RoleMemory) -> dict[str, Any]:
     }
 
 
-def _problems(shape: ModelShape, roles: list[RoleMemory]) -> list[str]:
+def _problems(settings: Settings, shape: ModelShape, roles: list[RoleMemory]) -> list[str]:
     found = [
         f"{role.demand.role} needs {role.needed:.1f} GiB of {role.available:.1f} on each device, "
-        f"most of it {max(role.parts, key=lambda part: role.parts[part])}: "
-        f"{_REMEDIES[max(role.parts, key=lambda part: role.parts[part])]}"
+        f"most of it {_largest_part(role)}: {_remedy(role)}"
         for role in roles
         if role.fits is False
     ]
     on_cpu = [role for role in roles if not role.demand.each.gpus]
-    needed = sum(role.needed * role.demand.count for role in on_cpu[:1] + _largest(on_cpu[1:]))
+    needed = _at_once(settings, on_cpu)
     here = _memory_here()
     if on_cpu and needed > here:
         found.append(
@@ -123,11 +141,33 @@ _REMEDIES = {
     "kv_cache": "a smaller policy.max_length, or a larger gpu_memory_utilization",
     "framework": "a larger share of the GPU",
 }
+_REMEDIES_ELSEWHERE = {
+    "teacher": "a larger resources.teacher.tensor_parallel, resources.teacher.dtype=bfloat16, or "
+    "fewer resources.teacher.chunk_tokens",
+    "rewards.judge": "a larger resources.rewards.judge.engine.tensor_parallel with as many gpus",
+}
 
 
-def _largest(roles: list[RoleMemory]) -> list[RoleMemory]:
-    """Stages follow one another: the largest one counts."""
-    return sorted(roles, key=lambda role: role.needed * role.demand.count)[-1:]
+def _largest_part(role: RoleMemory) -> str:
+    return max(role.parts, key=lambda part: role.parts[part])
+
+
+def _remedy(role: RoleMemory) -> str:
+    return _REMEDIES_ELSEWHERE.get(role.demand.role, _REMEDIES[_largest_part(role)])
+
+
+def _at_once(settings: Settings, roles: list[RoleMemory]) -> float:
+    """GiB of those that are up together, at most: stages follow one another, each with the teacher
+    or the critic that it asks; engines stay."""
+    gib = {role.demand.role: role.needed * role.demand.count for role in roles}
+    teacher, critic = gib.pop("teacher", 0.0), gib.pop("judge", 0.0)
+    stages = [
+        gib.pop(stage, 0.0)
+        + (teacher if stage in settings.taught_stages else 0.0)
+        + (critic if stage == "rl" else 0.0)
+        for stage in settings.stages
+    ]
+    return sum(gib.values()) + max(stages)
 
 
 def _learner_fits(settings: Settings, shape: ModelShape, ranks: int) -> bool:
@@ -148,8 +188,9 @@ def _gpu_gib_here() -> float | None:
         capture_output=True,
         text=True,
     )
-    sizes = [float(line) for line in told.stdout.split()] if told.returncode == 0 else []
-    return min(sizes) / 1024 if sizes else None
+    # A GPU that shares the host's memory has no number: [N/A].
+    sizes = [int(word) for word in told.stdout.split() if word.isdecimal()]
+    return min(sizes) / 1024 if sizes and told.returncode == 0 else None
 
 
 def _memory_here() -> float:

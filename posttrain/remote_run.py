@@ -35,6 +35,8 @@ also what was copied (size and time of each file)."""
 CONFIG = "config.yaml"
 LOCK = "driver.json"
 STAYS = ("lock", "ledger.sqlite", "superseded", COPIES)
+HERE_ALONE = ("lock", "superseded")
+"""What a newer copy does not replace: it never holds them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +185,7 @@ class RemoteCopy:
             return  # the copy was deleted or restored from a backup: all of it is copied anew
         say(f"{self._url} is newer than {self._path} and is brought here")
         for entry in list(self._path.iterdir()) if self._path.exists() else []:
-            if entry.name != "lock":
+            if entry.name not in HERE_ALONE:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         with self._named(StageError, "cannot be read"):
             for file in self._fs.find(self._root):

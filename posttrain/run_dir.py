@@ -10,6 +10,7 @@
     policy/          the result
     superseded/      what earlier settings left of a stage that was done again
     report.html
+    wandb_id         under which Weights & Biases knows the run (posttrain.metric_sinks)
     lock             who drives the run, held with flock
 
 Writing goes through `posttrain.atomic`: a partial write is never mistaken for a whole one.
@@ -55,8 +56,8 @@ MODEL_SUFFIXES = frozenset({".json", ".safetensors", ".jinja", ".txt", ".model",
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageRecord:
     """One stage in the manifest. `artifacts` maps paths below the run to SHA-256 (of a directory:
-    of all its files); `seconds` is None until the stage is done. `depends_on` and `evaluated_on`
-    are tables of `posttrain.dependencies`, the latter None until its policy was measured."""
+    of all its files); `seconds`, None until it is done, add up where it goes on. `depends_on` and
+    `evaluated_on` are tables of `posttrain.dependencies`, the latter None until it was measured."""
 
     state: Literal["running", "done"]
     depends_on: Mapping[str, Any]
@@ -181,16 +182,17 @@ class RunDir:
         return self.stages()[name].evaluated_on == to_json(depends_on)
 
     def begin_stage(self, name: str, depends_on: Mapping[str, Any]) -> None:
-        """Note that the stage runs; again after an interruption."""
+        """Note that the stage runs; again after an interruption, or to go on from what it did."""
+        stages = self.stages()
         record = StageRecord(
             state="running",
             depends_on=to_json(depends_on),
             artifacts={},
             metrics={},
-            seconds=None,
+            seconds=stages[name].seconds if name in stages else None,
             evaluated_on=None,
         )
-        self._write_manifest({**self.stages(), name: record})
+        self._write_manifest({**stages, name: record})
 
     def finish_stage(
         self, name: str, artifacts: Iterable[Path], metrics: Mapping[str, Any], seconds: float
@@ -203,7 +205,7 @@ class RunDir:
             state="done",
             artifacts=self._hashes(artifacts),
             metrics=to_json(metrics),
-            seconds=seconds,
+            seconds=seconds + (stages[name].seconds or 0.0),
         )
         self._write_manifest(stages)
 
@@ -297,12 +299,10 @@ class RunDir:
         manifest = {"format": FORMAT, "stages": {n: asdict(r) for n, r in stages.items()}}
         write_atomically(self.manifest_path, json.dumps(manifest, indent=2, allow_nan=False) + "\n")
 
-    def _write_config(
-        self, resolved_settings: Mapping[str, Any], inputs: Mapping[str, str]
-    ) -> None:
+    def _write_config(self, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
         wanted = {
             "format": FORMAT,
-            "settings": json.loads(json.dumps(resolved_settings)),
+            "settings": json.loads(json.dumps(settings)),
             "inputs": dict(inputs),
             "versions": _versions(),
         }

@@ -183,6 +183,16 @@ def test_accuracy_after_stages_and_during_rl_with_seconds_of_work(run: Run) -> N
     assert json.loads(run.stages["metrics"][1]) == {"samples": 32}
 
 
+def test_a_stage_that_was_resumed_takes_as_long_as_its_steps_at_least(fresh: RunDir) -> None:
+    manifest = json.loads(fresh.manifest_path.read_text())
+    manifest["stages"]["rl"]["seconds"] = 5.0  # of the last attempt; both steps took 6 s
+    fresh.manifest_path.write_text(json.dumps(manifest))
+    run = load_run(fresh.path)
+    assert column(run.stages, "stage", "seconds")[2] == ("rl", 6.0)
+    of_all = run.accuracy.filter((pl.col("domain") == "all") & (pl.col("stage") == "rl"))
+    assert column(of_all, "step", "elapsed_s") == [(None, 21.0), (1, 17.0)]
+
+
 def test_stages_that_the_settings_no_longer_name_are_no_part_of_the_result(
     fresh: RunDir,
 ) -> None:
@@ -209,6 +219,31 @@ def test_stages_that_the_settings_no_longer_name_are_no_part_of_the_result(
     run = load_run(fresh.path, on_error="collect")
     assert column(run.stages, "stage") == ["sft", "start", "rl", "screen"]
     assert "sft" in set(run.evals["stage"]) & set(run.accuracy["stage"])
+
+
+@pytest.mark.parametrize("rl", ["running", "set aside", "not measured"])
+def test_what_rests_on_a_policy_that_is_being_replaced_is_no_part_of_the_result(
+    fresh: RunDir, rl: str
+) -> None:
+    manifest = json.loads(fresh.manifest_path.read_text())
+    stages = manifest["stages"]
+    stages["dpo"] = stages["rl"] | {"seconds": 100.0}
+    write_evaluation(fresh, "dpo", {"h1": 4})
+    fresh.manifest_path.write_text(json.dumps(manifest))
+    assert load_run(fresh.path).evals["stage"].unique(maintain_order=True).to_list() == [
+        *("start", "rl", "dpo")
+    ]
+    of_before = stages.pop("rl")  # RL runs again, or is about to
+    if rl != "set aside":
+        state = "running" if rl == "running" else "done"
+        stages["rl"] = of_before | {"state": state, "metrics": {}}
+    fresh.manifest_path.write_text(json.dumps(manifest))
+    run = load_run(fresh.path)
+    begun = ["rl"] if rl != "set aside" else []
+    assert column(run.stages, "stage") == ["start", "screen", *begun]
+    assert set(column(run.evals, "stage")) == {"start"}
+    at_the_end = run.accuracy.filter(pl.col("step").is_null())
+    assert set(column(at_the_end, "stage")) == {"start"}
 
 
 def test_evaluations_prompt_by_prompt_in_the_order_of_stages(run: Run) -> None:

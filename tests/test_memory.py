@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from posttrain.config import Settings, load
 from posttrain.errors import ModelError
 from posttrain.inputs import STARTER_POLICY
-from posttrain.memory import GIB, kv_gib, learner_parts, role_memory
+from posttrain.memory import GIB, kv_gib, learner_parts, other_memory, role_memory
 from posttrain.model_shape import ModelShape, read_shape
 from posttrain.workers.settings import EngineSettings, LearnerSettings, LoraSettings
 
@@ -139,3 +140,28 @@ def test_roles_on_gpus_are_measured_against_their_share() -> None:
     )
     assert [role.fits for role in tight if role.demand.role == "rl"] == [False]
     assert all(role.fits is None for role in role_memory(settings(), ROUND, None))
+
+
+def test_a_teacher_and_a_judge_have_models_of_their_own() -> None:
+    asked = settings(
+        "teacher.model=starter-teacher",
+        "rl.distillation={}",
+        "resources.teacher={gpus: 1, replicas: 2, tensor_parallel: 4, dtype: bfloat16}",
+        "rewards.judge={model: starter}",
+        "resources.rewards.judge={actor: {gpus: 0.5}, engine: {max_model_len: 8192}}",
+    )
+    teacher, judge = other_memory(asked, {"teacher": ROUND, "rewards.judge": ROUND}, gpu_gib=80)
+    assert (teacher.demand.role, teacher.demand.count) == ("teacher", 8)
+    assert teacher.parts == {"weights": 0.5, "logits": 6.0, "framework": 1.5}
+    assert (teacher.available, teacher.fits) == (80, True)
+    # fp32: 4 bytes a parameter, 256 KiB of KV cache a token
+    assert judge.demand.role == "rewards.judge"
+    assert judge.parts == {"weights": 4.0, "framework": 1.5, "kv_cache": 2.0}
+    assert judge.available == 40
+    large = replace(ROUND, parameters=70 * GIB)
+    alone = settings(
+        *("teacher.model=starter-teacher", "rl.distillation={}"),
+        "resources.teacher={gpus: 1, dtype: bfloat16}",
+    )
+    (teacher,) = other_memory(alone, {"teacher": large}, gpu_gib=80)
+    assert (teacher.parts["weights"], teacher.fits) == (140, False)

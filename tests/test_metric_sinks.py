@@ -45,6 +45,7 @@ def test_tensorboard_gets_what_the_file_gets(tmp_path: Path) -> None:
 def test_wandb_gets_one_run_named_after_the_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     logged: list[Any] = []
     run = SimpleNamespace(log=logged.append, finish=lambda: logged.append("finished"))
 
@@ -77,6 +78,9 @@ def test_wandb_gets_one_run_named_after_the_directory(
     (tmp_path / "other").mkdir()
     open_sinks(LogSettings(wandb="mine"), tmp_path / "other")
     assert logged[-1]["id"] != begun["id"]
+    monkeypatch.setenv("WANDB_MODE", "offline")  # each start is a run of its own
+    open_sinks(LogSettings(wandb="mine"), directory)
+    assert logged[-1] == {"project": "mine", "name": "run7", "dir": str(directory)}
 
 
 @pytest.mark.parametrize(

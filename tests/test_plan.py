@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ import yaml
 
 from posttrain.cli import main
 from posttrain.config import load, resolved
+from posttrain.inputs import STARTER_POLICY
+from posttrain.model_shape import read_shape
+from posttrain.plan import examine
 from posttrain.run_dir import RunDir
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -54,6 +59,21 @@ def test_roles_and_their_memory_are_told(plan: Call) -> None:
         assert f"{role['needed']:.1f} of {role['available']:.1f}" in out
 
 
+@pytest.mark.parametrize(
+    ("told", "size"),
+    [("81920\n40960\n", 40.0), ("[N/A]\n", None), ("[Not Supported]\n49152\n", 48.0)],
+)
+def test_the_size_of_a_gpu_is_asked_for_and_may_be_unknown(
+    told: str, size: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "nvidia-smi"
+    script.write_text(f"#!/bin/sh\nprintf '%s' '{told}'\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    shape = read_shape(str(STARTER_POLICY))
+    assert examine(load(QUICKSTART), shape)["gpu_gib"] == size
+
+
 def test_what_does_not_fit_comes_with_what_to_change(plan: Call) -> None:
     _, out, _ = plan(
         *ON_GPUS, "resources.gpu_gib=2", "sft.trainer.per_device_train_batch_size=4096"
@@ -65,6 +85,34 @@ def test_what_does_not_fit_comes_with_what_to_change(plan: Call) -> None:
 def test_without_gpus_all_roles_share_this_machines_memory(plan: Call) -> None:
     _, out, _ = plan("resources.rollout.engine.kv_cache_gib=100000")
     assert "does not fit: the roles without GPUs need 100000" in out
+
+
+@pytest.mark.parametrize(
+    ("stages", "together"),
+    [
+        ("rl", ("rollout", "rewards.judge", "judge", "teacher", "rl")),
+        ("sft, rl", ("rollout", "rewards.judge", "judge", "teacher", "rl")),
+        ("sft, dpo", ("rollout", "rewards.judge", "dpo")),
+    ],
+)
+def test_what_is_up_together_counts_together(
+    stages: str, together: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = replace(read_shape(str(STARTER_POLICY)), parameters=2**30)
+    monkeypatch.setattr("posttrain.plan.read_shape", lambda *_: shape)
+    monkeypatch.setattr("posttrain.plan._memory_here", lambda: 0.0)
+    asked = load(
+        QUICKSTART,
+        [
+            *(f"stages=[{stages}]", "rl.rescreen={placement: dedicated}"),
+            *("teacher.model=starter-teacher", "rl.distillation={}"),
+            "rewards.judge={model: starter}",
+        ],
+    )
+    report = examine(asked, shape)
+    gib = {role["role"]: role["needed"] * role["actors"] for role in report["roles"]}
+    needed = sum(gib[role] for role in together)
+    assert f"the roles without GPUs need {needed:.1f} GiB" in report["problems"][0]
 
 
 def run_with(path: Path, *, learner_idle: float, engines_idle: float, steps: int = 10) -> Path:

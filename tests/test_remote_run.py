@@ -149,12 +149,14 @@ def test_a_run_goes_on_elsewhere_from_the_copy(url: str, tmp_path: Path) -> None
         fill(tmp_path / "second", **{"manifest.json": "2", "rl__b": "y"})
         second.push(None)
     # The first machine is behind now, and what it has that is not in the copy counts no more.
-    fill(tmp_path / "first", rl__c="mine alone")
+    fill(tmp_path / "first", rl__c="mine alone", **{"superseded__rl-1__weights": "never deleted"})
     again = RemoteCopy(url, tmp_path / "first")
     with again.driven(fresh=False):
         assert (tmp_path / "first" / "manifest.json").read_text() == "2"
         assert (tmp_path / "first" / "rl" / "b").read_text() == "y"
         assert not (tmp_path / "first" / "rl" / "c").exists()
+        kept = tmp_path / "first" / "superseded" / "rl-1" / "weights"
+        assert kept.read_text() == "never deleted"
 
 
 def test_the_same_machine_goes_on_without_copying_anything_again(

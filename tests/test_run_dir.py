@@ -203,6 +203,21 @@ class TestManifest:
         assert record.metrics == {"kept": 3, "loss": None, "non_finite": ["loss"]}
         assert (record.state, record.seconds, record.depends_on) == ("done", 1.5, F1)
 
+    def test_the_seconds_of_a_stage_that_goes_on_add_up(self, run):
+        run.begin_stage("rl", {"rl.num_steps": 3})
+        run.finish_stage("rl", [], {}, 1.5)
+        results = run.path / "evals.json"
+        results.write_text("[]")
+        run.record_evaluation("rl", F1, artifact=results, summary={}, seconds=0.5)
+        for _ in range(2):  # the first attempt at more steps is killed
+            run.begin_stage("rl", {"rl.num_steps": 4})
+            assert (run.stages()["rl"].state, run.stages()["rl"].seconds) == ("running", 2.0)
+        run.finish_stage("rl", [], {}, 4.0)
+        assert run.stages()["rl"].seconds == 6.0
+        run.set_aside("rl")
+        run.begin_stage("rl", F1)
+        assert run.stages()["rl"].seconds is None
+
     def test_stages_keep_their_order(self, run):
         for name in ("screen", "sft", "rl"):
             run.begin_stage(name, F1)

@@ -71,10 +71,10 @@ class Engine:
 
     def __init__(self, nine: int) -> None:
         self.nine = nine
-        self.labels: list[str] = []
+        self.scored = 0
 
     async def score_tokens(self, sequences: Any, label: str) -> Any:
-        self.labels.append(label)
+        self.scored += len(sequences)
         return [[[-5.0 if t == self.nine else -1.0 for t in ids[1:]] for ids in sequences]]
 
 
@@ -138,6 +138,11 @@ async def test_a_prompt_has_its_pairs_once_however_often_it_was_answered(
         (PROMPTS[1], "#3"),
         (PROMPTS[0], "#5"),
     ]
+    assert engine.scored == 2 + 2 * 4  # two fresh answers, and both of four pairs
+    one = settings.model_copy(update={"pairs_per_prompt": 1})
+    pairs = await pair_mining.mine(context, Path("policy"), one)
+    assert [pair.rejected for pair in pairs] == ["#2", "#3"]
+    assert engine.scored == 10 + 2 + 2 * 1  # nothing that would be left out is scored
 
 
 async def test_groups_under_a_system_instruction_that_is_gone_are_passed_over_and_counted(

@@ -194,11 +194,11 @@ PAIRS = Frame(
 )
 
 STAGES = Frame(
-    row="a stage that was begun and that the settings name, in their order",
+    row="a stage that the settings name, in their order, up to the first that is not done",
     columns={
         "stage": (pl.String, "start: evaluation of the policy that came in"),
         "state": (pl.String, "running or done"),
-        "seconds": (pl.Float64, "with its evaluation; null until it is done"),
+        "seconds": (pl.Float64, "with its evaluation, of all attempts; null until it is done"),
         "pass@1": (pl.Float64, "held-out, after it"),
         "metrics": (pl.String, "what it reports, as JSON"),
     },

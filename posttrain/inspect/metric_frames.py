@@ -88,12 +88,12 @@ def rescreens_frame(records: Iterable[Record]) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=RESCREENS.schema)
 
 
-def stages_frame(stages: Mapping[str, StageRecord]) -> pl.DataFrame:
+def stages_frame(stages: Mapping[str, StageRecord], steps: pl.DataFrame) -> pl.DataFrame:
     rows = [
         {
             "stage": name,
             "state": record.state,
-            "seconds": record.seconds,
+            "seconds": _seconds(name, record, steps),
             "pass@1": _summary(record).get("all", {}).get("pass@1", {}).get("mean"),
             "metrics": json.dumps(
                 {k: v for k, v in record.metrics.items() if k not in ("evaluation", "history")}
@@ -109,16 +109,17 @@ def accuracy_frame(
 ) -> pl.DataFrame:
     """`accuracy`: at the end of each stage, and during RL where it was evaluated.
 
-    `elapsed_s` counts the seconds of finished stages; a stage that failed and was done again
-    counts once. A stage that is not among `stages` counts not at all, unless none is known.
+    `elapsed_s` counts the seconds of finished stages; what a failed attempt did and another did
+    again counts once. A stage that is not among `stages` counts not at all, unless none is known.
     """
     rows: list[dict[str, Any]] = []
     began: dict[str, float] = {}
     elapsed = 0.0
     for name, record in stages.items():
         began[name] = elapsed
-        if record.seconds is not None:
-            elapsed += record.seconds
+        seconds = _seconds(name, record, steps)
+        if seconds is not None:
+            elapsed += seconds
             rows += _rows(_summary(record), name, None, elapsed)
     loop_s = {
         (stage, step): seconds
@@ -131,6 +132,14 @@ def accuracy_frame(
             since = None if seconds is None else began.get(at[0], 0.0) + seconds
             rows += _rows(event, *at, since)
     return pl.DataFrame(rows, schema=ACCURACY.schema)
+
+
+def _seconds(name: str, record: StageRecord, steps: pl.DataFrame) -> float | None:
+    """Of a finished stage. An attempt that was killed recorded none: its steps tell of it."""
+    if record.state != "done" or record.seconds is None:
+        return None
+    at_step = steps.select("stage", "elapsed_s").iter_rows()
+    return max([record.seconds, *(s for stage, s in at_step if stage == name and s is not None)])
 
 
 def _rows(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from posttrain.inspect.metric_frames import (
 from posttrain.inspect.problems import OnError, Problem, Problems
 from posttrain.metrics import read_metrics
 from posttrain.run_dir import RunDir, StageRecord, still_asked_for
+from posttrain.stage_order import START
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,8 @@ def load_run(path: str | Path, *, on_error: OnError = "raise") -> Run:
 
     A run under way is read as it is now: the ledger in one moment of it, metrics up to the last
     whole line. What a resumed run did again or went back behind is left out, and of stages,
-    evaluations and accuracy those of a stage that its settings no longer name.
+    evaluations and accuracy those of a stage that its settings no longer name, or that comes behind
+    one that is not done: they are of before a change.
 
     Args:
         on_error: `raise` stops at the first file or line that cannot be read; `collect` leaves it
@@ -97,7 +100,7 @@ def load_run(path: str | Path, *, on_error: OnError = "raise") -> Run:
     settings = config.get("settings") or {}
     none: dict[str, StageRecord] = {}
     begun = problems.reading(run_dir.manifest_path, lambda: _manifest(run_dir), none)
-    stages = still_asked_for(begun, settings)
+    stages = _as_they_stand(begun, settings)
     records = surviving(_metrics(run_dir.metrics_path, problems))
     draws, verdicts = problems.reading(
         run_dir.ledger_path,
@@ -105,7 +108,8 @@ def load_run(path: str | Path, *, on_error: OnError = "raise") -> Run:
         (DRAWS.empty(), VERDICTS.empty()),
     )
     steps = steps_frame(records, stages)
-    evals = _evals(run_dir.evals_dir, list(stages), begun.keys() - stages.keys(), problems)
+    measured = [name for name, record in stages.items() if "evaluation" in record.metrics]
+    evals = _evals(run_dir.evals_dir, measured if begun else None, problems)
     known = problems.reading(
         run_dir.prompts_path,
         lambda: read_prompts(run_dir.prompts_path),
@@ -116,7 +120,7 @@ def load_run(path: str | Path, *, on_error: OnError = "raise") -> Run:
         name=path.resolve().name,
         path=path,
         settings=settings,
-        stages=stages_frame(stages),
+        stages=stages_frame(stages, steps),
         prompts=prompts,
         verdicts=_with_domains(verdicts, prompts),
         draws=draws,
@@ -186,19 +190,33 @@ def _manifest(run_dir: RunDir) -> dict[str, StageRecord]:
         ) from error
 
 
+def _as_they_stand(
+    begun: Mapping[str, StageRecord], settings: Mapping[str, Any]
+) -> dict[str, StageRecord]:
+    """Those that the settings name, up to the first that is not done and measured: what is
+    recorded of later ones rests on a policy that is being replaced."""
+    named, asked = still_asked_for(begun, settings), settings.get("stages")
+    order = [START, *map(str, asked)] if isinstance(asked, list) else list(named)
+    finished = {
+        name
+        for name, record in named.items()
+        if record.state == "done" and (name == "screen" or "evaluation" in record.metrics)
+    }
+    upto = len(list(takewhile(finished.__contains__, order))) + 1
+    return {name: named[name] for name in order[:upto] if name in named}
+
+
 def _metrics(path: Path, problems: Problems) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return read_metrics(path, on_bad_line=lambda error: problems.note(path, error))
 
 
-def _evals(
-    directory: Path, stages: list[str], left_out: Set[str], problems: Problems
-) -> pl.DataFrame:
-    files = sorted(
-        (f for f in directory.glob("*.json") if f.stem not in left_out),
-        key=lambda f: stages.index(f.stem) if f.stem in stages else len(stages),
-    )
+def _evals(directory: Path, measured: list[str] | None, problems: Problems) -> pl.DataFrame:
+    """After the stages `measured`; None if nothing says which of the files count."""
+    files = sorted(directory.glob("*.json"))
+    if measured is not None:
+        files = [file for name in measured for file in files if file.stem == name]
     frames = [problems.reading(f, lambda f=f: read_evaluation(f), EVALS.empty()) for f in files]  # type: ignore[misc]
     return pl.concat([EVALS.empty(), *frames])
 

@@ -4,6 +4,7 @@ them."""
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,8 +38,14 @@ async def stored_pairs(
     settings: MiningSettings,
     fresh: Sequence[RolloutGroup],
 ) -> list[PreferencePair]:
-    """`generators` serve the policy that DPO starts from, which has just written `fresh`."""
-    groups = _stored_groups(context, settings.stored_groups)
+    """`generators` serve the policy that DPO starts from, which has just written `fresh`. Nothing
+    is scored of prompts that have all the pairs they may have from there."""
+    held = Counter(g.prompt.prompt_id for g in fresh for _ in mine_pairs(g, settings))
+    groups = [
+        group
+        for group in _stored_groups(context, settings.stored_groups)
+        if held[group.prompt.prompt_id] < settings.pairs_per_prompt
+    ]
     pairs = [pair for group in groups for pair in mine_pairs(group, settings)]
     if not pairs:
         return []
