@@ -31,12 +31,18 @@ _ANNOUNCEMENT = re.compile(
 # Two words side by side and no value at the end, unlike "5 apples" and "the larger one, 6".
 _PROSE = re.compile(r"[A-Za-z][A-Za-z'’-]*,?\s+[A-Za-z](?!.*[0-9$)}\]][*.\s]*\Z)")
 _HEDGE = re.compile(r"\b(?:not|no|never|cannot|neither|either|or)\b|n['’]t\b", re.IGNORECASE)
-_FIRST_ITEM = re.compile(r"(?:[-*•]|1[.)])[ \t]+[*]*")
+_OPENING = re.compile(r"(?:[-*•]|1[.)])[ \t]+[*]*|(?:\$\$|\\[(\[])\s*")
 _SUM = re.compile(r"(?:\\[A-Za-z]+|[^A-Za-z=])*[0-9)}]\s*=")
 _AFTERTHOUGHT = re.compile(r",?\s+(?:because|since|as|so|which|where|when)\b.*|[.;]\s.*")
 _FORMULA = re.compile(
     r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
 )
+# With what else stands on its last line. A single dollar may be a price.
+_BLOCK = re.compile(
+    r"(?:\$\$(.+?)\$\$|\\\((.+?)\\\)|\\\[(.+?)\\\]|```\w*\n(.+?)\n```)(?P<behind>[^\n]*)",
+    re.DOTALL,
+)
+_ANOTHER = re.compile(r"[\s,;]*(?:(?:or|and)\b|\$|\\[(\[]|```)")
 _NUMBER = re.compile(
     r"[-+−–]?\$?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
     r"(?:[eE][-+]?[0-9]+|[⁰¹²³⁴-⁹]+|\s?[¼-¾⅐-⅞]|/[0-9]+|\s?%|!|\^\S*[0-9])?"
@@ -88,8 +94,20 @@ def _after_phrase(text: str) -> str | None:
     stated = text[phrases[-1].end() :].strip()
     if _opens_an_account(phrases[-1], stated):
         return None
+    block = _BLOCK.match(stated)
+    if block and "\n" in block[0]:
+        return _in_block(block, stated)
     line, *_ = stated.split("\n", 1)
     return _AFTERTHOUGHT.sub("", line).strip(" *.") or None
+
+
+def _in_block(block: re.Match[str], stated: str) -> str | None:
+    """What stands between delimiters on lines of their own; with another such block behind it, all
+    that is stated, since the first is not the answer then."""
+    if _ANOTHER.match(stated, block.start("behind")):
+        return stated
+    formula = next(part for part in block.groups() if part is not None).strip()
+    return (formula + _AFTERTHOUGHT.sub("", block["behind"])).strip(" *.") or None
 
 
 def _opens_an_account(phrase: re.Match[str], stated: str) -> bool:
@@ -97,8 +115,8 @@ def _opens_an_account(phrase: re.Match[str], stated: str) -> bool:
     follows."), so that its answer comes at the end. Never where no number or formula follows what
     the phrase states, nor where that is a value, or says what is not one."""
     heads = phrase["noun"].casefold() == "solution" and "\n" in phrase[0]
-    item = _FIRST_ITEM.match(stated) if heads else None
-    sentence, *more = _SENTENCE_END.split(stated[item.end() if item else 0 :], maxsplit=1)
+    opening = _OPENING.match(stated) if heads else None
+    sentence, *more = _SENTENCE_END.split(stated[opening.end() if opening else 0 :], maxsplit=1)
     if not (more and _MATHS.search(more[0])) or _HEDGE.search(sentence):
         return False
     if _ANNOUNCEMENT.match(sentence):
