@@ -44,11 +44,12 @@ _NUMERIC = re.compile(
 @dataclass(frozen=True, slots=True)
 class Value:
     """`latex` without the percent sign or unit that stood around it; `unit` None is no unit or one
-    that is not known."""
+    that is not known. `num_ors`: times that the text says "or", which is a comma in `latex`."""
 
     latex: str
     percent: bool = False
     unit: str | None = None
+    num_ors: int = 0
 
 
 def split(latex: str) -> Value:

@@ -7,7 +7,7 @@ import sympy
 
 from rewards.maths_answer import final_answer
 from rewards.maths_limits import LimitBroken, check_expression, check_text, computations
-from rewards.maths_notation import to_latex
+from rewards.maths_notation import num_ors, to_latex
 from rewards.maths_units import Value, split
 from rewards.maths_words import choice, gold_choice, gold_words, is_sentence
 from rewards.reasoning_section import DELIMITERS, after_reasoning
@@ -109,6 +109,11 @@ def test_final_answer(text: str, answer: str | None) -> None:
 )
 def test_one_notation(text: str, latex: str | None) -> None:
     assert to_latex(text) == latex
+
+
+def test_every_or_is_counted_and_nothing_else() -> None:
+    texts = ("x<3 or x>5", r"1 \text{ or } 2\ \mathrm{or}\ 3", r"1 \text{ and } 2", r"for \lor")
+    assert [num_ors(text) for text in texts] == [1, 2, 0, 0]
 
 
 @pytest.mark.parametrize(
