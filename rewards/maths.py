@@ -53,7 +53,7 @@ def _agrees(reference: str, answer: str) -> bool | None:
     left = computations(latex) - computations(gold.latex)
     if left:
         raise LimitBroken(f"{', '.join(sorted(left))} is left to be worked out")
-    return equal(gold, replace(split(latex), num_ors=num_ors(answer)))
+    return equal(gold, replace(split(latex, gold.unit), num_ors=num_ors(answer)))
 
 
 @lru_cache(maxsize=4096)

@@ -135,10 +135,34 @@ def test_every_or_is_counted_and_nothing_else() -> None:
         ("5 or x", Value("5 or x")),
         (r"x \text{ cm}", Value(r"x \text{ cm}")),
         (r"\text{Monday}", Value(r"\text{Monday}")),
+        (r"\text{5 cm}", Value("5", unit="cm^1")),
+        (r"\text{-2.5 square meters}", Value("-2.5", unit="m^2")),
+        (r"\text{50\%}", Value("50", percent=True)),
+        (r"\text{5 apples}", Value("5")),
+        (r"\text{5 is wrong}", Value(r"\text{5 is wrong}")),
+        (r"\text{5 to 6}", Value(r"\text{5 to 6}")),
+        (r"\text{3m}", Value("3m")),
     ],
 )
 def test_what_stands_around_a_value(latex: str, value: Value) -> None:
     assert split(latex) == value
+
+
+@pytest.mark.parametrize(
+    ("latex", "unit", "value"),
+    [
+        ("5cm", "cm^1", Value("5", unit="cm^1")),
+        (r"\text{5cm}", "cm^1", Value("5", unit="cm^1")),
+        (r"\frac{1}{2}m^{2}", "m^2", Value(r"\frac{1}{2}", unit="m^2")),
+        ("60km/h", "km/h^1", Value("60", unit="km/h^1")),
+        ("5mm", "cm^1", Value("5mm")),
+        ("3m^2", "m^1", Value("3m^2")),
+        ("xm", "m^1", Value("xm")),
+        ("3m", None, Value("3m")),
+    ],
+)
+def test_a_unit_right_behind_its_number(latex: str, unit: str | None, value: Value) -> None:
+    assert split(latex, unit) == value
 
 
 def test_letters_and_words() -> None:
