@@ -57,8 +57,8 @@ class CodeSettings(BaseModel):
 
 DEFAULTS = CodeSettings()
 
-_FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})[ \t]*([^\s`]*)[^`]*")
-_LANGUAGES = ("", "python", "python3", "py")
+_FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})[ \t]*([^\s`]*)[^`]*")
+_PYTHON = ("python", "python3", "py")
 _FRACTION = re.compile(r"[+-]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
 
@@ -117,24 +117,35 @@ def _total(
 
 
 def extract_program(text: str) -> str | None:
-    """The last closed fenced block of Python, or of no stated language, behind the reasoning."""
+    """The last closed fenced block of Python behind the reasoning; where there is none, the last of
+    no stated language, which beside Python is rather what the program prints."""
     answer = after_reasoning(text)
     if answer is None:
         return None
-    program: str | None = None
-    fence, wanted, lines = "", False, list[str]()
+    programs: dict[str, str] = {}
+    fence, margin, language, lines = "", 0, "", list[str]()
     for line in answer.split("\n"):
         match = _FENCE.fullmatch(line)
         if not fence:
             if match:
-                fence, wanted, lines = match[1], match[2].lower() in _LANGUAGES, []
-        elif match and match[1].startswith(fence) and not match[2]:
-            if wanted:
-                program = "\n".join(lines) + "\n"
+                fence, margin, language, lines = match[2], len(match[1]), match[3].lower(), []
+        elif match and match[2].startswith(fence) and not match[3]:
+            programs["python" if language in _PYTHON else language] = _without_margin(lines, margin)
             fence = ""
         else:
             lines.append(line)
-    return program
+    return programs.get("python", programs.get(""))
+
+
+def _without_margin(lines: list[str], margin: int) -> str:
+    """A block in a list is indented as a whole; at most as its fence, and as its first line, is."""
+    first = next((line for line in lines if line.strip()), "")
+    margin = min(margin, _indentation(first))
+    return "".join(f"{line[min(margin, _indentation(line)) :]}\n" for line in lines) or "\n"
+
+
+def _indentation(line: str) -> int:
+    return len(line) - len(line.lstrip(" \t"))
 
 
 def _program(source: str, function: str | None, case: Mapping[str, Any]) -> Program:

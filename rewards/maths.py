@@ -7,6 +7,7 @@ answer stands says `maths_answer`, how it is written `maths_notation`, what it m
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 from posttrain.errors import DataError
@@ -15,7 +16,7 @@ from rewards import maths_words
 from rewards.maths_answer import final_answer
 from rewards.maths_equality import equal, parse
 from rewards.maths_limits import MAX_LENGTH, LimitBroken, computations
-from rewards.maths_notation import to_latex
+from rewards.maths_notation import num_ors, to_latex
 from rewards.maths_units import Value, split
 from rewards.score import Score, failed, quote, right
 
@@ -52,13 +53,13 @@ def _agrees(reference: str, answer: str) -> bool | None:
     left = computations(latex) - computations(gold.latex)
     if left:
         raise LimitBroken(f"{', '.join(sorted(left))} is left to be worked out")
-    return equal(gold, split(latex))
+    return equal(gold, replace(split(latex, gold.unit), num_ors=num_ors(answer)))
 
 
 @lru_cache(maxsize=4096)
 def _gold(reference: str) -> Value | None:
     latex = to_latex(reference)
-    return None if latex is None else split(latex)
+    return None if latex is None else replace(split(latex), num_ors=num_ors(reference))
 
 
 def _is_readable(gold: Value | None) -> bool:

@@ -1,8 +1,9 @@
 r"""Which part of a completion is its mathematical answer.
 
 Behind the reasoning section, in this order: the last `\boxed{}` (nothing else counts once there is
-one), the line behind the last `#`, what follows the last "answer is", the last formula, the number
-at the end. It is one piece of text; whether it holds one value is for the comparison to judge.
+one), the line behind the last `#`, what follows the last "answer is" unless that is a whole
+solution, the last formula, the number at the end. It is one piece of text; whether it holds one
+value is for the comparison to judge.
 """
 
 from __future__ import annotations
@@ -18,12 +19,30 @@ SEARCHED = 2000
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?P<brace>\{)?")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _PHRASE = re.compile(
-    r"\b(?:answer|result|solution)\b[\s*]*(?:is|are|:|=)[\s*:=]*(?:equal to\b)?", re.IGNORECASE
+    r"\b(?P<noun>answer|result|solution)\b[\s*]*(?:is|are|:|=)[\s*:=]*(?:equal to\b)?",
+    re.IGNORECASE,
 )
+_SENTENCE_END = re.compile(r"[.;]\s|\n")
+_MATHS = re.compile(r"[0-9$]|\\[(\[]")
+_ANNOUNCEMENT = re.compile(
+    r"as follows|the following|(?:given|shown|found|worked out) below|let(?:['’]?s)?\b|we\b|step\b",
+    re.IGNORECASE,
+)
+# Two words side by side and no value at the end, unlike "5 apples" and "the larger one, 6".
+_PROSE = re.compile(r"[A-Za-z][A-Za-z'’-]*,?\s+[A-Za-z](?!.*[0-9$)}\]][*.\s]*\Z)")
+_HEDGE = re.compile(r"\b(?:not|no|never|cannot|neither|either|or)\b|n['’]t\b", re.IGNORECASE)
+_OPENING = re.compile(r"(?:[-*•]|1[.)])[ \t]+[*]*|(?:\$\$|\\[(\[])\s*")
+_SUM = re.compile(r"(?:\\[A-Za-z]+|[^A-Za-z=])*[0-9)}]\s*=")
 _AFTERTHOUGHT = re.compile(r",?\s+(?:because|since|as|so|which|where|when)\b.*|[.;]\s.*")
 _FORMULA = re.compile(
     r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
 )
+# With what else stands on its last line. A single dollar may be a price.
+_BLOCK = re.compile(
+    r"(?:\$\$(.+?)\$\$|\\\((.+?)\\\)|\\\[(.+?)\\\]|```\w*\n(.+?)\n```)(?P<behind>[^\n]*)",
+    re.DOTALL,
+)
+_ANOTHER = re.compile(r"[\s,;]*(?:(?:or|and)\b|\$|\\[(\[]|```)")
 _NUMBER = re.compile(
     r"[-+−–]?\$?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
     r"(?:[eE][-+]?[0-9]+|[⁰¹²³⁴-⁹]+|\s?[¼-¾⅐-⅞]|/[0-9]+|\s?%|!|\^\S*[0-9])?"
@@ -72,8 +91,43 @@ def _after_phrase(text: str) -> str | None:
     phrases = list(_PHRASE.finditer(text))
     if not phrases:
         return None
-    line, *_ = text[phrases[-1].end() :].strip().split("\n", 1)
+    stated = text[phrases[-1].end() :].strip()
+    if _opens_an_account(phrases[-1], stated):
+        return None
+    block = _BLOCK.match(stated)
+    if block and "\n" in block[0]:
+        return _in_block(block, stated)
+    line, *_ = stated.split("\n", 1)
     return _AFTERTHOUGHT.sub("", line).strip(" *.") or None
+
+
+def _in_block(block: re.Match[str], stated: str) -> str | None:
+    """What stands between delimiters on lines of their own; with another such block behind it, all
+    that is stated, since the first is not the answer then."""
+    if _ANOTHER.match(stated, block.start("behind")):
+        return stated
+    formula = next(part for part in block.groups() if part is not None).strip()
+    return (formula + _AFTERTHOUGHT.sub("", block["behind"])).strip(" *.") or None
+
+
+def _opens_an_account(phrase: re.Match[str], stated: str) -> bool:
+    """Whether the phrase stands over a solution that is told (`**Solution:**`, "The solution is as
+    follows."), so that its answer comes at the end. Never where no number or formula follows what
+    the phrase states, nor where that is a value, or says what is not one."""
+    heads = phrase["noun"].casefold() == "solution" and "\n" in phrase[0]
+    opening = _OPENING.match(stated) if heads else None
+    sentence, *more = _SENTENCE_END.split(stated[opening.end() if opening else 0 :], maxsplit=1)
+    if not (more and _MATHS.search(more[0])) or _HEDGE.search(sentence):
+        return False
+    if _ANNOUNCEMENT.match(sentence):
+        return True
+    has_maths = _MATHS.search(sentence) is not None
+    if heads and has_maths and (_WORD.match(sentence) or _SUM.match(sentence)):
+        return True
+    if ":" not in phrase[0] or not _PROSE.match(sentence):
+        return False
+    # Names and other answers in words are short: "The Great Wall".
+    return len(_WORD.findall(sentence)) >= (3 if has_maths else 5)
 
 
 def _at_the_end(text: str) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import zlib
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 from rewards.maths_limits import check_expression, check_text
@@ -37,6 +38,7 @@ def equal(gold: Value, answer: Value) -> bool | None:
     assert expected is not None, "gold answers are checked when the data is loaded"
     if given is None:
         return None
+    expected, given = _as_regions(expected, given, gold.num_ors, answer.num_ors)
     if gold.percent == answer.percent:
         return _same(expected, given)
     if not (_is_scalar(expected) and _is_scalar(given)):
@@ -101,6 +103,43 @@ def _values_of_names(gold: Any, answer: Any) -> Any:
         if bare and len(names) == len(equations) > 1:
             return sympy.Tuple(*(sides[-1] for sides in equations))
     return gold
+
+
+def _as_regions(gold: Any, answer: Any, gold_ors: int, answer_ors: int) -> tuple[Any, Any]:
+    """Of x < 3 or x > 5 the union, where the other is a region too, or says so of the same x."""
+    unions = _union(gold, gold_ors), _union(answer, answer_ors)
+    if None not in unions:
+        return unions if gold.free_symbols == answer.free_symbols else (gold, answer)
+    if unions[0] is not None and _is_region(answer):
+        return unions[0], answer
+    if unions[1] is not None and _is_region(gold):
+        return gold, unions[1]
+    return gold, answer
+
+
+def _is_region(expression: Any) -> bool:
+    import sympy
+
+    return isinstance(expression, sympy.Set) and not isinstance(expression, sympy.FiniteSet)
+
+
+def _union(alternatives: Any, num_ors: int) -> Any | None:
+    """None unless "or" stands between all of them (a comma may be an "and"), they speak of one
+    variable, and at least one is an inequality: x = 1 or x = 2 are two values."""
+    import sympy
+
+    if not isinstance(alternatives, sympy.FiniteSet) or len(alternatives) != num_ors + 1:
+        return None
+    parts = alternatives.args
+    if len(alternatives.free_symbols) != 1 or all(_sides(part) for part in parts):
+        return None
+    links = [part.args if isinstance(part, sympy.And) else [part] for part in parts]
+    if not all(isinstance(link, sympy.core.relational.Relational) for link in chain(*links)):
+        return None
+    try:
+        return sympy.Union(*(part.as_set() for part in parts))
+    except Exception:  # sympy cannot solve them, for one reason or another
+        return None
 
 
 def _verify(gold: Any, answer: Any, **options: bool) -> bool:

@@ -42,6 +42,7 @@ _SYMBOLS = {
 }
 _SYMBOL = re.compile("|".join(_SYMBOLS))
 _ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|\{([^{}]*)\}|([0-9]+(?:\.[0-9]+)?|[A-Za-zπ]))")
+_OR = re.compile(r"(?<![A-Za-z\\])or(?![A-Za-z])")
 
 # Something left out, something invisible, a version number: math-verify reads them as values.
 _UNREADABLE = re.compile(r"\\[lc]?dots|…|\\[hv]?phantom|[0-9]\.[0-9]*\.[0-9]")
@@ -63,6 +64,11 @@ def to_latex(text: str) -> str | None:
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     return text.strip().rstrip(" .,;")
+
+
+def num_ors(text: str) -> int:
+    """Times that `text` says "or"; in LaTeX it becomes the same comma as "and"."""
+    return len(_OR.findall(text))
 
 
 def _unicode_to_latex(text: str) -> str:

@@ -33,6 +33,13 @@ _TEXT = re.compile(
     r"(?:\\[,;:! ]|\s)*\\(?:text|textbf|textit|textrm|mathrm|mbox)\s*"
     r"\{(?P<name>[^{}]*)\}(?:\^\{?(?P<power>[0-9])\}?)?$"
 )
+# A whole answer in text: a number and at most the name of a unit, or one word.
+_WHOLE_TEXT = re.compile(
+    r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s*\{\s*"
+    r"([-+]?(?:[0-9][0-9.,]*(?:/[0-9]+)?|\.[0-9]+)"
+    r"(?:\s*\\%|\s*(?:(?:square|sq|cubic)\s+)?[A-Za-z/]+(?:\^\{?[0-9]\}?)?)?)\s*\}"
+)
+_ATTACHED = re.compile(r"(?<=[0-9)}])(?P<name>[A-Za-z/]+)(?:\^\{?(?P<power>[0-9])\}?)?$")
 _PLAIN = re.compile(r"\s+(?P<name>[A-Za-z]+(?:[ /][A-Za-z]+)*)(?:\^\{?(?P<power>[0-9])\}?)?$")
 # What is counted, or a unit that is not in the table; `2 pi` and `5 or x` are no such things.
 _NOUN = re.compile(r"(?!.*\b(?:or|and|not|pi|infinity)\b).*[A-Za-z]{3}.*", re.IGNORECASE)
@@ -44,16 +51,21 @@ _NUMERIC = re.compile(
 @dataclass(frozen=True, slots=True)
 class Value:
     """`latex` without the percent sign or unit that stood around it; `unit` None is no unit or one
-    that is not known."""
+    that is not known. `num_ors`: times that the text says "or", which is a comma in `latex`."""
 
     latex: str
     percent: bool = False
     unit: str | None = None
+    num_ors: int = 0
 
 
-def split(latex: str) -> Value:
+def split(latex: str, expected: str | None = None) -> Value:
     """Takes a percent sign, a currency, degrees, an ordinal's ending, or words behind a number off
-    what `to_latex` returned."""
+    what `to_latex` returned. Letters right behind a number are variables, unless they are the unit
+    that is `expected`: `5cm`."""
+    whole = _WHOLE_TEXT.fullmatch(latex)
+    if whole:
+        latex = whole[1]
     if latex.endswith(r"\%"):
         return Value(latex.removesuffix(r"\%").rstrip(), percent=True)
     percent = re.sub(
@@ -78,7 +90,11 @@ def split(latex: str) -> Value:
             unit = _canonical(match["name"], match["power"])
             if unit is not None or _NOUN.fullmatch(match["name"]):
                 return Value(latex[: match.start()], unit=unit)
-    return Value(latex)
+    match = _ATTACHED.search(latex)
+    if expected is None or match is None or not _NUMERIC.fullmatch(latex[: match.start()]):
+        return Value(latex)
+    unit = _canonical(match["name"], match["power"])
+    return Value(latex[: match.start()], unit=unit) if unit == expected else Value(latex)
 
 
 def _canonical(name: str, power: str | None) -> str | None:

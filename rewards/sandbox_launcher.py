@@ -17,6 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from rewards.sandbox_namespaces import DEVICES, NOBODY
 from rewards.sandbox_zygote import SCRATCH
 
+MAX_MEMORY_MB = 4096
+"""MiB of address space of a scorer process: what its sandbox runs inherits that limit."""
+
 
 class SandboxSettings(BaseModel):
     """What a program may use. A limit that it breaks is its own doing, not a failure of ours.
@@ -34,7 +37,12 @@ class SandboxSettings(BaseModel):
     )
     cpu_s: int = Field(default=4, gt=0, description="seconds of CPU time, all threads together")
     wall_s: float = Field(default=6.0, gt=0, description="seconds of wall-clock, sleep included")
-    memory_mb: int = Field(default=512, ge=64, description="MiB of address space, Python included")
+    memory_mb: int = Field(
+        default=512,
+        ge=64,
+        le=MAX_MEMORY_MB,
+        description="MiB of address space, Python included; at most those of a scorer process",
+    )
     file_mb: int = Field(default=16, gt=0, description="MiB of each file: stdout, stderr, result")
     scratch_mb: int = Field(default=64, gt=0, description="MiB of all files that it creates")
     processes: int = Field(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.types import Prompt
+from rewards.sandbox_launcher import MAX_MEMORY_MB
 from rewards.score import Verifier
 from rewards.shaping import RewardSettings
 from rewards.verifiers import verifier_names
@@ -25,7 +26,7 @@ from rewards.worker_requests import Check, Fork, Reap
 START_DEADLINE_S = 60.0
 """For starting the template and for importing what a verifier needs."""
 
-MEMORY_LIMIT = 4 << 30
+MEMORY_LIMIT = MAX_MEMORY_MB << 20
 """Bytes of address space of a process. An answer that wants more is stopped before the machine
 suffers."""
 

@@ -7,7 +7,7 @@ import sympy
 
 from rewards.maths_answer import final_answer
 from rewards.maths_limits import LimitBroken, check_expression, check_text, computations
-from rewards.maths_notation import to_latex
+from rewards.maths_notation import num_ors, to_latex
 from rewards.maths_units import Value, split
 from rewards.maths_words import choice, gold_choice, gold_words, is_sentence
 from rewards.reasoning_section import DELIMITERS, after_reasoning
@@ -42,6 +42,22 @@ def test_the_answer_begins_where_the_reasoning_ends(opening: str, closing: str) 
         ("The answer is: **7**.", "7"),
         ("The answer is $x+1$ because of that.", "$x+1$"),
         ("The answer is 4. So the answer is 5.", "5"),
+        ("**Solution:**\n\nShe sold 48 in May. In all 48+24 = 72 clips.", "72"),
+        ("**Solution:**\n* May: 48\n* June: 24\n* In all: 72", "72"),
+        ("Solution:\n$\\frac{48}{2}=24$\n$48+24=72$", "48+24=72"),
+        ("The solution is as follows.\n48+24=72", "48+24=72"),
+        ("The solution is as follows.", "as follows"),
+        ("Solution:\nx = 5\n\nCheck: 2*5 = 10", "x = 5"),
+        ("Answer: not 5.\nCheck: 2+3 = 5", "not 5"),
+        ("The answer is either 5 or 6.\n5+1 = 6", "either 5 or 6"),
+        ("Answer: about 5.3 metres per second. Then 2*3 = 6", "about 5.3 metres per second"),
+        ("The answer is:\n\n$$\n42\n$$", "42"),
+        ("The answer is\n\\[\n42.\n\\]\nI hope it is correct.", "42"),
+        ("The answer is:\n\\(\nx\n\\), because of 5.", "x"),
+        ("Answer:\n```text\n42\n```\nDone with 5.", "42"),
+        ("Answer:\n$$\n7\n$$ or $$\n8\n$$", "$$\n7\n$$ or $$\n8\n$$"),
+        ("Solution:\n$$\n48/2 = 24\n$$\nThen\n$$\n48+24 = 72\n$$", "48+24 = 72"),
+        ("Answer: $42.\nHe paid $50.", "$42"),
         (r"We get \[ x = 5 \]", "x = 5"),
         ("$a$ and $b$ here", "b"),
         ("$a$ gives 7 here", "7"),
@@ -95,6 +111,11 @@ def test_one_notation(text: str, latex: str | None) -> None:
     assert to_latex(text) == latex
 
 
+def test_every_or_is_counted_and_nothing_else() -> None:
+    texts = ("x<3 or x>5", r"1 \text{ or } 2\ \mathrm{or}\ 3", r"1 \text{ and } 2", r"for \lor")
+    assert [num_ors(text) for text in texts] == [1, 2, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("latex", "value"),
     [
@@ -114,10 +135,34 @@ def test_one_notation(text: str, latex: str | None) -> None:
         ("5 or x", Value("5 or x")),
         (r"x \text{ cm}", Value(r"x \text{ cm}")),
         (r"\text{Monday}", Value(r"\text{Monday}")),
+        (r"\text{5 cm}", Value("5", unit="cm^1")),
+        (r"\text{-2.5 square meters}", Value("-2.5", unit="m^2")),
+        (r"\text{50\%}", Value("50", percent=True)),
+        (r"\text{5 apples}", Value("5")),
+        (r"\text{5 is wrong}", Value(r"\text{5 is wrong}")),
+        (r"\text{5 to 6}", Value(r"\text{5 to 6}")),
+        (r"\text{3m}", Value("3m")),
     ],
 )
 def test_what_stands_around_a_value(latex: str, value: Value) -> None:
     assert split(latex) == value
+
+
+@pytest.mark.parametrize(
+    ("latex", "unit", "value"),
+    [
+        ("5cm", "cm^1", Value("5", unit="cm^1")),
+        (r"\text{5cm}", "cm^1", Value("5", unit="cm^1")),
+        (r"\frac{1}{2}m^{2}", "m^2", Value(r"\frac{1}{2}", unit="m^2")),
+        ("60km/h", "km/h^1", Value("60", unit="km/h^1")),
+        ("5mm", "cm^1", Value("5mm")),
+        ("3m^2", "m^1", Value("3m^2")),
+        ("xm", "m^1", Value("xm")),
+        ("3m", None, Value("3m")),
+    ],
+)
+def test_a_unit_right_behind_its_number(latex: str, unit: str | None, value: Value) -> None:
+    assert split(latex, unit) == value
 
 
 def test_letters_and_words() -> None:

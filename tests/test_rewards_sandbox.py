@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from sandbox_helpers import (
     ABSENT,
     FORBIDDEN,
@@ -34,6 +35,7 @@ from rewards.sandbox import Sandbox
 from rewards.sandbox_client import Program
 from rewards.sandbox_launcher import OWN, SandboxSettings, system_paths
 from rewards.sandbox_probe import judge
+from rewards.worker_template import MEMORY_LIMIT
 
 ROOT = Path(__file__).parent.parent
 
@@ -349,3 +351,10 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
         True,
         "own launcher; 20 attempts to get out, all failed; absent: not installed",
     )
+
+
+def test_no_more_memory_than_scorer_processes_have() -> None:
+    """Their limit holds for the programs of their sandbox too, whatever the settings promise."""
+    assert SandboxSettings(memory_mb=MEMORY_LIMIT >> 20).memory_mb == 4096
+    with pytest.raises(ValidationError, match=r"memory_mb\n.*less than or equal to 4096"):
+        SandboxSettings(memory_mb=4097)
