@@ -2,7 +2,8 @@
 
     python tests/benchmarks/distilled_rl.py OUT [KEY=VALUE …] --seeds 0 1 2 --target 0.7
 
-Each seed runs SFT and RL of the quickstart twice, without a teacher and with the starter's in SFT.
+Each seed runs SFT, as light as the quickstart's, and RL twice: without a teacher, and with the
+starter's in SFT.
 The clock counts SFT as a whole, its pass over the rows with teacher and critic included, and RL's
 steps; what both have in common beforehand (engines' start) is left out. Every `EVERY` steps the
 policy is written down and measured afterwards, so that measuring costs no time; the target is
@@ -30,15 +31,20 @@ ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 EVERY = 5
 COMMON = (
-    *("stages=[sft,rl]", "sft.checkpoints.count=1", f"rl.export_every={EVERY}"),
+    *("stages=[sft,rl]", "sft.data.size=800", f"rl.export_every={EVERY}"),
     "tasks.held_out=[{source: starter, size: 16}]",  # what is measured is measured afterwards
+)
+MEASURED = (
+    "eval={k: [1], num_samples: 4, instruction_samples: 0, max_tokens: 96}",
+    "resources.rollout.engine.threads=2",
 )
 KINDS: dict[str, tuple[str, ...]] = {
     "labels alone": (),
     "co-distilled": (
         "teacher.model=starter-teacher",
         "sft.distillation={weight: dynamic}",
-        "resources.teacher.cpus=0.5",
+        # Nothing else computes while the teacher does.
+        *("resources.teacher.cpus=0.5", "resources.teacher.threads=2"),
     ),
 }
 
@@ -49,13 +55,14 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="settings for both kinds")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--target", type=float, default=0.7)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     arguments = parser.parse_args()
-    reached: dict[str, list[float | None]] = {kind: [] for kind in KINDS}
+    reached: dict[str, list[float | None]] = {kind: [] for kind in arguments.kinds}
     for seed in arguments.seeds:
-        for kind, settings in KINDS.items():
+        for kind in arguments.kinds:
             run = arguments.out.absolute() / f"{kind.replace(' ', '-')}-{seed}"
             command = [sys.executable, "-m", "posttrain.cli", "run", str(CONFIG)]
-            overrides = [f"run.dir={run}", f"run.seed={seed}", *COMMON, *settings]
+            overrides = [f"run.dir={run}", f"run.seed={seed}", *COMMON, *KINDS[kind]]
             subprocess.run([*command, *overrides, *arguments.overrides], check=True, cwd=ROOT)
             points = curve(RunDir(run))
             reached[kind].append(crossing(points, arguments.target))
@@ -88,8 +95,7 @@ def curve(run: RunDir) -> list[tuple[float, float]]:
             if record["step"] % EVERY == 0:
                 times.append(elapsed)
                 policies.append(run.stage_dir("rl") / f"export-{record['step']}")
-    both_cores = "resources.rollout.engine.threads=2"
-    settings = load(CONFIG, [f"run.dir={run.path}", "eval.instruction_samples=0", both_cores])
+    settings = load(CONFIG, [f"run.dir={run.path}", *MEASURED])
     summaries = evaluate_models(settings, load_inputs(settings), policies)
     return [(t, s["all"]["pass@1"]["mean"]) for t, s in zip(times, summaries, strict=True)]
 
