@@ -138,8 +138,10 @@ def _seconds(name: str, record: StageRecord, steps: pl.DataFrame) -> float | Non
     """Of a finished stage. An attempt that was killed recorded none: its steps tell of it."""
     if record.state != "done" or record.seconds is None:
         return None
-    at_step = steps.select("stage", "elapsed_s").iter_rows()
-    return max([record.seconds, *(s for stage, s in at_step if stage == name and s is not None)])
+    of_steps: list[float] = (
+        steps.filter(pl.col("stage") == name)["elapsed_s"].drop_nulls().to_list()
+    )
+    return max([record.seconds, *of_steps])
 
 
 def _rows(

@@ -145,4 +145,4 @@ class Beside:
 
     def _note(self, event: str, step: int, found: Mapping[str, Any]) -> None:
         here = {"stage": "rl", "event": event, "step": step, "attempt": self._attempt}
-        self._context.metrics.append(here | found)
+        self._context.metrics.append({**here, **found})
