@@ -92,7 +92,7 @@ def test_a_setting_concerns_what_follows_from_it(override: str, expected: set[st
 
 JUDGED = "rewards.judge={endpoint: {url: 'http://here/v1', model: m}}"
 RATED = "rewards.reward_model={model: m}"
-SERVED = "rewards.judge={model: m}"
+SERVED = "rewards.judge={model: m, max_tokens: 64}"
 RESCREENED = "rl.rescreen={every_steps: 5}"
 DEDICATED = "rl.rescreen={placement: dedicated}"
 JUDGES_DTYPE = "resources.rewards.judge.engine.dtype=bfloat16"
