@@ -116,9 +116,23 @@ def test_an_architecture_is_refused_before_its_weights_are_read(tmp_path, model_
 
 @pytest.mark.parametrize(
     ("model_type", "changes"),
-    [("qwen3", {"head_dim": 16, "tie_word_embeddings": True}), ("llama", {}), ("mamba", {})],
+    [
+        ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+        ("llama", {}),
+        ("llama4_text", {"head_dim": 16, "intermediate_size_mlp": 32, "num_local_experts": 2}),
+        ("gpt2", {"n_embd": 32, "n_head": 2, "n_layer": 1}),
+        ("mamba", {"state_size": 2}),
+    ],
 )
 def test_others_pass_without_their_weights(tmp_path, model_type, changes):
     path = Path(save(tmp_path, model_type, **changes))
     (path / "model.safetensors").unlink()
+    check_architecture(path)
+
+
+def test_what_cannot_compute_without_weights_is_left_to_loading(tmp_path, monkeypatch):
+    """Masks of Llama 4 look into positions, unless its backbone is found and left out."""
+    changes = {"head_dim": 16, "intermediate_size_mlp": 32, "num_local_experts": 2}
+    path = Path(save(tmp_path, "llama4_text", **changes))
+    monkeypatch.setattr("posttrain.workers.policy_model.find_backbone", lambda _: None)
     check_architecture(path)
