@@ -72,12 +72,12 @@ def prune_command(
     from posttrain.config import compose
     from posttrain.prune.settings import PruneSettings
 
-    settings = compose(PruneSettings, _content(given), overrides or [], "posttrain prune")
+    asked = compose(PruneSettings, _content(given), overrides or [], "posttrain prune")
     from posttrain.prune.estimate import estimate
     from posttrain.prune.run import prune
     from posttrain.stages.prune import critic_model, critic_opener, with_located_models
 
-    settings = with_located_models(settings)
+    settings = with_located_models(asked)
     critic, opener = critic_model(model, settings.critic.max_length), critic_opener(settings, out)
     if dry_run:
         guess = estimate(settings, out, critic, opener, fresh=fresh, top_up=top_up)

@@ -78,12 +78,11 @@ class Inputs:
         in the tables of `posttrain.dependencies`. SettingsError for a function that cannot be
         loaded."""
         own = self.rewards.custom.items()
-        found = {f"{SOURCE_OF}{name}": custom.source_hash(name, path) for name, path in own}
-        for part in ("judge", "reward_model"):
-            model = getattr(getattr(self.rewards, part), "model", None)
-            if model is not None:
-                found[f"rewards.{part}.model"] = fingerprint_directory(Path(model))
-        return found
+        models = self.rewards.models.items()
+        return {
+            **{f"{SOURCE_OF}{name}": custom.source_hash(name, path) for name, path in own},
+            **{f"rewards.{n}.model": fingerprint_directory(Path(model)) for n, model in models},
+        }
 
 
 def _digest(content: list[Any]) -> str:
@@ -114,8 +113,8 @@ def load_inputs(settings: Settings) -> Inputs:
         stage: _model_of_stage(stage, name, model) for stage, name in settings.own_models.items()
     }
     rewards = locate_reward_models(settings.rewards)
-    if rewards.judge is not None and rewards.judge.model is not None:
-        ChatFormat(rewards.judge.model, "rewards.judge.model")
+    if "judge" in rewards.models:
+        ChatFormat(rewards.models["judge"], "rewards.judge.model")
     chat = ChatFormat(str(model))
     train = load_prompts(settings.tasks.train, "train")
     held_out = load_prompts(settings.tasks.held_out, "held_out")

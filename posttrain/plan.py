@@ -29,10 +29,9 @@ def policy_shape(model: str) -> ModelShape:
 def other_shapes(settings: Settings) -> dict[str, ModelShape]:
     """Of the models that this run serves beside its policy, by role. ModelError as above."""
     teacher = settings.teacher.model if settings.taught_stages else None
-    judge = settings.rewards.judge
     named = {
         "teacher": str(STARTER_TEACHER_DIR) if teacher == STARTER_TEACHER else teacher,
-        "rewards.judge": None if judge is None else judge.model,
+        "rewards.judge": settings.rewards.models.get("judge"),
     }
     return {role: _shape(name, f"{role}.model") for role, name in named.items() if name is not None}
 

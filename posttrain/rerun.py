@@ -97,15 +97,12 @@ class Plan:
 def refuse_own_output(settings: Settings) -> None:
     """Raises SettingsError for a model that lies in the run's own directory: the run replaces it,
     so the same command would train on top of it for ever, and --fresh would delete it."""
-    rewards, run = settings.rewards, run_place(settings.run).path.resolve()
+    run = run_place(settings.run).path.resolve()
     named = {f"{stage}.model": model for stage, model in settings.own_models.items()}
     named["policy.model"] = settings.policy.model
     if settings.taught_stages and settings.teacher.model is not None:
         named["teacher.model"] = settings.teacher.model
-    if rewards.judge is not None and rewards.judge.model is not None:
-        named["rewards.judge.model"] = rewards.judge.model
-    if rewards.reward_model is not None:
-        named["rewards.reward_model.model"] = rewards.reward_model.model
+    named |= {f"rewards.{part}.model": model for part, model in settings.rewards.models.items()}
     for setting, name in named.items():
         if Path(name).exists() and Path(name).resolve().is_relative_to(run):
             raise SettingsError(

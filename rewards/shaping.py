@@ -67,6 +67,15 @@ class RewardSettings(BaseModel):
     judge: JudgedSettings | None = None
     reward_model: RewardModelSettings | None = None
 
+    @property
+    def models(self) -> dict[str, str]:
+        """Section -> the checkpoint that it names, of those that name one."""
+        named = {
+            "judge": None if self.judge is None else self.judge.model,
+            "reward_model": None if self.reward_model is None else self.reward_model.model,
+        }
+        return {section: model for section, model in named.items() if model is not None}
+
     @model_validator(mode="after")
     def _deadlines_fit(self) -> RewardSettings:
         if self.code.answer_s >= self.deadline_of("code"):

@@ -130,9 +130,12 @@ def test_others_pass_without_their_weights(tmp_path, model_type, changes):
     check_architecture(path)
 
 
-def test_what_cannot_compute_without_weights_is_left_to_loading(tmp_path, monkeypatch):
+def test_what_cannot_compute_without_weights_is_left_to_loading(tmp_path, monkeypatch, capsys):
     """Masks of Llama 4 look into positions, unless its backbone is found and left out."""
     changes = {"head_dim": 16, "intermediate_size_mlp": 32, "num_local_experts": 2}
     path = Path(save(tmp_path, "llama4_text", **changes))
     monkeypatch.setattr("posttrain.workers.policy_model.find_backbone", lambda _: None)
     check_architecture(path)
+    assert (
+        f"{path}: its head is checked only when its weights are loaded" in capsys.readouterr().err
+    )

@@ -108,8 +108,7 @@ def load_run(path: str | Path, *, on_error: OnError = "raise") -> Run:
         (DRAWS.empty(), VERDICTS.empty()),
     )
     steps = steps_frame(records, stages)
-    measured = [name for name, record in stages.items() if "evaluation" in record.metrics]
-    evals = _evals(run_dir.evals_dir, measured if begun else None, problems)
+    evals = _evals(run_dir.evals_dir, stages if begun else None, problems)
     known = problems.reading(
         run_dir.prompts_path,
         lambda: read_prompts(run_dir.prompts_path),
@@ -212,10 +211,13 @@ def _metrics(path: Path, problems: Problems) -> list[dict[str, Any]]:
     return read_metrics(path, on_bad_line=lambda error: problems.note(path, error))
 
 
-def _evals(directory: Path, measured: list[str] | None, problems: Problems) -> pl.DataFrame:
-    """After the stages `measured`; None if nothing says which of the files count."""
+def _evals(
+    directory: Path, stages: Mapping[str, StageRecord] | None, problems: Problems
+) -> pl.DataFrame:
+    """After those of `stages` that were measured; None if nothing says which of the files count."""
     files = sorted(directory.glob("*.json"))
-    if measured is not None:
+    if stages is not None:
+        measured = [name for name, record in stages.items() if "evaluation" in record.metrics]
         files = [file for name in measured for file in files if file.stem == name]
     frames = [problems.reading(f, lambda f=f: read_evaluation(f), EVALS.empty()) for f in files]  # type: ignore[misc]
     return pl.concat([EVALS.empty(), *frames])

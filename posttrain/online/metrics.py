@@ -198,7 +198,8 @@ def step_metrics(
     """
     lags = [lag_of(group, current) for group in trained]
     gated = len(interval.groups)
-    outcomes, reasons, domains = _ended_by(interval.ended)
+    by_place = {(o, f"{why}/{where}", where): n for (o, why, where), n in interval.ended.items()}
+    outcomes, reasons, domains = ends(by_place)
     return {
         **answer_metrics(interval.groups),
         **(_signal(gated, outcomes) if gated else {}),
@@ -237,22 +238,6 @@ def _stale_lengths(lengths: Sequence[int]) -> dict[str, float]:
     if not lengths:
         return {}
     return {"stale_length_mean": fmean(lengths), "stale_length_max": max(lengths)}
-
-
-def _ended_by(
-    ended: Counter[tuple[DrawOutcome, str, str]],
-) -> tuple[Counter[DrawOutcome], Counter[str], Counter[str]]:
-    """By outcome; untrained ones by `reason/domain`; trained ones by domain."""
-    outcomes: Counter[DrawOutcome] = Counter()
-    reasons: Counter[str] = Counter()
-    domains: Counter[str] = Counter()
-    for (outcome, reason, domain), count in ended.items():
-        outcomes[outcome] += count
-        if outcome is DrawOutcome.TRAINED:
-            domains[domain] += count
-        else:
-            reasons[f"{reason}/{domain}"] += count
-    return outcomes, reasons, domains
 
 
 def _lengths(groups: Iterable[RolloutGroup]) -> list[int]:

@@ -47,7 +47,8 @@ def identity(settings: PruneSettings, model: CriticModel) -> dict[str, Any]:
             "settings": _reward_settings(settings.rewards),
             "version": verifier_version(),
         }
-        if models := _reward_models(settings.rewards):
+        if named := settings.rewards.models:  # directories here
+            models = {part: fingerprint_directory(Path(model)) for part, model in named.items()}
             judged_with["verifier"]["models"] = models
         if own := settings.rewards.custom:
             hashes = {name: custom.source_hash(name, path) for name, path in own.items()}
@@ -62,17 +63,6 @@ def _reward_settings(given: RewardSettings) -> dict[str, Any]:
         key.removeprefix("rewards."): value
         for key, value in flat.items()
         if not key.startswith(REWARDS_ELSEWHERE)
-    }
-
-
-def _reward_models(given: RewardSettings) -> dict[str, str]:
-    """Fingerprints of judge and reward model, which are directories here."""
-    named = {"judge": given.judge, "reward_model": given.reward_model}
-    models = {part: getattr(asked, "model", None) for part, asked in named.items()}
-    return {
-        part: fingerprint_directory(Path(model))
-        for part, model in models.items()
-        if model is not None
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from pathlib import Path
 
 from posttrain.data.pairs import MiningSettings, at_most_per_prompt, mine_pairs
@@ -29,9 +30,12 @@ async def mine(
     generators = await context.pools.serving(str(model))
     groups = await _sample(context, generators, settings)
     pairs = [pair for group in groups for pair in mine_pairs(group, settings)]
+    most = settings.pairs_per_prompt
     if settings.stored_groups:
-        pairs += await stored_pairs(context, generators, settings, groups)
-    return at_most_per_prompt(pairs, settings.pairs_per_prompt)
+        held = Counter(pair.prompt.prompt_id for pair in pairs)
+        done = {prompt_id for prompt_id, count in held.items() if count >= most}
+        pairs += await stored_pairs(context, generators, settings, groups, done)
+    return at_most_per_prompt(pairs, most)
 
 
 async def _sample(

@@ -4,8 +4,7 @@ them."""
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,16 +36,13 @@ async def stored_pairs(
     generators: GeneratorPool,
     settings: MiningSettings,
     fresh: Sequence[RolloutGroup],
+    done: Collection[str] = (),
 ) -> list[PreferencePair]:
-    """`generators` serve the policy that DPO starts from, which has just written `fresh`. Nothing
-    is scored of prompts that have all the pairs they may have from there."""
-    held = Counter(g.prompt.prompt_id for g in fresh for _ in mine_pairs(g, settings))
-    groups = [
-        group
-        for group in _stored_groups(context, settings.stored_groups)
-        if held[group.prompt.prompt_id] < settings.pairs_per_prompt
-    ]
-    pairs = [pair for group in groups for pair in mine_pairs(group, settings)]
+    """`generators` serve the policy that DPO starts from, which has just written `fresh`; prompts
+    that are `done` (by id) need no pairs from here."""
+    groups = _stored_groups(context, settings.stored_groups)
+    wanted = [group for group in groups if group.prompt.prompt_id not in done]
+    pairs = [pair for group in wanted for pair in mine_pairs(group, settings)]
     if not pairs:
         return []
     own = [rollout for group in fresh for rollout in group.rollouts][:FRESH_ANSWERS]
