@@ -45,6 +45,7 @@ def bare(connection: Any) -> None:
         logprobs_mode="processed_logprobs",
         generation_config="vllm",
         enforce_eager=True,
+        block_size=32,  # as our engines have it on CPU: with vLLM's own 128 it would be slower
         disable_log_stats=True,
     )
     parameters = SamplingParams(
