@@ -44,6 +44,8 @@ class FakeReplica:
         self.facts = ModelFacts(vocab_size=10, tokenizer="a")
         self.asked = []  # (request id, version it was asked at)
         self.loaded = []
+        self.scored = []
+        self.dies_scoring = False
         self.restarts = 0
         self.restart_error = None
         self.load_error = None
@@ -93,6 +95,10 @@ class FakeReplica:
     async def score_tokens(self, sequences, label):
         if not self.serving:
             raise EngineLost("gone")
+        self.scored.append(label)
+        if self.dies_scoring:
+            self.lose()
+            raise EngineLost("died")
         return [[-1.0] * (len(s) - 1) for s in sequences]
 
 
@@ -269,6 +275,14 @@ async def test_only_engines_that_serve_are_compared():
     assert await pool.score_tokens([[1, 2, 3]], "x") == [[[-1.0, -1.0]]] * 2
     lost.lose()
     assert await pool.score_tokens([[1, 2, 3]], "y") == [[[-1.0, -1.0]]]
+
+
+async def test_tokens_are_scored_once_by_the_engine_with_least_to_do_or_by_the_next():
+    busy, dying, idle = FakeReplica("0"), FakeReplica("1"), FakeReplica("2")
+    pool = pool_of(busy, dying, idle)
+    busy.outstanding, idle.outstanding, dying.dies_scoring = 4, 1, True
+    assert await pool.score_tokens_once([[1, 2, 3]], "x") == [[-1.0, -1.0]]
+    assert (busy.scored, dying.scored, idle.scored) == ([], ["x"], ["x"])
 
 
 async def test_weights_that_do_not_suit_the_engines_are_never_sent():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,14 +86,11 @@ def critic_opener(settings: PruneSettings, out: Path) -> OpenCritic:
                 model = pools.scratch / "merged"
                 merge_adapter(files.base, files.adapter, model, files.tokenizer)
             generators = await pools.serving(str(model))
-
-            async def score_tokens(
-                sequences: Sequence[Sequence[int]], label: str
-            ) -> list[list[float]]:
-                first, *_ = await generators.score_tokens(sequences, label)
-                return first
-
-            yield Critic(generator=generators, scorer=pools.scorer, score_tokens=score_tokens)
+            yield Critic(
+                generator=generators,
+                scorer=pools.scorer,
+                score_tokens=generators.score_tokens_once,
+            )
 
     return open_critic
 

@@ -132,7 +132,7 @@ async def _likelihoods(
     for start in range(0, len(sequences), BATCH):
         batch = sequences[start : start + BATCH]
         whole = [[*prompt, *completion] for prompt, completion in batch]
-        scores, *_ = await generators.score_tokens(whole, f"stored-{len(means)}")
+        scores = await generators.score_tokens_once(whole, f"stored-{len(means)}")
         means += [
             float(np.mean(score[-len(completion) :]))
             for score, (_, completion) in zip(scores, batch, strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
@@ -85,15 +85,25 @@ class GeneratorPool:
     async def generate(self, request: GenerationRequest) -> tuple[Rollout, ...]:
         """Raises EngineError if the engines that were given this request were lost one after
         another, more often than `max_restarts` allows."""
+        return await self._by_one(lambda replica: replica.generate(request), request.request_id)
+
+    async def score_tokens_once(
+        self, sequences: Sequence[Sequence[int]], label: str
+    ) -> list[list[float]]:
+        """One engine's log-probabilities (nats) of fixed tokens but the first, `[T-1]` for each
+        sequence of T. Raises as `generate` does."""
+        return await self._by_one(lambda replica: replica.score_tokens(sequences, label), label)
+
+    async def _by_one(self, call: Callable[[Replica], Awaitable[T]], label: str) -> T:
+        """What the engine with the least to do answers, or the next if that one is lost."""
         lost: EngineLost
         for _ in range(self._settings.max_restarts + 1):
-            replica = await self._least_loaded()
             try:
-                return await replica.generate(request)
+                return await call(await self._least_loaded())
             except EngineLost as error:
                 lost = error
         raise EngineError(
-            f"request {request.request_id} was given to {self._settings.max_restarts + 1} engines "
+            f"request {label} was given to {self._settings.max_restarts + 1} engines "
             f"(resources.rollout.engine.max_restarts) and each was lost; the last: {lost}"
         ) from lost
 
@@ -105,7 +115,7 @@ class GeneratorPool:
     async def score_tokens(
         self, sequences: Sequence[Sequence[int]], label: str
     ) -> list[list[list[float]]]:
-        """The serving engines' log-probabilities of the same fixed tokens, engine by engine."""
+        """The log-probabilities that every serving engine gives the same fixed tokens."""
         while True:
             await self._least_loaded()
             scores = await _answers(r.score_tokens(sequences, label) for r in self._serving())
