@@ -170,10 +170,12 @@ class CountingCurriculum:
         return {"toy": {"1": self.num_drawn - len(self.dropped), "dropped": len(self.dropped)}}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"num_drawn": self.num_drawn}
+        return {"num_drawn": self.num_drawn, "observed": [*self.observed], "gates": [*self.gates]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.num_drawn = state["num_drawn"]
+        self.observed = [*state["observed"]]
+        self.gates = [*state["gates"]]
 
 
 @dataclass

@@ -37,7 +37,8 @@ class Run:
         self.num_draws = 0
         self.plans: list[list[str]] = []
         self.domain_of: dict[str, str] = {}
-        self.curriculum_state: dict[str, Any] = {"num_drawn": 0}
+        self.ready: list[str] = []
+        self.curriculum_state: dict[str, Any] = {"num_drawn": 0, "observed": [], "gates": []}
 
     def attempt(self, *, seconds: float | None) -> World:
         """One start of the run, cancelled after `seconds`. A checkpoint every third step."""
@@ -49,10 +50,11 @@ class Run:
 
             async def on_step(record: Any) -> None:
                 state, num_draws = curriculum.state_dict(), record.num_draws
-                plans = record.plans
+                plans, ready = record.plans, record.ready
                 await asyncio.sleep(0.4)
                 if record.step % 3 == 0:
                     self.step, self.num_draws, self.plans = record.step, num_draws, plans
+                    self.ready = ready
                     self.curriculum_state = state
                     ledger.commit_step(record.step)
 
@@ -76,6 +78,7 @@ class Run:
                     )
                     for draw in ledger.open_draws(attempt)
                 ],
+                learned=self.ready,
                 on_step=on_step,
             )
 
@@ -96,7 +99,7 @@ def test_exactly_once_over_crashes(tmp_path: Path, crashes: list[float]) -> None
     run = Run(tmp_path / "ledger.sqlite")
     for seconds in crashes:
         run.attempt(seconds=seconds)
-    run.attempt(seconds=None)
+    last = run.attempt(seconds=None)
 
     report = audit(run.path)
     assert report.ok, report.describe()
@@ -113,6 +116,9 @@ def test_exactly_once_over_crashes(tmp_path: Path, crashes: list[float]) -> None
     # The curriculum of a checkpoint had drawn what its ledger had opened: none lost, none twice.
     prompts = sorted(int(prompt_id[1:]) for prompt_id, _, _ in lineage)
     assert prompts == list(range(run.curriculum_state["num_drawn"]))
+    # It learned from each of them once, also where a checkpoint found its group ready to train.
+    observed = Counter(prompt_id for prompt_id, *_ in last.curriculum.observed)
+    assert set(observed.values()) == {1}
     trained = Counter(step for _, step, state in lineage if state == DrawOutcome.TRAINED)
     assert trained == dict.fromkeys(range(1, NUM_STEPS + 1), 3)
 

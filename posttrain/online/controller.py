@@ -74,6 +74,8 @@ class Controller:
         plans: the batches that the checkpoint of `first_step` had planned.
         reissue: the draws that were open in the checkpoint of `first_step`; they are drawn again
             under their old ids before the curriculum is asked for prompts.
+        learned: those of `reissue` that the curriculum has learned from already: what they answer
+            now trains, but nobody learns of it twice.
         on_step: awaited by the train loop after each step; checkpoints belong here. What it reads
             of curriculum and ledger before its own first await is exactly the state of that step;
             generation goes on meanwhile, except with `max_lag` 0.
@@ -105,6 +107,7 @@ class Controller:
         first_draw: int = 0,
         plans: Sequence[Sequence[str]] = (),
         reissue: Sequence[Draw] = (),
+        learned: Sequence[str] = (),
         on_step: Callable[[StepRecord], Awaitable[None]] | None = None,
         on_group: Callable[[RolloutGroup, DrawOutcome], None] | None = None,
         beside: Sequence[Callable[[], Coroutine[Any, Any, None]]] = (),
@@ -132,6 +135,7 @@ class Controller:
         for seats in plans:
             self._admission.plan(seats)
         self._reissue = deque(reissue)
+        self._learned = frozenset(learned)
         self._accounting = Accounting(ledger, attempt=attempt, on_group=on_group)
         self._starvation = StarvationWatch(settings.starvation_draws)
         self._trainable: dict[str, RolloutGroup] = {}
@@ -222,7 +226,7 @@ class Controller:
 
     def _receive(self, group: RolloutGroup) -> None:
         self._interval.groups.append(group)
-        if group.num_scored:
+        if group.num_scored and group.draw_id not in self._learned:
             self._curriculum.observe(
                 group.prompt.prompt_id, group.num_scored, group.num_correct, self._version.step
             )
@@ -231,7 +235,7 @@ class Controller:
             self._end(group.draw_id, ended.outcome, ended.reason, group=group)
             return
         self._starvation.trainable()
-        self._curriculum.gated(group.prompt.domain, trainable=True)
+        self._gated(group.draw_id, group.prompt.domain, trainable=True)
         self._trainable[group.draw_id] = group
         self._teacher.begin(group, self._tasks)
         self._admission.ready(group.draw_id)
@@ -243,7 +247,7 @@ class Controller:
         """Ends a draw untrained: another takes its seat, of the same domain if that has hope."""
         domain = self._close(draw_id, outcome, group=group, reason=reason).prompt.domain
         self._admission.end(draw_id)
-        self._curriculum.gated(domain, trainable=False)
+        self._gated(draw_id, domain, trainable=False)
         instead = self._curriculum.instead_of(domain)
         if instead != domain:
             self._admission.pass_on(domain, to=instead)
@@ -251,6 +255,10 @@ class Controller:
         self._group_ready.set()
         self._starvation.ended(reason)
         self._fill_slots()
+
+    def _gated(self, draw_id: str, domain: str, *, trainable: bool) -> None:
+        if draw_id not in self._learned:
+            self._curriculum.gated(domain, trainable=trainable)
 
     def _close(
         self, draw_id: str, outcome: DrawOutcome, *, group: RolloutGroup | None, reason: str = ""
@@ -346,6 +354,7 @@ class Controller:
             version=version,
             num_draws=self._num_draws,
             plans=self._admission.plans,
+            ready=list(self._trainable),
             metrics=metrics,
         )
 

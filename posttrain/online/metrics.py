@@ -16,12 +16,14 @@ from posttrain.types import DrawOutcome, Outcome, PolicyVersion, RolloutGroup
 class StepRecord:
     """One optimizer step: `metrics` lacks what could not be measured, it never holds a stand-in.
     `num_draws` counts those that the lineage had opened by then, `plans` are the domains of the
-    groups of the batches that were planned."""
+    groups of the batches that were planned, `ready` the draws in flight whose groups wait to be
+    trained: the curriculum has learned from these."""
 
     step: int
     version: PolicyVersion
     num_draws: int
     plans: Sequence[Sequence[str]]
+    ready: Sequence[str]
     metrics: Mapping[str, float]
 
 

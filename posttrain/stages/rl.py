@@ -83,6 +83,7 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
         first_draw=state.num_draws if state is not None else 0,
         plans=state.plans if state is not None else (),
         reissue=reissue,
+        learned=state.ready if state is not None else (),
         on_step=stop.after_step,
         on_group=after_step.rollouts.append,
         beside=[*beside.loops, stop.run],

@@ -2,7 +2,8 @@
 
     rl/checkpoint-20/learner/         weights, optimizer, schedule, RNGs (posttrain.workers)
     rl/checkpoint-20/curriculum.npz   posteriors, sampler order, RNG
-    rl/checkpoint-20/loop.json        step, number of draws, planned batches, a teacher's lead
+    rl/checkpoint-20/loop.json        step, number of draws, planned batches, draws that wait to be
+                                      trained, a teacher's lead
     rl/latest.json                    which one to resume from
 
 What was in flight stands in the ledger. No database transaction is atomic with an optimizer step,
@@ -28,12 +29,14 @@ from posttrain.errors import RunDirError
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopState:
     """The driver's part of a checkpoint, as it was when `step` was recorded. `curriculum` is its
-    `state_dict`: numpy arrays without objects. `teacher_lead` is what λ rests on, where a teacher
+    `state_dict`: numpy arrays without objects; it has learned from the draws `ready`, which are in
+    flight. `teacher_lead` is what λ rests on, where a teacher
     is weighed by how far ahead it is."""
 
     step: int
     num_draws: int
     plans: Sequence[Sequence[str]]
+    ready: Sequence[str]
     curriculum: Mapping[str, Any]
     teacher_lead: float | None = None
 
@@ -98,6 +101,7 @@ def read_state(checkpoint: Path) -> LoopState:
             step=loop["step"],
             num_draws=loop["num_draws"],
             plans=loop["plans"],
+            ready=loop["ready"],
             curriculum=dict(arrays.items()),
             teacher_lead=loop["teacher_lead"],
         )
@@ -109,6 +113,7 @@ def _write_state(directory: Path, state: LoopState) -> None:
         "step": state.step,
         "num_draws": state.num_draws,
         "plans": state.plans,
+        "ready": state.ready,
         "teacher_lead": state.teacher_lead,
     }
     (directory / "loop.json").write_text(json.dumps(loop))
