@@ -107,7 +107,8 @@ class ScreenSettings(_Section):
 
 
 class TrainingEvalSettings(EvalSettings):
-    """Evaluation on the first `prompts` held-out prompts every so many steps, beside training."""
+    """Evaluation on `prompts` held-out prompts of all domains every so many steps, beside
+    training."""
 
     every_steps: int = Field(default=20, gt=0)
     prompts: int = Field(default=128, gt=0)

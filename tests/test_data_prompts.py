@@ -6,13 +6,18 @@ import hashlib
 
 import pytest
 
-from posttrain.data.prompts import check_disjoint, content_hash, make_prompt
+from posttrain.data.prompts import (
+    check_disjoint,
+    content_hash,
+    make_prompt,
+    spread_over_domains,
+)
 from posttrain.errors import DataError
 from posttrain.types import Message, Prompt
 
 
-def ask(question: str, reference: str = "1") -> Prompt:
-    return make_prompt(question, reference=reference, domain="maths")
+def ask(question: str, reference: str = "1", domain: str = "maths") -> Prompt:
+    return make_prompt(question, reference=reference, domain=domain)
 
 
 def test_the_id_is_the_hash_of_the_messages_alone() -> None:
@@ -22,6 +27,14 @@ def test_the_id_is_the_hash_of_the_messages_alone() -> None:
     assert other.prompt_id == ask("1+1=?").prompt_id
     assert other.metadata == {"level": 2}
     assert ask("1+1= ?").prompt_id != ask("1+1=?").prompt_id
+
+
+@pytest.mark.parametrize(
+    ("count", "chosen"), [(1, "a"), (3, "abd"), (6, "abcdef"), (8, "abcdefgh"), (99, "abcdefgh")]
+)
+def test_a_few_prompts_are_of_every_domain(count: int, chosen: str) -> None:
+    prompts = [ask(name, domain="sums" if name in "abch" else "words") for name in "abcdefgh"]
+    assert "".join(p.messages[0].content for p in spread_over_domains(prompts, count)) == chosen
 
 
 def test_roles_and_system_messages_are_part_of_the_id() -> None:

@@ -131,7 +131,7 @@ def test_the_last_prompt_of_a_domain_is_kept_and_recorded_so() -> None:
         [make_prompt(0), make_prompt(1)], [], CurriculumSettings(), group_size=4, seed=0
     )
     assert isinstance(curriculum, DifficultySampler)
-    report, ledger = rescreen(Critic(["1" * 16]), curriculum, retest_share=0.0)
+    report, ledger = rescreen(Critic(["1" * 16]), curriculum, retest_share=0.01)
     assert curriculum.pool()["toy"]["dropped"] == report.dropped == 1
     (_, first), (_, last) = ledger.recorded
     assert curriculum.is_dropped(first.prompt_id) and not curriculum.is_dropped(last.prompt_id)

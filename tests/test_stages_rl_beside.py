@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from online_fakes import make_prompt
 
 from curricula.sampler import DifficultySampler
-from posttrain.config import RLSettings
+from posttrain.config import RLSettings, TrainingEvalSettings
+from posttrain.data.instructions import InstructionMix
+from posttrain.evaluation import PromptResult
 from posttrain.online.rescreen import RescreenReport, RescreenSettings
 from posttrain.stages import rl_beside
 from posttrain.stages.rl_beside import Beside
@@ -18,18 +22,23 @@ from posttrain.types import PolicyVersion
 REPORT = RescreenReport(prompts=1, samples=1, discarded=0, dropped=0, restored=0, labels={})
 
 
+NOTED: list[dict[str, Any]] = []
+"""What was written to the metrics since the last `beside`."""
+
+
 class Slices:
     """In place of the re-screener: a slice takes until the test lets it end."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.begun: list[int] = []
+        self.report = REPORT
         self.may_end = asyncio.Event()
 
     async def slice(self, step: int) -> RescreenReport:
         self.begun.append(step)
         await self.may_end.wait()
         self.may_end.clear()
-        return REPORT
+        return self.report
 
 
 class Publisher:
@@ -41,17 +50,22 @@ class Publisher:
         return {}
 
 
-def beside(monkeypatch: pytest.MonkeyPatch, publisher: Publisher | None) -> Any:
+def beside(
+    monkeypatch: pytest.MonkeyPatch, publisher: Publisher | None, **settings_: Any
+) -> Any:
     monkeypatch.setattr(rl_beside, "Rescreener", Slices)
-    settings = RLSettings(max_lag=2, rescreen=RescreenSettings(every_steps=10))
+    settings = RLSettings(max_lag=2, rescreen=RescreenSettings(every_steps=10), **settings_)
     context: Any = SimpleNamespace(
         settings=SimpleNamespace(rl=settings),
         pools=SimpleNamespace(scorer=None),
         chat=SimpleNamespace(encode=None, template_hash=""),
         ledger=None,
         seed=0,
-        metrics=SimpleNamespace(append=lambda _: None),
+        held_out=[make_prompt(i, "sums" if i < 6 else "words") for i in range(8)],
+        instruction_mix=lambda salt: InstructionMix([], salt),
+        metrics=SimpleNamespace(append=NOTED.append),
     )
+    NOTED.clear()
     critic: Any = None if publisher is None else object()
     curriculum = object.__new__(DifficultySampler)
     engines: Any = object()
@@ -99,4 +113,66 @@ async def test_shared_engines_judge_the_last_step_that_came_due_next(monkeypatch
     slices.may_end.set()
     await train(beside_, range(35, 36))
     assert slices.begun == [10, 30]
+    running.cancel()
+
+
+async def test_it_is_said_once_that_a_slice_is_late(monkeypatch, capsys):
+    beside_ = beside(monkeypatch, Publisher())
+    (loop,) = beside_.loops
+    running = asyncio.create_task(loop())
+    await train(beside_, range(1, 20))
+    assert "still at work" not in capsys.readouterr().err
+    await train(beside_, range(20, 41))
+    said = capsys.readouterr().err
+    assert said.count("rl: rl.rescreen is due at step 20 and still at work") == 1
+    assert said.count("still at work") == 1
+    running.cancel()
+
+
+async def test_it_is_said_that_a_slice_decided_nothing(monkeypatch, capsys):
+    beside_ = beside(monkeypatch, None)
+    slices = beside_._rescreener
+    slices.report = replace(REPORT, prompts=0, samples=0, discarded=16)
+    slices.may_end.set()
+    (loop,) = beside_.loops
+    running = asyncio.create_task(loop())
+    await train(beside_, range(1, 12))
+    assert "re-screening of step 10 decided nothing" in capsys.readouterr().err
+    running.cancel()
+
+
+async def test_held_out_prompts_of_every_domain_are_measured_while_steps_go_on(monkeypatch):
+    evaluation = TrainingEvalSettings(every_steps=2, prompts=4, k=[1], num_samples=1)
+    beside_ = beside(monkeypatch, None, evaluation=evaluation)
+    may_end = asyncio.Event()
+    asked = []
+
+    async def measure(prompts: Any, *, label: str, **_: Any) -> list[PromptResult]:
+        asked.append((label, [prompt.domain for prompt in prompts]))
+        await may_end.wait()
+        return [
+            PromptResult(
+                prompt_id=p.prompt_id,
+                domain=p.domain,
+                n=1,
+                correct=int(p.domain == "sums"),
+                greedy_correct=False,
+                outcomes={"correct": 1},
+                tokens=3,
+                instructions={},
+            )
+            for p in prompts
+        ]
+
+    monkeypatch.setattr(rl_beside, "evaluate", measure)
+    evaluating, _ = beside_.loops
+    running = asyncio.create_task(evaluating())
+    await train(beside_, range(1, 4))
+    assert asked == [("step-2", ["sums", "sums", "sums", "words"])]
+    assert NOTED == []  # and step 3 was not kept waiting
+    may_end.set()
+    await train(beside_, range(4, 5))
+    found = NOTED[0]
+    assert (found["event"], found["step"], found["until_step"]) == ("evaluation", 2, 4)
+    assert found["all"]["pass@1"]["mean"] == 0.75
     running.cancel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -45,6 +46,19 @@ def each_once(prompts: Iterable[Prompt]) -> list[Prompt]:
     for prompt in prompts:
         found.setdefault(prompt.prompt_id, prompt)
     return list(found.values())
+
+
+def spread_over_domains(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """`count` of the prompts (all, if there are no more), in their order: of each domain its first
+    ones, as many as its share. Sources lie one behind the other, so that the first of all would be
+    of one domain."""
+    sizes = Counter(prompt.domain for prompt in prompts)
+    met: Counter[str] = Counter()
+    places = []
+    for index, prompt in enumerate(prompts):
+        places.append(((met[prompt.domain] + 0.5) / sizes[prompt.domain], index))
+        met[prompt.domain] += 1
+    return [prompts[index] for index in sorted(index for _, index in sorted(places)[:count])]
 
 
 def split_of(prompt_id: str) -> Split:

@@ -42,11 +42,12 @@ class RescreenSettings(BaseModel):
 
     - `prompts`: how many in a slice, every `every_steps` steps.
     - `samples`: answers to each; 13 right ones of 13 make a prompt easy by default.
-    - `retest_share`: of a slice, one at least unless it is 0, for prompts that were dropped.
+    - `retest_share`: of a slice, on average, for prompts that were dropped.
     - `placement`: *shared* judges with the engines and weights that serve rollouts, *dedicated*
       with an engine of its own (`resources.judge`) whose weights stand still between slices: one
       that is due while another is judged is left out.
-    - `concurrency`: prompts in flight; every answer of theirs takes room from a rollout.
+    - `concurrency`: prompts in flight. On shared engines every answer of theirs takes room from a
+      rollout, so it is one at a time unless said otherwise; an engine of its own gets 16.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,10 +55,14 @@ class RescreenSettings(BaseModel):
     every_steps: int = Field(default=10, gt=0)
     prompts: int = Field(default=64, gt=0)
     samples: int = Field(default=16, gt=0)
-    retest_share: float = Field(default=0.25, ge=0, le=1)
+    retest_share: float = Field(default=0.25, gt=0, le=1)
     placement: Literal["shared", "dedicated"] = "shared"
-    concurrency: int = Field(default=1, gt=0)
+    concurrency: int | None = Field(default=None, gt=0)
     labels: LabelSettings = LabelSettings()
+
+    @property
+    def in_flight(self) -> int:
+        return self.concurrency or (1 if self.placement == "shared" else 16)
 
     @model_validator(mode="after")
     def _a_prompt_can_be_found_easy(self) -> Self:
@@ -149,7 +154,7 @@ class Rescreener:
         prompts = self._curriculum.rescreen_slice(
             self._settings.prompts, self._settings.retest_share
         )
-        gate = asyncio.Semaphore(self._settings.concurrency)
+        gate = asyncio.Semaphore(self._settings.in_flight)
 
         async def judge(prompt: Prompt) -> tuple[Verdict | None, int]:
             async with gate:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from curricula.sampler import DifficultySampler, UniformSampler
+from posttrain.data.prompts import spread_over_domains
 from posttrain.evaluation import evaluate, summarise
 from posttrain.online.periodic import Periodic
 from posttrain.online.rescreen import Rescreener
+from posttrain.progress import say
 from posttrain.stages.context import StageContext
 from posttrain.types import PolicyVersion, Sampling
 from posttrain.workers.generator import GeneratorPool
@@ -36,6 +38,8 @@ class Beside:
         self._generators = generators
         self._critic = critic
         self._to_critic = to_critic
+        self._step = 0
+        self._told: set[str] = set()
         self._evaluating = (
             Periodic(settings.evaluation.every_steps, self._evaluate)
             if settings.evaluation is not None
@@ -95,6 +99,9 @@ class Beside:
 
     async def reached(self, version: PolicyVersion) -> None:
         """A step is done. The learner stands still until this returns."""
+        self._step = version.step
+        self._say_if_late("rl.evaluation", self._evaluating)
+        self._say_if_late("rl.rescreen", self._rescreening)
         if self._evaluating is not None:
             self._evaluating.reached(version.step)
         if self._rescreening is None or self._context.settings.rl.max_lag == 0:
@@ -125,14 +132,30 @@ class Beside:
     async def _rescreen(self, step: int) -> None:
         report = await self._rescreener.slice(step)
         self._note("rescreen", step, asdict(report))
+        if report.discarded and not report.prompts:
+            say(
+                f"rl: re-screening of step {step} decided nothing: all answers of a prompt must be "
+                "of one version of the weights, and these took longer than a step. Give it engines "
+                "of its own (rl.rescreen.placement: dedicated)"
+            )
+
+    def _say_if_late(self, key: str, loop: Periodic | None) -> None:
+        """Once in a stage: it will be late again."""
+        if loop is None or not (loop.busy and loop.is_due(self._step)) or key in self._told:
+            return
+        self._told.add(key)
+        say(
+            f"rl: {key} is due at step {self._step} and still at work on an earlier one: raise its "
+            "every_steps or concurrency, or lower its prompts or samples"
+        )
 
     async def _evaluate(self, step: int) -> None:
-        """Weights may change meanwhile: the figure is that of `step` or a little later."""
+        """Weights change meanwhile: the figure is that of `step` to `until_step`."""
         context = self._context
         settings = context.settings.rl.evaluation
         assert settings is not None
         results = await evaluate(
-            context.held_out[: settings.prompts],
+            spread_over_domains(context.held_out, settings.prompts),
             generator=self._generators,
             scorer=context.pools.scorer,
             encode=context.chat.encode,
@@ -141,7 +164,7 @@ class Beside:
             label=f"step-{step}",
         )
         summary = summarise(results, settings.k)
-        self._note("evaluation", step, summary)
+        self._note("evaluation", step, {"until_step": self._step, **summary})
 
     def _note(self, event: str, step: int, found: Mapping[str, Any]) -> None:
         here = {"stage": "rl", "event": event, "step": step, "attempt": self._attempt}

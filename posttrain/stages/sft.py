@@ -11,6 +11,7 @@ import numpy as np
 
 from posttrain.config import Settings
 from posttrain.data.chat import sft_record
+from posttrain.data.prompts import spread_over_domains
 from posttrain.errors import DataError
 from posttrain.evaluation import PromptResult, evaluate, metric_values
 from posttrain.inputs import teaching_of
@@ -91,15 +92,18 @@ async def _measure(
 ) -> tuple[Measured, dict[int, Measured]]:
     """The policy that came in and those that were saved, on the same tasks."""
     count = context.settings.sft.checkpoints.prompts
+    prompts = spread_over_domains(context.held_out, count)
+    chosen = {prompt.prompt_id for prompt in prompts}
     k = context.settings.eval.k
     # An engine that is lost starts again from what it first served: that must not be a checkpoint
     # that goes when the choice is made. (What was measured before needs no engine by itself.)
     await context.pools.serving(str(model))
-    entered = (await measure_policy(context, model, "sft-entered"))[:count]
+    measured = await measure_policy(context, model, "sft-entered")
+    entered = [result for result in measured if result.prompt_id in chosen]
     saved = {}
     for step, policy in policies.items():
         results = await evaluate(
-            context.held_out[:count],
+            prompts,
             generator=await context.pools.serving(str(policy)),
             scorer=context.pools.scorer,
             encode=context.chat.encode,
