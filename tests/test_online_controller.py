@@ -324,7 +324,12 @@ def test_records_of_a_lock_step_run() -> None:
     assert metrics["learner_busy_share"] == pytest.approx(1 / 2.5)
     assert metrics["publish_s"] == pytest.approx(0.5)
     assert metrics["generated_tokens_per_s"] == pytest.approx(8 / 2.5)
-    assert (metrics["lag_max"], metrics["outstanding"]) == (0, 0)
+    assert (metrics["lag_max"], metrics["lag/0"]) == (0, 2)
+    assert {name: metrics[f"queue/{name}"] for name in ("generating", "scoring", "ready")} == {
+        "generating": 0,
+        "scoring": 0,
+        "ready": 0,
+    }
     assert (metrics["pass@1"], metrics["zero_advantage_share"]) == (0.5, 0.0)
     assert (metrics["learner/loss"], metrics["publish/pause_s"]) == (0.25, 0.125)
 

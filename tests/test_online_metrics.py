@@ -21,18 +21,25 @@ def test_answers_of_rejected_groups_count() -> None:
         make_group("00ut", domain="words", length=10),
         make_group("1???", domain="words", length=2),
     ]
-    assert answer_metrics(groups) == {
+    expected = {
         "reward_mean": 7 / 13,
+        "reward/sums": 6 / 8,
+        "reward/words": 1 / 5,
         "pass@1": 7 / 13,
         "pass@1/sums": 6 / 8,
         "pass@1/words": 1 / 5,
+        "pass@2": (5 / 6 + 1 + 0) / 3,
+        "pass@2/sums": (5 / 6 + 1) / 2,
+        "pass@2/words": 0.0,  # of one group; the other has unscored answers
+        "pass@4": 2 / 3,
         "pass@4/sums": 1.0,
-        "pass@4/words": 0.0,  # of one group; the other has unscored answers
+        "pass@4/words": 0.0,
         "unparsable_share": 1 / 13,
         "truncated_share": 1 / 13,
         "unscored_share": 3 / 16,
         "completion_length_mean": 5.0,
     }
+    assert answer_metrics(groups) == pytest.approx(expected)
 
 
 def test_instruction_following_by_system() -> None:
@@ -90,7 +97,7 @@ def test_step_record() -> None:
         current=PolicyVersion(1, 5),
         num_loss_tokens=16,
         times=TIMES,
-        outstanding=3,
+        queues={"generating": 2, "scoring": 1, "ready": 4},
         learner={"loss": 0.5},
         publish={"pause_s": 0.25},
         teacher={"weight": 0.125},
@@ -101,6 +108,8 @@ def test_step_record() -> None:
         "signal_share": 2 / 5,  # one group could not be scored
         "lag_max": 1,
         "lag_mean": 0.25,
+        "lag/0": 3,
+        "lag/1": 1,
         "trained_tokens": 16,
         "trained_tokens_per_s": 4.0,
         "generated_tokens_per_s": 5.0,
@@ -108,7 +117,9 @@ def test_step_record() -> None:
         "learner_idle_share": 0.25,
         "publish_s": 0.5,
         "step_s": 4.0,
-        "outstanding": 3,
+        "queue/generating": 2,
+        "queue/scoring": 1,
+        "queue/ready": 4,
         "seats_passed_on": 2,
         "draws/errored": 1,
         "draws/stale": 1,
@@ -133,7 +144,7 @@ def test_a_step_whose_groups_all_came_earlier_has_no_pass_rate() -> None:
         current=PolicyVersion(1, 0),
         num_loss_tokens=4,
         times=TIMES,
-        outstanding=0,
+        queues={},
         learner={},
         publish={},
         teacher={},

@@ -68,7 +68,10 @@ def test_any_schedule_keeps_the_bound_and_ends_every_draw_once(
     for step in range(5):
         batch = trained[step * groups_per_step : (step + 1) * groups_per_step]
         assert Counter(batch) == planned
-    in_flight = [record.metrics["outstanding"] for record in world.records]
+    in_flight = [
+        record.metrics["queue/generating"] + record.metrics["queue/ready"]
+        for record in world.records
+    ]
     assert max(in_flight) <= (max_lag + 1) * groups_per_step
 
 

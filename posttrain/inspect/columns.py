@@ -127,7 +127,10 @@ STEPS = Frame(
         "publish_s": (pl.Float64, "seconds to bring the weights to the engines"),
     },
     patterns={
-        "pass@1/DOMAIN, pass@G/DOMAIN": "right answers, solved groups of a domain",
+        "reward/DOMAIN, pass@1/DOMAIN": "of all answers of a domain that came in",
+        "pass@K, pass@K/DOMAIN": "for 2, 4, … up to the answers of a group, over whole groups",
+        "lag/STEPS": "trained groups by their lag",
+        "queue/generating, queue/scoring, queue/ready": "draws that are being worked on, or wait",
         "instruction/SYSTEM": "share of answers that follow a system instruction",
         "draws/OUTCOME, ended/REASON/DOMAIN, trained/DOMAIN": "draws that ended in the step",
         "seats_passed_on": "places in batches that went from fruitless domains to others",

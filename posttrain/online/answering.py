@@ -29,7 +29,7 @@ class Late:
 
 
 class Answering:
-    """Asks the generator, then the scorer.
+    """Asks the generator, then the scorer; `scoring` counts the draws that are with the latter.
 
     Args:
         encode: token ids of a prompt under a system instruction, generation prompt included.
@@ -49,6 +49,7 @@ class Answering:
         self._scorer = scorer
         self._encode = encode
         self._seed = seed
+        self.scoring = 0
 
     async def answer(self, draw: Draw) -> RolloutGroup | Late:
         sampling = self._sampling_of(draw)
@@ -63,13 +64,18 @@ class Answering:
         async def work() -> RolloutGroup:
             nonlocal rollouts
             rollouts = await self._generator.generate(request)
+            self.scoring += 1
+            try:
+                rewards = await self._scorer.score(draw.prompt, rollouts, draw.system)
+            finally:
+                self.scoring -= 1
             return RolloutGroup(
                 draw_id=draw.draw_id,
                 prompt=draw.prompt,
                 system=draw.system.name if draw.system else None,
                 sampling=sampling,
                 rollouts=rollouts,
-                rewards=await self._scorer.score(draw.prompt, rollouts, draw.system),
+                rewards=rewards,
             )
 
         working = asyncio.create_task(work())

@@ -344,7 +344,7 @@ class Controller:
             current=trained_under,
             num_loss_tokens=batch.num_loss_tokens,
             times=times,
-            outstanding=self._admission.num_waiting,
+            queues=self._queues(),
             learner=learner_metrics,
             publish=publish_metrics,
             teacher=lesson.metrics,
@@ -357,6 +357,11 @@ class Controller:
             ready=list(self._trainable),
             metrics=metrics,
         )
+
+    def _queues(self) -> dict[str, int]:
+        scoring = self._answering.scoring
+        generating = self._admission.num_waiting - scoring
+        return {"generating": generating, "scoring": scoring, "ready": len(self._trainable)}
 
     async def _end_stage(self, endless: Sequence[asyncio.Task[None]]) -> None:
         """Cancels what is in flight; it ends as unused, before the last step is recorded."""

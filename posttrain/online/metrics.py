@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
+from judges.estimators import pass_at_k
 from posttrain.online.lag import lag_of
 from posttrain.online.teaching import Lesson
-from posttrain.types import DrawOutcome, Outcome, PolicyVersion, RolloutGroup
+from posttrain.types import DrawOutcome, Outcome, PolicyVersion, Reward, RolloutGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,27 +150,32 @@ def answer_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     """Quality of all answers of `groups`, rejected groups included: reward, pass@1, lengths.
 
     Shares are over scored answers (`unscored_share`: over all). pass@1 over rejected groups too,
-    because over trained groups alone it would be near one half whatever the policy can do. pass@G
-    by domain is the share of whole groups of G answers with a right one: G was fixed beforehand.
+    because over trained groups alone it would be near one half whatever the policy can do. pass@k
+    for k = 2, 4, … up to the G answers of a group is the unbiased estimate over whole groups: G was
+    fixed beforehand.
     """
     rewards = [r for group in groups for r in group.rewards]
     scored = [r for r in rewards if r.value is not None]
-    by_domain: defaultdict[str, list[bool]] = defaultdict(list)
-    solved: defaultdict[str, list[bool]] = defaultdict(list)
+    by_domain: defaultdict[str, list[Reward]] = defaultdict(list)
+    solved: defaultdict[str, list[float]] = defaultdict(list)
     followed: defaultdict[str, list[float]] = defaultdict(list)
     for group in groups:
         if group.num_scored == len(group.rewards):
-            solved[f"pass@{len(group.rewards)}/{group.prompt.domain}"].append(group.num_correct > 0)
+            for k in _doubling(group.num_scored):
+                value = pass_at_k(group.num_scored, group.num_correct, k)
+                solved[f"pass@{k}"].append(value)
+                solved[f"pass@{k}/{group.prompt.domain}"].append(value)
         for reward in group.rewards:
             if reward.value is None:
                 continue
-            by_domain[group.prompt.domain].append(reward.correct)
+            by_domain[group.prompt.domain].append(reward)
             if group.system is not None and "instruction" in reward.components:
                 followed[group.system].append(reward.components["instruction"])
     named: dict[str, Sequence[float]] = {
-        "reward_mean": [r.value for r in scored if r.value is not None],
+        "reward_mean": _values(scored),
+        **{f"reward/{domain}": _values(by_domain[domain]) for domain in sorted(by_domain)},
         "pass@1": [r.correct for r in scored],
-        **{f"pass@1/{domain}": by_domain[domain] for domain in sorted(by_domain)},
+        **{f"pass@1/{d}": [r.correct for r in by_domain[d]] for d in sorted(by_domain)},
         **{name: solved[name] for name in sorted(solved)},
         "unparsable_share": [r.outcome is Outcome.UNPARSABLE for r in scored],
         "truncated_share": [r.outcome is Outcome.TRUNCATED for r in scored],
@@ -187,14 +193,14 @@ def step_metrics(
     current: PolicyVersion,
     num_loss_tokens: int,
     times: StepTimes,
-    outstanding: int,
+    queues: Mapping[str, int],
     learner: Mapping[str, float],
     publish: Mapping[str, float],
     teacher: Mapping[str, float],
 ) -> dict[str, float]:
     """The flat record of one step that trained `trained` under the weights `current`.
 
-    `outstanding` counts the draws being generated or scored. The busy share is the time inside
+    `queues` counts the draws that are being generated, being scored, or ready to train. The busy share is the time inside
     `Learner.step`, the idle share the time spent waiting for groups; publishing and whatever
     runs after a step (evaluation, checkpoints) are neither.
     """
@@ -208,6 +214,7 @@ def step_metrics(
         **_stale_lengths(interval.stale_lengths),
         "lag_max": max(lags),
         "lag_mean": fmean(lags),
+        **{f"lag/{lag}": count for lag, count in sorted(Counter(lags).items())},
         "trained_tokens": num_loss_tokens,
         "trained_tokens_per_s": num_loss_tokens / times.interval,
         "generated_tokens_per_s": interval.generated_tokens / times.interval,
@@ -215,7 +222,7 @@ def step_metrics(
         "learner_idle_share": times.waiting / times.interval,
         "publish_s": times.publishing,
         "step_s": times.interval,
-        "outstanding": outstanding,
+        **{f"queue/{name}": count for name, count in queues.items()},
         "seats_passed_on": interval.seats_passed_on,
         **{f"draws/{outcome}": count for outcome, count in sorted(outcomes.items())},
         **{f"ended/{reason}": count for reason, count in sorted(reasons.items())},
@@ -240,6 +247,16 @@ def _stale_lengths(lengths: Sequence[int]) -> dict[str, float]:
     if not lengths:
         return {}
     return {"stale_length_mean": fmean(lengths), "stale_length_max": max(lengths)}
+
+
+def _doubling(most: int) -> list[int]:
+    """2, 4, … below `most`, and `most` itself if it is more than one."""
+    below = [2**i for i in range(1, most.bit_length()) if 2**i < most]
+    return [*below, most] if most > 1 else []
+
+
+def _values(rewards: Iterable[Reward]) -> list[float]:
+    return [reward.value for reward in rewards if reward.value is not None]
 
 
 def _lengths(groups: Iterable[RolloutGroup]) -> list[int]:
