@@ -58,18 +58,21 @@ class DomainMixture:
     A domain whose groups can be trained less than a `_MOST_EFFORT`th as often as the best one's
     gets accordingly less than its quota, else a hopeless domain would take all the effort. For the
     same reason `_PATIENCE` draws in a row that end untrained let a seat pass to another domain; it
-    is not owed back.
+    is not owed back. `fixed` quotas are kept whatever that costs.
 
     Every batch is within one of the shares as they are then. What rounding denies a domain in one
     batch it is owed in the next, so a share below one group a batch is met over time.
     Deterministic.
     """
 
-    def __init__(self, weights: Mapping[str, float], batch_size: int) -> None:
+    def __init__(
+        self, weights: Mapping[str, float], batch_size: int, *, fixed: bool = False
+    ) -> None:
         self._names = tuple(name for name in sorted(weights) if weights[name] > 0)
         assert self._names, weights
         self._weights = np.array([weights[name] for name in self._names])
         self._batch_size = batch_size
+        self._fixed = fixed
         self._owed = np.zeros(len(self._names))
         self._trainable = np.ones(len(self._names))
         self._fruitless = np.zeros(len(self._names), np.int64)
@@ -86,7 +89,7 @@ class DomainMixture:
         """Whose prompt a seat of `domain` gets next: its own, unless the patience with it is over;
         then that of the most often trainable domain with which it is not."""
         hopeful = self._fruitless < _PATIENCE
-        if hopeful[self._names.index(domain)] or not hopeful.any():
+        if self._fixed or hopeful[self._names.index(domain)] or not hopeful.any():
             return domain
         return self._names[int(np.where(hopeful, self._trainable, -1.0).argmax())]
 
@@ -98,8 +101,10 @@ class DomainMixture:
 
     def shares(self) -> dict[str, float]:
         """Of the trained groups, by domain."""
-        best = max(float(self._trainable.max()), 1e-3)  # none may have been trainable for long
-        weights = self._weights * np.minimum(1.0, self._trainable * _MOST_EFFORT / best)
+        weights = self._weights
+        if not self._fixed:
+            best = max(float(self._trainable.max()), 1e-3)  # none may have been trainable for long
+            weights = weights * np.minimum(1.0, self._trainable * _MOST_EFFORT / best)
         return dict(zip(self._names, (weights / weights.sum()).tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:

@@ -26,9 +26,11 @@ _CHOICE = 4
 
 
 class CurriculumSettings(BaseModel):
-    """How prompts are drawn. All but `kind` and `quotas` concern the difficulty sampler.
+    """How prompts are drawn. All but `kind` and the quotas concern the difficulty sampler.
 
     - `quotas`: share of the trained groups for each domain; None: as many as it has prompts.
+    - `fixed_quotas`: they hold whatever it takes; else a domain that hardly ever carries a signal
+      gets less than its share, so that it does not take all the effort.
     - `forgetting`: what the evidence of a group is worth one group of the same prompt later.
     - `prior_strength`: how many answers of the policy a judge's verdict counts for, at most.
     - `candidates`: drawn and ranked for each draw.
@@ -41,6 +43,7 @@ class CurriculumSettings(BaseModel):
 
     kind: Literal["difficulty", "uniform"] = "difficulty"
     quotas: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    fixed_quotas: bool = False
     forgetting: float = Field(default=0.9, gt=0, le=1)
     prior_strength: float = Field(default=8.0, ge=0)
     candidates: int = Field(default=32, gt=0, le=1024)
@@ -59,6 +62,10 @@ class _OfDomains:
 
     def instead_of(self, domain: str) -> str:
         return self._mixture.instead_of(domain)
+
+    def quotas(self) -> dict[str, float]:
+        """As they are now, by domain; they sum to 1."""
+        return self._mixture.shares()
 
     def gated(self, domain: str, *, trainable: bool) -> None:
         self._mixture.observe(domain, trainable=trainable)
@@ -311,7 +318,7 @@ def build_curriculum(
     sizes = catalogue.sizes()
     quotas = settings.quotas if settings.quotas is not None else sizes
     check_quotas(quotas, sizes)
-    mixture = DomainMixture(quotas, batch_size)
+    mixture = DomainMixture(quotas, batch_size, fixed=settings.fixed_quotas)
     if settings.kind == "uniform":
         return UniformSampler(catalogue, mixture, seed=seed)
     posterior = PosteriorState(catalogue, settings.forgetting)

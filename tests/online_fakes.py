@@ -169,6 +169,9 @@ class CountingCurriculum:
     def pool(self) -> dict[str, dict[str, int]]:
         return {"toy": {"1": self.num_drawn - len(self.dropped), "dropped": len(self.dropped)}}
 
+    def quotas(self) -> dict[str, float]:
+        return {"toy": 1.0}
+
     def state_dict(self) -> dict[str, Any]:
         return {"num_drawn": self.num_drawn, "observed": [*self.observed], "gates": [*self.gates]}
 

@@ -120,6 +120,16 @@ def test_a_domain_with_too_little_signal_gets_less_than_its_quota():
     assert share == pytest.approx(4 * signal / (1 + 4 * signal))
 
 
+def test_fixed_quotas_are_kept_whatever_that_costs():
+    mixture = DomainMixture({"a": 0.5, "b": 0.5}, batch_size=16, fixed=True)
+    for _ in range(400):
+        mixture.observe("a", trainable=True)
+        mixture.observe("b", trainable=False)
+    assert mixture.shares() == {"a": 0.5, "b": 0.5}
+    assert Counter(mixture.next_batch()) == {"a": 8, "b": 8}
+    assert mixture.instead_of("b") == "b"
+
+
 def test_a_run_without_any_signal_goes_on_planning_by_quota():
     mixture = DomainMixture({"a": 0.25, "b": 0.75}, batch_size=16)
     for _ in range(1000):

@@ -219,6 +219,15 @@ def test_without_quotas_domains_get_what_they_hold():
     assert Counter(p.domain for p in draws(curriculum, 80)) == {"big": 60, "small": 20}
 
 
+@pytest.mark.parametrize(("fixed", "share"), [(True, 0.5), (False, 0.0)])
+def test_quotas_follow_the_signal_unless_they_are_fixed(fixed, share):
+    curriculum = build(domains=("a", "b"), fixed_quotas=fixed)
+    for _ in range(400):
+        curriculum.gated("a", trainable=True)
+        curriculum.gated("b", trainable=False)
+    assert curriculum.quotas() == {"a": pytest.approx(1 - share), "b": pytest.approx(share, abs=1e-6)}
+
+
 def test_uniform_goes_through_all_before_any_comes_again():
     curriculum = build(num_prompts=30, kind="uniform", domains=("a", "b"))
     passes = [[number(p) for p in draws(curriculum, 30)] for _ in range(3)]

@@ -10,7 +10,7 @@ import pytest
 
 from posttrain import pipeline
 from posttrain.config import Settings, load
-from posttrain.errors import ModelError
+from posttrain.errors import ModelError, SettingsError
 from posttrain.inputs import STARTER_POLICY, load_inputs
 from posttrain.run_dir import fingerprint_directory
 
@@ -42,6 +42,26 @@ def test_models_of_rewards_are_found_as_others_are_and_served_from_there(
     assert (judge.model, judge.concurrency) == (str(STARTER_POLICY.resolve()), 3)
     assert classifier.model == str(tiny_policy.resolve())
     assert pipeline._pools(tmp_path, settings, inputs.rewards)._rewards == inputs.rewards
+
+
+@pytest.mark.parametrize(
+    ("quotas", "said"),
+    [
+        ("{nowhere: 1}", "domain 'nowhere', which has no prompts; there are: arithmetic"),
+        ("{arithmetic: 1}", "quotas say nothing about expressions, logic"),
+        (
+            "{arithmetic: 0, expressions: 0, logic: 0, number_theory: 0, programs: 0, sorting: 0, "
+            "strings: 0}",
+            "quotas sum to nothing",
+        ),
+    ],
+)
+def test_quotas_that_do_not_fit_the_tasks_are_refused_before_anything_runs(
+    tmp_path: Path, quotas: str, said: str
+) -> None:
+    tasks = "tasks.train=[{source: starter, size: 64}]"
+    with pytest.raises(SettingsError, match=said):
+        load_inputs(small(tmp_path, "stages=[rl]", tasks, f"rl.curriculum.quotas={quotas}"))
 
 
 def test_the_policy_of_a_run_can_judge(tmp_path: Path, tiny_policy: Path) -> None:

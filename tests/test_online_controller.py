@@ -35,6 +35,19 @@ from posttrain.types import (
 def test_settings_have_bounds_and_a_starvation_limit_of_forty_steps() -> None:
     assert loop_settings(groups_per_step=3).starvation_draws == 120
     assert loop_settings(starvation_draws=7).starvation_draws == 7
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"starvation_draws": 3}, "starvation_draws = 3 would end the run before the 4 draws"),
+        ({"max_lag": 0, "straggler_lag": 1}, "straggler_lag needs max_lag above 0"),
+        ({"group_size": 1}, "group_size"),
+    ],
+)
+def test_a_loop_that_cannot_go_on_is_refused(changed: dict[str, int], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        loop_settings(**changed)
     for wrong in ({"group_size": 1}, {"max_lag": -1}, {"straggler_lag": -1}, {"unknown": 1}):
         with pytest.raises(ValidationError, match=next(iter(wrong))):
             loop_settings(**wrong)

@@ -134,6 +134,7 @@ STEPS = Frame(
         "instruction/SYSTEM": "share of answers that follow a system instruction",
         "draws/OUTCOME, ended/REASON/DOMAIN, trained/DOMAIN": "draws that ended in the step",
         "seats_passed_on": "places in batches that went from fruitless domains to others",
+        "quota/DOMAIN": "share of the next batches that is planned for a domain",
         "pool/DOMAIN/BUCKET": "prompts of the curriculum by difficulty, and `dropped`",
         "learner/…, publish/…": "what these parts report; k3 and clipped_fraction also by age",
         "trainer/…": "what TRL logged in sft and dpo",

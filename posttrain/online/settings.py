@@ -46,3 +46,13 @@ class LoopSettings(BaseModel):
         if self.max_lag == 0 and self.straggler_lag > 0:
             raise ValueError("straggler_lag needs max_lag above 0: in lock-step all groups leave")
         return self
+
+    @model_validator(mode="after")
+    def _starvation_waits_for_what_is_in_flight(self) -> Self:
+        in_flight = (self.max_lag + 1) * self.groups_per_step
+        if self.starvation_draws < in_flight:
+            raise ValueError(
+                f"starvation_draws = {self.starvation_draws} would end the run before the "
+                f"{in_flight} draws that are in flight at once have been heard"
+            )
+        return self

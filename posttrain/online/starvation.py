@@ -8,8 +8,8 @@ from posttrain.errors import StarvationError
 from posttrain.online.gate import Reason
 
 _REMEDY = {
-    Reason.ALL_CORRECT: "the prompts are too easy for this policy: add harder tasks, or lower the "
-    "pass rate above which screening and curriculum call a prompt easy",
+    Reason.ALL_CORRECT: "the prompts are too easy for this policy: add harder tasks, lower "
+    "rl.curriculum.max_no_signal, or let rl.rescreen take easy prompts out",
     Reason.NONE_CORRECT: "the prompts are too hard for this policy: add easier tasks, drop the "
     "unsolved ones, or raise rl.group_size or rl.max_tokens",
     Reason.UNSCORED: "the scorer returned no score: look at the reward workers' log, the verifier "

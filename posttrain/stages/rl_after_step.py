@@ -125,5 +125,6 @@ class AfterStep:
             for domain, buckets in self._curriculum.pool().items()
             for bucket, count in buckets.items()
         }
+        quotas = {f"quota/{domain}": q for domain, q in self._curriculum.quotas().items()}
         named = {"stage": STAGE, "step": step, "attempt": self._attempt}
-        self._context.metrics.append({**named, **metrics, **pool})
+        self._context.metrics.append({**named, **metrics, **quotas, **pool})
