@@ -59,7 +59,8 @@ class PosteriorState:
         kept = self._forgetting
         self.a[index] = PRIOR + kept * (float(self.a[index]) - PRIOR) + num_correct
         self.b[index] = PRIOR + kept * (float(self.b[index]) - PRIOR) + num_scored - num_correct
-        self.last_step[index] = step
+        # A judge may have answered with weights that are older than what was observed since.
+        self.last_step[index] = max(int(self.last_step[index]), step)
 
     def mean(self, indices: Indices) -> Floats:
         """E[p] = a/(a+b)."""

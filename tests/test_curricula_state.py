@@ -56,6 +56,13 @@ def test_forgetting_update():
     assert (state.a[1], state.b[1]) == (0.5, 0.5)
 
 
+def test_an_older_policys_answers_do_not_make_a_prompt_look_longer_unseen():
+    state = state_of(1)
+    state.observe(0, 8, 6, step=9)
+    state.observe(0, 16, 16, step=4)  # a judge that had begun earlier
+    assert state.last_step.tolist() == [9]
+
+
 def test_unscored_groups_change_nothing():
     state = state_of(1)
     state.observe(0, 8, 6, step=3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -29,6 +29,7 @@ from posttrain.types import (
     Reward,
     Rollout,
     SystemInstruction,
+    TrainingBatch,
 )
 
 
@@ -345,6 +346,25 @@ def test_records_of_a_lock_step_run() -> None:
     }
     assert (metrics["pass@1"], metrics["zero_advantage_share"]) == (0.5, 0.0)
     assert (metrics["learner/loss"], metrics["publish/pause_s"]) == (0.25, 0.125)
+
+
+def test_what_the_learner_skips_was_not_trained() -> None:
+    class Skipping(TimedLearner):
+        async def step(self, batch: TrainingBatch) -> Mapping[str, float]:
+            metrics = await super().step(batch)
+            return {**metrics, "skipped_steps": int(len(self.batches) == 2)}
+
+    world = World(
+        loop_settings(num_steps=3, max_lag=0),
+        ScriptedGenerator(marks=lambda n: "10"),
+        learner=Skipping(),
+    )
+    summary = world.run()
+    assert summary.draws == {DrawOutcome.TRAINED: 4, DrawOutcome.ERRORED: 2}
+    assert summary.draws_by_reason == {"not_finite": 2}
+    tokens = [record.metrics["trained_tokens"] for record in world.records]
+    assert tokens == [8, 0, 8] and summary.trained_tokens == 16
+    assert [record.metrics["signal_share"] for record in world.records] == [1.0] * 3
 
 
 def test_starvation_ends_the_run() -> None:

@@ -61,7 +61,8 @@ def after_step(directory: Path, learner: Learner, first_step: int = 0, **setting
         ledger=SimpleNamespace(commit_step=lambda _: None),
         keep=keep,
     )
-    curriculum: Any = SimpleNamespace(state_dict=lambda: {"a": np.zeros(1)}, pool=dict)
+    state = {"a": np.zeros(1)}
+    curriculum: Any = SimpleNamespace(state_dict=lambda: state, pool=dict, quotas=dict)
     engines = SimpleNamespace(idle_share=lambda: 0.0)
     beside: Any = Beside()
     return AfterStep(
@@ -95,6 +96,16 @@ async def test_an_export_that_a_kill_left_out_is_made_up(tmp_path: Path, learner
         await after_step(tmp_path, learner, first_step=30, export_every=15).make_up()
     assert learner.saved == ["checkpoint 30", "export-30"]
     assert (tmp_path / "export-30").is_dir()
+
+
+async def test_whoever_has_to_start_again_is_told_where_that_is(
+    tmp_path: Path, learner: Learner
+) -> None:
+    after = after_step(tmp_path, learner)
+    assert "no checkpoint yet" in after.where_it_goes_on()
+    for step in range(1, 16):
+        await after(record(step))
+    assert after.where_it_goes_on().endswith("last checkpoint, rl step 10.")
 
 
 async def test_nothing_is_made_up_that_was_not_due(tmp_path: Path, learner: Learner) -> None:

@@ -324,8 +324,9 @@ class Controller:
         version = trained_under._replace(step=trained_under.step + 1)
         publish_metrics = await self._publisher.publish(version)
         published_at = _now()
-        for group in groups:
-            self._close(group.draw_id, DrawOutcome.TRAINED, group=group)
+        skipped = learner_metrics.get("skipped_steps", 0) > 0
+        self._close_batch(groups, skipped=skipped)
+        trained_tokens = 0 if skipped else batch.num_loss_tokens
         self._version = version
         self._admission.trained()
         if self._settings.max_lag > 0:
@@ -337,12 +338,12 @@ class Controller:
             learning=publishing_at - learning_at,
             publishing=published_at - publishing_at,
         )
-        self._totals.add(batch.num_loss_tokens, interval, times, lesson)
+        self._totals.add(trained_tokens, interval, times, lesson)
         metrics = step_metrics(
             interval,
             trained=groups,
             current=trained_under,
-            num_loss_tokens=batch.num_loss_tokens,
+            num_loss_tokens=trained_tokens,
             times=times,
             queues=self._queues(),
             learner=learner_metrics,
@@ -357,6 +358,14 @@ class Controller:
             ready=list(self._trainable),
             metrics=metrics,
         )
+
+    def _close_batch(self, groups: Sequence[RolloutGroup], *, skipped: bool) -> None:
+        for group in groups:
+            if skipped:
+                end, reason = DrawOutcome.ERRORED, Reason.NOT_FINITE
+                self._close(group.draw_id, end, group=group, reason=reason)
+            else:
+                self._close(group.draw_id, DrawOutcome.TRAINED, group=group)
 
     def _queues(self) -> dict[str, int]:
         scoring = self._answering.scoring

@@ -16,6 +16,8 @@ class Reason(StrEnum):
     NONE_CORRECT = "none_correct"
     UNSCORED = "unscored"
     DEADLINE = "deadline"
+    NOT_FINITE = "not_finite"
+    """The learner skipped its batch: the loss or a gradient was no finite number."""
     STAGE_ENDED = "stage_ended"
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 
 from judges.estimators import pass_at_k
+from posttrain.online.gate import Reason
 from posttrain.online.lag import lag_of
 from posttrain.online.teaching import Lesson
 from posttrain.types import DrawOutcome, Outcome, PolicyVersion, Reward, RolloutGroup
@@ -210,7 +211,7 @@ def step_metrics(
     outcomes, reasons, domains = ends(by_place)
     return {
         **answer_metrics(interval.groups),
-        **(_signal(gated, outcomes) if gated else {}),
+        **(_signal(gated, interval.ended) if gated else {}),
         **_stale_lengths(interval.stale_lengths),
         "lag_max": max(lags),
         "lag_mean": fmean(lags),
@@ -233,10 +234,13 @@ def step_metrics(
     }
 
 
-def _signal(gated: int, outcomes: Counter[DrawOutcome]) -> dict[str, float]:
+def _signal(
+    gated: int, ended: Mapping[tuple[DrawOutcome, str, str], int]
+) -> dict[str, float]:
     """Shares of the groups that came to the gate: those without a signal, and those with one. Of
     those that could not be scored nobody knows."""
-    equal, unscored = outcomes[DrawOutcome.ZERO_ADVANTAGE], outcomes[DrawOutcome.ERRORED]
+    equal = sum(n for (end, _, _), n in ended.items() if end is DrawOutcome.ZERO_ADVANTAGE)
+    unscored = sum(n for (_, why, _), n in ended.items() if why == Reason.UNSCORED)
     return {
         "zero_advantage_share": equal / gated,
         "signal_share": (gated - equal - unscored) / gated,

@@ -9,7 +9,7 @@ from typing import Any
 
 from curricula.sampler import DifficultySampler, UniformSampler, build_curriculum
 from posttrain.cards import write_rollouts_card
-from posttrain.errors import RunDirError
+from posttrain.errors import DivergenceError, RunDirError
 from posttrain.ledger import LedgerReader
 from posttrain.online.accounting import Draw
 from posttrain.online.controller import Controller
@@ -19,7 +19,7 @@ from posttrain.progress import say
 from posttrain.stages.context import StageContext
 from posttrain.stages.rl_after_step import STAGE, AfterStep
 from posttrain.stages.rl_beside import Beside
-from posttrain.stages.rl_checkpoint import LoopState, RLCheckpoints, read_state
+from posttrain.stages.rl_checkpoint import BEGINNING, LoopState, RLCheckpoints, read_state
 from posttrain.stages.rl_stop import StopWithCheckpoint
 from posttrain.types import GenerationRequest, Sampling
 from posttrain.workers.generator import GeneratorPool
@@ -40,7 +40,7 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
     """
     settings = context.settings.rl
     checkpoint = RLCheckpoints(context.run.stage_dir(STAGE), settings.keep_checkpoints).latest()
-    state = read_state(checkpoint) if checkpoint is not None else None
+    state = read_state(checkpoint) if checkpoint is not None else BEGINNING
     generators = await context.pools.serving(str(model))
     probes = await _probes(context, generators)
     learner = _learner(context, model, checkpoint)
@@ -53,14 +53,13 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
         settings=settings.publish,
     )
     curriculum = _curriculum(context, state, critic)
-    first_step = state.step if state is not None else 0
-    attempt = context.ledger.open_attempt(STAGE, from_step=first_step)
+    attempt = context.ledger.open_attempt(STAGE, from_step=state.step)
     reissue = _open_draws(context, attempt)
-    if state is not None:
-        say(f"rl: goes on from step {first_step}, {len(reissue)} draws are drawn again")
+    if checkpoint is not None:
+        say(f"rl: goes on from step {state.step}, {len(reissue)} draws are drawn again")
     beside = await Beside.start(context, model, attempt, generators, curriculum, learner, probes)
     after_step = AfterStep(
-        context, model, attempt, first_step, curriculum, learner, generators, beside
+        context, model, attempt, state.step, curriculum, learner, generators, beside
     )
     await after_step.make_up()
     teacher, reading = _teacher(context, state)
@@ -79,11 +78,11 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
         share_prompts=await learner.can_share_prompts(),
         attempt=attempt,
         seed=context.seed,
-        first_step=first_step,
-        first_draw=state.num_draws if state is not None else 0,
-        plans=state.plans if state is not None else (),
+        first_step=state.step,
+        first_draw=state.num_draws,
+        plans=state.plans,
         reissue=reissue,
-        learned=state.ready if state is not None else (),
+        learned=state.ready,
         on_step=stop.after_step,
         on_group=after_step.rollouts.append,
         beside=[*beside.loops, stop.run],
@@ -92,6 +91,8 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
     try:
         with stop.listening():
             summary = await controller.run()
+    except DivergenceError as error:
+        raise DivergenceError(f"{error} {after_step.where_it_goes_on()}") from error
     finally:
         if reading is not None:
             reading.stop()
@@ -131,7 +132,7 @@ def _learner(context: StageContext, model: Path, checkpoint: Path | None) -> Rem
 
 
 def _teacher(
-    context: StageContext, state: LoopState | None
+    context: StageContext, state: LoopState
 ) -> tuple[GroupTeacher, TeacherPool | None]:
     """Who reads admitted groups, and its actors, which whoever asked for them stops."""
     settings = context.settings
@@ -141,8 +142,7 @@ def _teacher(
     resources = settings.resources
     pool = TeacherPool(str(context.teacher), resources.teacher, resources.deadline_s)
     score = partial(pool.score, temperature=settings.rl.temperature)
-    lead = None if state is None else state.teacher_lead
-    return OnlineTeacher(settings.rl.distillation, score, lead), pool
+    return OnlineTeacher(settings.rl.distillation, score, state.teacher_lead), pool
 
 
 def _say_whether_the_teacher_kept_up(summary: LoopSummary) -> None:
@@ -158,7 +158,7 @@ def _say_whether_the_teacher_kept_up(summary: LoopSummary) -> None:
 
 
 def _curriculum(
-    context: StageContext, state: LoopState | None, critic: str | None
+    context: StageContext, state: LoopState, critic: str | None
 ) -> DifficultySampler | UniformSampler:
     settings = context.settings.rl
     curriculum = build_curriculum(
@@ -169,7 +169,7 @@ def _curriculum(
         context.seed,
         batch_size=settings.groups_per_step,
     )
-    if state is not None:
+    if state.curriculum:
         curriculum.load_state_dict(state.curriculum)
     return curriculum
 

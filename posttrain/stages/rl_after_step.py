@@ -101,6 +101,12 @@ class AfterStep:
             await self._save(*self._last)
         return self._saved_step or None
 
+    def where_it_goes_on(self) -> str:
+        """For whoever has to start again."""
+        if not self._saved_step:
+            return "There is no checkpoint yet: the same command begins the stage anew."
+        return f"The same command goes on from the last checkpoint, {STAGE} step {self._saved_step}."
+
     async def _export(self, step: int) -> None:
         every = self._settings.export_every
         if every is not None and step % every == 0:

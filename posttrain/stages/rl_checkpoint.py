@@ -41,6 +41,10 @@ class LoopState:
     teacher_lead: float | None = None
 
 
+BEGINNING = LoopState(step=0, num_draws=0, plans=(), ready=(), curriculum={})
+"""Of a stage without a checkpoint."""
+
+
 class RLCheckpoints:
     """The checkpoints in a directory, of which the newest `keep` stay."""
 
