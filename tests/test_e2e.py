@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.audit import audit
 from posttrain.inspect import load_run
+from posttrain.ledger import Ledger
 from posttrain.metrics import read_metrics
 from posttrain.run_dir import RunDir, hash_path
 from posttrain.stages.rl_checkpoint import RLCheckpoints, read_state
@@ -308,3 +310,34 @@ def test_ctrl_c_while_ray_train_is_at_work_ends_with_4(tmp_path):
     assert "SIGINT" in stopped.stderr.splitlines()[-1]
     assert stopped.survivors == []
     assert run.stages()["sft"].state == "running"
+
+
+@pytest.mark.slow
+def test_a_critic_of_its_own_judges_beside_training(tmp_path):
+    """Two engines and a learner; held-out tasks are measured beside them."""
+    run = RunDir(tmp_path / "run")
+    done = posttrain_run(
+        run.path,
+        tmp_path,
+        "stages=[rl]",
+        "rl.num_steps=12",
+        "rl.rescreen={placement: dedicated, every_steps: 3, prompts: 6, samples: 13}",
+        "rl.evaluation={every_steps: 6, prompts: 6, k: [1], num_samples: 2, max_tokens: 96}",
+        "resources.judge.actor.cpus=0.25",
+    )
+    assert done.code == 0, done.stderr[-5000:]
+    slices = load_run(run.path).rescreens.sort("step")
+    due = slices["step"].to_list()
+    assert len(due) >= 2 and set(due) <= {3, 6, 9, 12}
+    # Its weights stand still while it judges: no answer was written by two versions.
+    assert slices["discarded"].to_list() == [0] * len(due)
+    assert slices["prompts"].to_list() == [6] * len(due)
+    with Ledger.open_readonly(run.ledger_path) as ledger:
+        judged = Counter(v.critic for v in ledger.verdicts() if v.critic.startswith("rl:"))
+    assert judged == {f"rl:1.{step}": 6 for step in due}
+    measured = [r for r in read_metrics(run.metrics_path) if r.get("event") == "evaluation"]
+    assert [r["step"] for r in measured][:1] == [6]
+    assert 0 <= measured[0]["all"]["pass@1"]["mean"] <= 1
+    assert audit(run.ledger_path).ok
+    assert done.survivors == []
+    assert not scratch_of(run.path).exists()

@@ -102,6 +102,14 @@ async def test_one_that_has_not_begun_to_judge_stands_still_too(monkeypatch):
     assert publisher.published == [10]
 
 
+async def test_nothing_begins_after_the_last_step(monkeypatch):
+    publisher = Publisher()
+    beside_ = beside(monkeypatch, publisher, num_steps=20)
+    await train(beside_, range(20, 21))
+    assert publisher.published == []
+    assert not beside_._rescreening.busy
+
+
 async def test_shared_engines_judge_the_last_step_that_came_due_next(monkeypatch):
     """Their weights go on changing anyway."""
     beside_ = beside(monkeypatch, None)

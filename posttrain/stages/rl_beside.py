@@ -100,6 +100,8 @@ class Beside:
     async def reached(self, version: PolicyVersion) -> None:
         """A step is done. The learner stands still until this returns."""
         self._step = version.step
+        if version.step == self._context.settings.rl.num_steps:
+            return  # nobody would wait for what begins now
         self._say_if_late("rl.evaluation", self._evaluating)
         self._say_if_late("rl.rescreen", self._rescreening)
         if self._evaluating is not None:
