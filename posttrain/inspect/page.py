@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,17 +109,21 @@ def _script(specs: dict[str, Any]) -> str:
             "a report that opens offline needs the package vl-convert-python: pip install"
             " vl-convert-python"
         ) from error
-    import altair
-
-    major, minor, *_ = altair.SCHEMA_VERSION.removeprefix("v").split(".")
-    snippet = "window.vegaEmbed = vegaEmbed;"
-    bundle: str = vl_convert.javascript_bundle(snippet, f"{major}.{minor}")
     # Inside a script element only `</` could end it early.
     data = json.dumps(specs).replace("</", "<\\/")
     return (
-        f"{bundle}\nfor (const [id, spec] of Object.entries({data}))\n"
+        f"{_bundle(vl_convert.javascript_bundle)}\nfor (const [id, spec] of Object.entries({data}))\n"
         "  window.vegaEmbed('#' + id, spec, {actions: false, renderer: 'svg'});\n"
     )
+
+
+@cache
+def _bundle(javascript_bundle: Callable[[str, str], str]) -> str:
+    """What draws charts: the same for every report, and seconds to put together."""
+    import altair
+
+    major, minor, *_ = altair.SCHEMA_VERSION.removeprefix("v").split(".")
+    return javascript_bundle("window.vegaEmbed = vegaEmbed;", f"{major}.{minor}")
 
 
 def _findings(run: Run) -> str:
