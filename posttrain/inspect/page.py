@@ -111,8 +111,9 @@ def _script(specs: dict[str, Any]) -> str:
         ) from error
     # Inside a script element only `</` could end it early.
     data = json.dumps(specs).replace("</", "<\\/")
+    bundle = _bundle(vl_convert.javascript_bundle)
     return (
-        f"{_bundle(vl_convert.javascript_bundle)}\nfor (const [id, spec] of Object.entries({data}))\n"
+        f"{bundle}\nfor (const [id, spec] of Object.entries({data}))\n"
         "  window.vegaEmbed('#' + id, spec, {actions: false, renderer: 'svg'});\n"
     )
 
