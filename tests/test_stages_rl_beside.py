@@ -50,9 +50,7 @@ class Publisher:
         return {}
 
 
-def beside(
-    monkeypatch: pytest.MonkeyPatch, publisher: Publisher | None, **settings_: Any
-) -> Any:
+def beside(monkeypatch: pytest.MonkeyPatch, publisher: Publisher | None, **settings_: Any) -> Any:
     monkeypatch.setattr(rl_beside, "Rescreener", Slices)
     settings = RLSettings(max_lag=2, rescreen=RescreenSettings(every_steps=10), **settings_)
     context: Any = SimpleNamespace(

@@ -201,9 +201,9 @@ def step_metrics(
 ) -> dict[str, float]:
     """The flat record of one step that trained `trained` under the weights `current`.
 
-    `queues` counts the draws that are being generated, being scored, or ready to train. The busy share is the time inside
-    `Learner.step`, the idle share the time spent waiting for groups; publishing and whatever
-    runs after a step (evaluation, checkpoints) are neither.
+    `queues` counts the draws that are being generated, being scored, or ready to train. The busy
+    share is the time inside `Learner.step`, the idle share the time spent waiting for groups;
+    publishing and whatever runs after a step (evaluation, checkpoints) are neither.
     """
     lags = [lag_of(group, current) for group in trained]
     gated = len(interval.groups)
@@ -234,9 +234,7 @@ def step_metrics(
     }
 
 
-def _signal(
-    gated: int, ended: Mapping[tuple[DrawOutcome, str, str], int]
-) -> dict[str, float]:
+def _signal(gated: int, ended: Mapping[tuple[DrawOutcome, str, str], int]) -> dict[str, float]:
     """Shares of the groups that came to the gate: those without a signal, and those with one. Of
     those that could not be scored nobody knows."""
     equal = sum(n for (end, _, _), n in ended.items() if end is DrawOutcome.ZERO_ADVANTAGE)

@@ -131,9 +131,7 @@ def _learner(context: StageContext, model: Path, checkpoint: Path | None) -> Rem
     )
 
 
-def _teacher(
-    context: StageContext, state: LoopState
-) -> tuple[GroupTeacher, TeacherPool | None]:
+def _teacher(context: StageContext, state: LoopState) -> tuple[GroupTeacher, TeacherPool | None]:
     """Who reads admitted groups, and its actors, which whoever asked for them stops."""
     settings = context.settings
     if settings.rl.distillation is None:

@@ -105,7 +105,8 @@ class AfterStep:
         """For whoever has to start again."""
         if not self._saved_step:
             return "There is no checkpoint yet: the same command begins the stage anew."
-        return f"The same command goes on from the last checkpoint, {STAGE} step {self._saved_step}."
+        step = self._saved_step
+        return f"The same command goes on from the last checkpoint, {STAGE} step {step}."
 
     async def _export(self, step: int) -> None:
         every = self._settings.export_every
