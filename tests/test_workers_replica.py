@@ -60,6 +60,8 @@ def fake_actor(log):
                 await asyncio.sleep(1000)
             if version.step == 2:
                 raise MismatchError("1 of 1 tensors")
+            if version.step == 4:
+                raise RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")
             return {"pause_s": 0.25, "reprefilled_tokens": 3.0}
 
         async def close(self):
@@ -133,6 +135,22 @@ async def test_a_version_counts_from_its_confirmation_within_the_deadline(place,
     assert place.serving is False
     await place.restart()
     assert place.version == VERSION  # it starts from the checkpoint again
+
+
+async def test_an_engine_that_fails_to_load_weights_is_never_asked_again(place, tmp_path):
+    """Half of them may be in it; what takes its place may fail as well, and that is bounded."""
+    why = r"could not load the weights 1\.4: RuntimeError: CUDA out of memory\.$"
+    unloadable = await weights(tmp_path, 4)
+    for _ in range(2):
+        with pytest.raises(EngineLost, match=f"generator 7 {why}"):
+            await place.load(unloadable)
+        assert place.serving is False
+        if len(place.starts()) == 1:
+            await place.restart()
+    assert place.version == VERSION
+    with pytest.raises(EngineError, match=r"7 failed 2 times .*max_restarts = 1 .*It could not"):
+        await place.restart()
+    assert len(set(place.starts())) == 2
 
 
 @pytest.mark.slow

@@ -168,7 +168,7 @@ class Replica:
         """The engine's report (see `VllmEngine.update_weights`) once it has confirmed `weights`.
 
         Raises:
-            EngineLost: it died, or did not confirm in time.
+            EngineLost: it died, failed to load them, or did not confirm in time.
             MismatchError: what arrived is not what was published.
         """
         actor = self._engine()
@@ -190,6 +190,14 @@ class Replica:
                 raise EngineLost(f"{self.name} {late}") from error
             except MismatchError as error:
                 raise MismatchError(f"{self.name}, {weights.version}: {error}") from error
+            except EngineLost:
+                raise
+            except Exception as error:
+                # It may hold some of the new weights, and stands still in the middle of an update.
+                reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+                failed = f"could not load the weights {weights.version}: {reason}"
+                self._lose(actor, failed)
+                raise EngineLost(f"{self.name} {failed}") from error
         self.version = weights.version
         return report
 
