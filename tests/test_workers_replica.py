@@ -3,9 +3,11 @@
 import asyncio
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 import ray
+from ray.exceptions import ObjectLostError
 
 from posttrain.errors import EngineError, MismatchError, ModelError
 from posttrain.types import GenerationRequest, PolicyVersion, Sampling
@@ -118,6 +120,22 @@ async def test_all_who_wait_for_a_lost_engine_learn_it_and_the_next_one_answers(
         assert not place.serving  # the pool says when
         assert await place.generate(ask("b")) == ("b",)
     assert len(set(place.starts())) == 4
+
+
+async def test_an_answer_that_is_lost_with_its_node_may_be_asked_for_elsewhere(monkeypatch):
+    """Ray neither says that the actor died nor that the call failed."""
+
+    async def lost(request):
+        raise ObjectLostError("00ff", None, "")
+
+    stopped = []
+    monkeypatch.setattr(replica_module, "stop_actor", stopped.append)
+    place = Replica("generator 7", "model", VERSION, EngineSettings(), ActorResources(), 60)
+    actor = place._actor = SimpleNamespace(generate=SimpleNamespace(remote=lost))
+    place.serve()
+    with pytest.raises(EngineLost, match="generator 7 lost its answer"):
+        await place.generate(ask("a"))
+    assert (stopped, place.serving, place.outstanding) == ([actor], False, 0)
 
 
 async def test_a_version_counts_from_its_confirmation_within_the_deadline(place, tmp_path):

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from posttrain.errors import EngineError, MismatchError, PosttrainError
 from posttrain.progress import say
@@ -242,6 +242,10 @@ class Replica:
         except RayActorError as error:
             self._lose(actor, "died")
             raise EngineLost(f"{self.name} died: {error}") from error
+        except ObjectLostError as error:
+            # A long answer stays on the engine's node until it is fetched, and goes with that node.
+            self._lose(actor, "was lost with its node before its answer was fetched")
+            raise EngineLost(f"{self.name} lost its answer: {error}") from error
 
     async def _watch_over(self, actor: Any) -> None:
         """Gives up an engine that is stuck, as long as it has anything to do."""
