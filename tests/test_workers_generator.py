@@ -277,6 +277,19 @@ async def test_only_engines_that_serve_are_compared():
     assert await pool.score_tokens([[1, 2, 3]], "y") == [[[-1.0, -1.0]]]
 
 
+async def test_fixed_tokens_that_lose_every_engine_are_given_up():
+    replicas = [FakeReplica("0"), FakeReplica("1")]
+    for replica in replicas:
+        replica.dies_scoring = True
+        replica.may_restart.set()
+    with pytest.raises(
+        EngineError, match=r"probe-1\.3 was given to all engines 3 times .*max_restarts"
+    ):
+        async with asyncio.timeout(10):
+            await pool_of(*replicas, max_restarts=2).score_tokens([[1, 2, 3]], "probe-1.3")
+    assert sum(len(replica.scored) for replica in replicas) >= 3
+
+
 async def test_tokens_are_scored_once_by_the_engine_with_least_to_do_or_by_the_next():
     busy, dying, idle = FakeReplica("0"), FakeReplica("1"), FakeReplica("2")
     pool = pool_of(busy, dying, idle)

@@ -115,12 +115,19 @@ class GeneratorPool:
     async def score_tokens(
         self, sequences: Sequence[Sequence[int]], label: str
     ) -> list[list[list[float]]]:
-        """The log-probabilities that every serving engine gives the same fixed tokens."""
-        while True:
+        """The log-probabilities that every serving engine gives the same fixed tokens. EngineError
+        if all of them were lost with it, more often than `max_restarts` allows."""
+        rounds = self._settings.max_restarts + 1
+        for _ in range(rounds):
             await self._least_loaded()
             scores = await _answers(r.score_tokens(sequences, label) for r in self._serving())
             if scores:
                 return scores
+        raise EngineError(
+            f"{label} was given to all engines {rounds} times "
+            "(resources.rollout.engine.max_restarts) and each time all of them were lost; see "
+            "/tmp/ray/session_latest/logs on their nodes"
+        )
 
     async def update_weights(self, weights: PublishedWeights) -> UpdateReport:
         """Returns once every engine that serves has confirmed `weights`, which belong to the pool
