@@ -52,7 +52,12 @@ def fake_actor(log):
                     time.sleep(1000)
                 case "slow":
                     await asyncio.sleep(1)
+                case "long":
+                    await asyncio.sleep(1000)
             return (request.request_id,)
+
+        async def tokens_written(self, request_id):
+            return 3
 
         async def stalled_s(self):
             return self._stalled_s
@@ -120,6 +125,17 @@ async def test_all_who_wait_for_a_lost_engine_learn_it_and_the_next_one_answers(
         assert not place.serving  # the pool says when
         assert await place.generate(ask("b")) == ("b",)
     assert len(set(place.starts())) == 4
+
+
+async def test_no_number_of_open_requests_keeps_an_engine_from_saying_how_it_is(place):
+    """Ray by itself would let whatever comes after the thousandth wait."""
+    waiting = [asyncio.create_task(place.generate(ask("long"))) for _ in range(1100)]
+    while place.outstanding < 2 * len(waiting):
+        await asyncio.sleep(0)
+    assert await place.tokens_written("long") == 3
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
 
 
 async def test_an_answer_that_is_lost_with_its_node_may_be_asked_for_elsewhere(monkeypatch):

@@ -121,16 +121,19 @@ def create_actor(
     resources: ActorResources,
     environment: Mapping[str, str],
     place: Any = None,
+    calls_at_once: int | None = None,
     **keywords: Any,
 ) -> Any:
     """A handle to an actor that may not be placed yet; `place` is a scheduling strategy of Ray's
-    (None: wherever there is room)."""
+    (None: wherever there is room), `calls_at_once` how many calls it works on while further ones
+    wait (None: Ray's own 1, and 1000 of an actor with async methods)."""
     return (
         ray.remote(actor_class)
         .options(
             num_cpus=resources.cpus,
             num_gpus=resources.gpus,
             scheduling_strategy=place,
+            max_concurrency=calls_at_once,
             runtime_env={"env_vars": dict(environment)},
         )
         .remote(*arguments, **keywords)

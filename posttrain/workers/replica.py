@@ -22,6 +22,12 @@ from posttrain.workers.transport import PublishedWeights
 
 T = TypeVar("T")
 
+CALLS_AT_ONCE = 1_000_000
+"""More than are ever open. Behind as many open requests as Ray works on at once (1000, if nobody
+says) health checks and new weights would wait, and a busy engine be taken for a stuck one. Ray's
+concurrency groups would not do: each has an event loop of its own, and vLLM's engine is bound to
+one."""
+
 CHECKS_PER_DEADLINE = 4
 """How often a working engine's health is looked at within `hang_deadline_s`."""
 
@@ -102,6 +108,7 @@ class Replica:
             self._settings,
             resources=self._resources,
             environment=engine_environment(self._settings),
+            calls_at_once=CALLS_AT_ONCE,
         )
         try:
             self._placement = await actor_ready(
