@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import os
 import time
 from functools import partial
 
@@ -208,6 +209,11 @@ def ranks(*orders, deadline_s=60.0):
         def save_adapter(self, directory):
             return "alive"
 
+        def can_share_prompts(self):
+            if self._order == "die":
+                os._exit(1)
+            time.sleep(600)
+
     actors = [
         create_actor(Rank, order, resources=ActorResources(cpus=0.1), environment={})
         for order in orders
@@ -243,6 +249,19 @@ def test_ranks_past_their_deadline_are_named_and_ended(cluster):
     with pytest.raises(EngineError, match=r"ranks \[1\] were not done after 2 s.*step_deadline_s"):
         asyncio.run(learner.score_tokens([]))
     assert is_dead(learner)
+
+
+def test_what_the_first_rank_alone_is_asked_has_the_same_end(cluster):
+    learner = ranks("die", "go")
+    with pytest.raises(EngineError, match="learner rank 0 died"):
+        asyncio.run(learner.can_share_prompts())
+    with pytest.raises(EngineError, match="learner rank 0 died"):
+        asyncio.run(learner.node_id())
+    late = ranks("go", "go", deadline_s=2.0)
+    with pytest.raises(EngineError, match=r"ranks \[0\] were not done after 2 s"):
+        asyncio.run(late.can_share_prompts())
+    assert is_dead(learner)
+    assert is_dead(late)
 
 
 def test_more_ranks_than_devices_are_refused_at_once(policy, cluster):

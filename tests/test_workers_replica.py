@@ -105,7 +105,8 @@ async def weights(tmp_path, step):
 
     directory = tmp_path / f"1.{step}"
     write_weights({"w": torch.zeros(1)}, directory)
-    return await PublishedWeights.staged(directory, PolicyVersion(1, step), this_node())
+    version = PolicyVersion(1, step)
+    return await PublishedWeights.staged(directory, version, this_node(), deadline_s=60)
 
 
 async def test_all_who_wait_for_a_lost_engine_learn_it_and_the_next_one_answers(place):

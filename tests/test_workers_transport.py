@@ -1,11 +1,13 @@
 """Published weights on their way to an engine, and how long they stay."""
 
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from posttrain.errors import EngineError
 from posttrain.types import PolicyVersion
 from posttrain.workers import transport
 from posttrain.workers.transport import ObjectStore, PublishedWeights, SharedMemory, this_node
@@ -24,6 +26,10 @@ def directory(cluster, tmp_path):
     return tmp_path / "2.5"
 
 
+async def staged(directory, node_id, deadline_s=60.0):
+    return await PublishedWeights.staged(directory, VERSION, node_id, deadline_s=deadline_s)
+
+
 async def received(delivery):
     """What an engine's actor finds, and where."""
     async with delivery.received() as file:
@@ -35,7 +41,7 @@ def is_state(loaded):
 
 
 async def test_an_engine_on_the_same_machine_opens_the_file_itself(directory):
-    weights = await PublishedWeights.staged(directory, VERSION, this_node())
+    weights = await staged(directory, this_node())
     assert weights.version == VERSION
     assert weights.fingerprint == read_fingerprint(directory)
     async with weights.delivery(this_node()) as delivery:
@@ -46,7 +52,7 @@ async def test_an_engine_on_the_same_machine_opens_the_file_itself(directory):
 
 
 async def test_an_engine_elsewhere_gets_a_copy_that_leaves_nothing_behind(directory):
-    weights = await PublishedWeights.staged(directory, VERSION, this_node())
+    weights = await staged(directory, this_node())
     async with weights.delivery("elsewhere") as delivery, weights.delivery("there") as another:
         assert isinstance(delivery, ObjectStore)
         assert another == delivery  # one copy in the object store for all
@@ -60,7 +66,7 @@ async def test_weights_of_a_learner_elsewhere_are_taken_from_there(directory, mo
     learners_node = this_node()
     monkeypatch.setattr(transport, "this_node", lambda: "the driver's")
     fingerprint = read_fingerprint(directory)
-    weights = await PublishedWeights.staged(directory, VERSION, learners_node)
+    weights = await staged(directory, learners_node)
     assert weights.fingerprint == fingerprint
     assert not directory.exists()
     async with weights.delivery(learners_node) as delivery:
@@ -69,8 +75,25 @@ async def test_weights_of_a_learner_elsewhere_are_taken_from_there(directory, mo
     weights.retire()
 
 
+async def test_weights_that_do_not_reach_the_object_store_in_time_end_the_run(
+    directory, monkeypatch
+):
+    late = r"within 0\.2 s \(resources\.rollout\.engine\.update_deadline_s\)"
+    learners_node = this_node()
+    weights = await staged(directory, learners_node, deadline_s=0.2)
+    with monkeypatch.context() as slow:
+        slow.setattr(transport, "_read", lambda directory: time.sleep(1))
+        with pytest.raises(EngineError, match=rf"2\.5 are not stored .*{late}"):
+            async with weights.delivery("elsewhere"):
+                pass
+    monkeypatch.setattr(transport, "this_node", lambda: "the driver's")
+    monkeypatch.setattr(transport, "_take", lambda directory: time.sleep(600))
+    with pytest.raises(EngineError, match=rf"2\.5, .* are not fetched {late}"):
+        await staged(directory, learners_node, deadline_s=0.2)
+
+
 async def test_weights_go_when_they_are_retired_and_nobody_loads_them(directory):
-    weights = await PublishedWeights.staged(directory, VERSION, this_node())
+    weights = await staged(directory, this_node())
     async with weights.delivery(this_node()):
         async with weights.delivery(this_node()) as late:
             weights.retire()

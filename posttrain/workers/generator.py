@@ -168,6 +168,11 @@ class GeneratorPool:
         """What the engines compute in."""
         return self._settings.dtype
 
+    @property
+    def update_deadline_s(self) -> float:
+        """For new weights on their way."""
+        return self._settings.update_deadline_s
+
     def idle_share(self) -> float:
         """Of the engines' time since this was last asked, the share in which they had nothing to
         do."""

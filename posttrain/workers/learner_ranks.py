@@ -131,12 +131,12 @@ class RemoteLearner:
 
     async def node_id(self) -> str:
         """Ray's id of the node on which `write_weights` writes."""
-        node_id: str = await _answer(self._ranks[0].__ray_call__.remote(_node_id))
+        node_id: str = await self._first([self._ranks[0].__ray_call__.remote(_node_id)])
         return node_id
 
     async def can_share_prompts(self) -> bool:
         """Whether its batches may be packed with shared prompts."""
-        answer: bool = await _answer(self._ranks[0].can_share_prompts.remote())
+        answer: bool = await self._first([self._ranks[0].can_share_prompts.remote()])
         return answer
 
     async def write_weights(self, directory: Path) -> float:
@@ -176,7 +176,7 @@ class RemoteLearner:
             self._reserved.release()
 
     async def _first(self, calls: Sequence[Any]) -> Any:
-        """What rank 0 answers, once all have."""
+        """What rank 0 answers, once all that are asked have; they are the first of the ranks."""
         tasks = [asyncio.ensure_future(_answer(call)) for call in calls]
         try:
             done, waiting = await asyncio.wait(

@@ -123,7 +123,10 @@ class Pools:
             directory = self.scratch / str(version)
             state = loadable(read_checkpoint(Path(model)), self._generators.dtype)
             write_weights(state, directory)
-            weights = await PublishedWeights.staged(directory, version, this_node())
+            deadline_s = self._rollout.engine.update_deadline_s
+            weights = await PublishedWeights.staged(
+                directory, version, this_node(), deadline_s=deadline_s
+            )
             await self._generators.update_weights(weights)
         self._served = model
         return self._generators

@@ -69,7 +69,8 @@ class WeightPublisher:
             ModelError: at first: engines and learner differ in vocabulary, tokenizer or data type.
             MismatchError: the weights did not arrive as they were sent, or an engine's
                 log-probabilities differ from the learner's.
-            EngineError: an engine was lost and could not be replaced.
+            EngineError: an engine was lost and could not be replaced, or the learner's node with
+                the weights was.
         """
         if self._node_id is None:
             self._generators.check_model(facts_of_checkpoint(self._model))
@@ -77,7 +78,9 @@ class WeightPublisher:
         began = time.perf_counter()
         directory = self._scratch / str(version)
         write_s = await self._learner.write_weights(directory)
-        weights = await PublishedWeights.staged(directory, version, self._node_id)
+        weights = await PublishedWeights.staged(
+            directory, version, self._node_id, deadline_s=self._generators.update_deadline_s
+        )
         report = await self._generators.update_weights(weights)
         metrics = {
             "write_s": write_s,

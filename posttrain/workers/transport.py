@@ -74,6 +74,7 @@ class PublishedWeights:
         directory: as `write_weights` left it on this machine, owned from now on; None if `content`
             holds the file.
         content: reference to the file's bytes in the object store.
+        deadline_s: for bringing them there.
     """
 
     def __init__(
@@ -83,37 +84,36 @@ class PublishedWeights:
         *,
         directory: Path | None = None,
         content: Any = None,
+        deadline_s: float,
     ) -> None:
         assert (directory is None) != (content is None)
         self.version = version
         self.fingerprint = published
         self._directory = directory
         self._content = content
+        self._deadline_s = deadline_s
         self._storing: asyncio.Task[Any] | None = None
         self._users = 0
         self._retired = False
 
     @classmethod
     async def staged(
-        cls, directory: Path, version: PolicyVersion, node_id: str
+        cls, directory: Path, version: PolicyVersion, node_id: str, *, deadline_s: float
     ) -> PublishedWeights:
         """What was just written to `directory` on the node `node_id`. EngineError if that node is
-        gone."""
+        gone, or has not brought it to the object store within `deadline_s`."""
         if node_id == this_node():
-            return cls(version, read_fingerprint(directory), directory=directory)
+            published = read_fingerprint(directory)
+            return cls(version, published, directory=directory, deadline_s=deadline_s)
         there = NodeAffinitySchedulingStrategy(node_id, soft=False)
         published, content = (
             ray.remote(_take)
             .options(num_cpus=0, num_returns=2, scheduling_strategy=there)
             .remote(directory)
         )
-        try:
-            return cls(version, await published, content=content)
-        except RayError as error:
-            raise EngineError(
-                f"the weights {version} cannot be fetched from node {node_id}, where the learner "
-                f"wrote them: {error}"
-            ) from error
+        failed = f"the weights {version}, written on the learner's node {node_id}, are not fetched"
+        async with _in_time(failed, deadline_s):
+            return cls(version, await published, content=content, deadline_s=deadline_s)
 
     @asynccontextmanager
     async def delivery(self, node_id: str) -> AsyncIterator[Delivery]:
@@ -137,7 +137,9 @@ class PublishedWeights:
         if self._content is None:
             if self._storing is None:  # one copy, however many engines ask for it
                 self._storing = asyncio.create_task(self._store())
-            await asyncio.shield(self._storing)
+            failed = f"the weights {self.version} are not stored for engines on other nodes"
+            async with _in_time(failed, self._deadline_s):
+                await asyncio.shield(self._storing)
         return self._content
 
     async def _store(self) -> None:
@@ -152,6 +154,21 @@ class PublishedWeights:
         if self._directory is not None:
             remove_weights(self._directory)
             self._directory = None
+
+
+@asynccontextmanager
+async def _in_time(failed: str, deadline_s: float) -> AsyncIterator[None]:
+    """EngineError, which begins with `failed`, if Ray cannot do what stands in the block."""
+    try:
+        async with asyncio.timeout(deadline_s):
+            yield
+    except TimeoutError as error:
+        raise EngineError(
+            f"{failed} within {deadline_s:g} s (resources.rollout.engine.update_deadline_s); raise "
+            "it if they only need longer"
+        ) from error
+    except RayError as error:
+        raise EngineError(f"{failed}: {error}") from error
 
 
 def this_node() -> str:

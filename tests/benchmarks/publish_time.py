@@ -92,7 +92,9 @@ async def measure(name: str, scratch: Path, publishes: int) -> None:
         version = PolicyVersion(1, step)
         write_weights(state, scratch / str(version))
         written = time.perf_counter()
-        weights = await PublishedWeights.staged(scratch / str(version), version, this_node())
+        weights = await PublishedWeights.staged(
+            scratch / str(version), version, this_node(), deadline_s=pool.update_deadline_s
+        )
         report = await pool.update_weights(weights)
         done = time.perf_counter()
         assert report.pause_s is not None
