@@ -79,6 +79,12 @@ async def _pause(attempt: int) -> None:
     await asyncio.sleep(BACKOFF_S * 2 ** (attempt - 1))
 
 
+def longest_grade_s(settings: JudgedSettings) -> float:
+    """Of one answer, once its turn has come."""
+    pauses: float = BACKOFF_S * (2**settings.retries - 1)
+    return (1 + settings.retries) * settings.deadline_s + pauses
+
+
 def judge_of(settings: JudgedSettings, engine: Ask | None) -> Judge:
     """Raises SettingsError if the model to ask has no engine here, or the endpoint no key."""
     if settings.endpoint is not None:

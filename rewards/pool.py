@@ -26,12 +26,13 @@ from posttrain.types import Outcome, Prompt, Reward, Rollout, SystemInstruction
 from rewards.judged import Ask
 from rewards.loop_slots import LoopSlots
 from rewards.remote import Remote
+from rewards.remote import longest_s as longest_remote_s
 from rewards.score import Finding, Verifier, failed
 from rewards.scorer import stopped, unscored
 from rewards.shaping import RewardSettings
 from rewards.verifiers import VERIFIERS, remote_names, verifier_names
 from rewards.worker_process import DeadlineHit, WorkerProcess
-from rewards.worker_template import Closed, Template, WorkerDied
+from rewards.worker_template import START_DEADLINE_S, Closed, Template, WorkerDied
 
 RETRIES = 2
 """Times that an answer is tried again after its process died without running late."""
@@ -253,7 +254,7 @@ class ScorerPool:
         self, worker: WorkerProcess, group: _Group, index: int, give_way: Callable[[], None]
     ) -> Reward:
         rollout = group.rollouts[index]
-        deadline_s = self._deadline_s(group.prompt)
+        deadline_s = _deadline_s(group.prompt, self._settings)
         why = ""
         for _ in range(1 + RETRIES):
             try:
@@ -273,10 +274,24 @@ class ScorerPool:
                 why = str(error)
         return unscored(f"{why}, {1 + RETRIES} times")
 
-    def _deadline_s(self, prompt: Prompt) -> float:
-        """Of all verifiers that score an answer in one process, one after the other."""
-        local = set(verifier_names(prompt, self._settings)) - remote_names(self._settings)
-        return sum(map(self._settings.deadline_of, local)) or self._settings.deadline_s
+
+def longest_s(prompt: Prompt, num_answers: int, settings: RewardSettings) -> float:
+    """Within which a pool that is not stuck answers some group, as long as it has any and none has
+    more than `num_answers` answers; `prompt` says what scores them.
+
+    Even if every answer hangs: a process has as many groups as there are slots for it, and an
+    answer that gives way lets all of them go first.
+    """
+    remote = set(verifier_names(prompt, settings)) & remote_names(settings)
+    each_s = (1 + RETRIES) * _deadline_s(prompt, settings)
+    local_s = START_DEADLINE_S + GROUPS_PER_WORKER * num_answers * each_s
+    return longest_remote_s(remote, num_answers, settings) + local_s
+
+
+def _deadline_s(prompt: Prompt, settings: RewardSettings) -> float:
+    """Of all verifiers that score an answer in one process, one after the other."""
+    local = set(verifier_names(prompt, settings)) - remote_names(settings)
+    return sum(map(settings.deadline_of, local)) or settings.deadline_s
 
 
 def _without_logprobs(rollout: Rollout) -> Rollout:

@@ -7,13 +7,14 @@ from answers that take milliseconds.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
 from posttrain.types import Prompt, Rollout, SystemInstruction
 from rewards import judged, reward_model
-from rewards.judge_access import judge_of
+from rewards.judge_access import judge_of, longest_grade_s
 from rewards.judged import Ask
 from rewards.reward_model import RewardModelSettings
 from rewards.score import Finding, Unscored
@@ -27,6 +28,21 @@ LOADING_S = 600.0
 
 RETRIES = 1
 """Times that a group is given to the reward model again after its process died."""
+
+
+def longest_s(names: set[str], num_answers: int, settings: RewardSettings) -> float:
+    """Within which the group that has waited longest has what `names` find, if no group has more
+    than `num_answers`: groups are asked about in the order in which they came."""
+    longest = 0.0
+    if judged.NAME in names:
+        assert settings.judge is not None
+        turns = 1 + math.ceil(num_answers / settings.judge.concurrency)
+        longest = turns * longest_grade_s(settings.judge)
+    if reward_model.NAME in names:
+        assert settings.reward_model is not None
+        each = settings.reward_model.deadline_s + LOADING_S
+        longest = max(longest, (1 + RETRIES) * each)
+    return longest
 
 
 class Remote:

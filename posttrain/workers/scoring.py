@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -10,13 +12,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from posttrain.data.chat import ChatFormat
 from posttrain.data.prompts import make_prompt
+from posttrain.errors import EngineError
 from posttrain.types import Message, PolicyVersion, Prompt, Reward, Rollout, SystemInstruction
 from posttrain.workers.cluster import answer, close_actor, start_actor
 from posttrain.workers.generator import GeneratorPool
 from posttrain.workers.settings import ActorResources, RolloutPoolSettings
 from posttrain.workers.transport import this_node
 from rewards.judge_access import engine_ask
-from rewards.pool import ScorerPool
+from rewards.pool import ScorerPool, longest_s
 from rewards.shaping import RewardSettings
 
 
@@ -74,10 +77,18 @@ def _encode(chat: ChatFormat, message: Message) -> tuple[int, ...]:
 
 
 class RewardWorkers:
-    """Implements `posttrain.types.Scorer` through a `RewardActor`."""
+    """Implements `posttrain.types.Scorer` through a `RewardActor`.
 
-    def __init__(self, actor: Any) -> None:
+    How long a group waits depends on how many are before it, so what is bounded is the time between
+    two answers of the actor, by what the deadlines of the verifiers add up to (`longest_s`).
+    """
+
+    def __init__(self, actor: Any, settings: RewardSettings) -> None:
         self._actor = actor
+        self._settings = settings
+        self._longest_s = 0.0
+        """Of all groups so far: what is waited for may be another one than one's own."""
+        self._answered_at = time.monotonic()
 
     @classmethod
     def start(
@@ -101,15 +112,34 @@ class RewardWorkers:
             place=NodeAffinitySchedulingStrategy(this_node(), soft=True),
             deadline_s=deadline_s,
         )
-        return cls(actor)
+        return cls(actor, settings)
 
     async def score(
         self, prompt: Prompt, rollouts: Sequence[Rollout], system: SystemInstruction | None
     ) -> tuple[Reward, ...]:
-        rewards: tuple[Reward, ...] = await answer(
-            self._actor.score.remote(prompt, rollouts, system), "the reward actor"
+        """Raises EngineError if the actor died, or is stuck: it has groups and answers none."""
+        self._longest_s = max(self._longest_s, longest_s(prompt, len(rollouts), self._settings))
+        asked_at = time.monotonic()
+        scoring: asyncio.Task[tuple[Reward, ...]] = asyncio.create_task(
+            answer(self._actor.score.remote(prompt, rollouts, system), "the reward actor")
         )
-        return rewards
+        # Of a group that is given up meanwhile, too.
+        scoring.add_done_callback(self._note_answer)
+        while not scoring.done():
+            left_s = max(asked_at, self._answered_at) + self._longest_s - time.monotonic()
+            if left_s <= 0:
+                raise EngineError(
+                    f"the reward actor has scored nothing for {self._longest_s:g} s, more than the "
+                    "deadlines in rewards allow for a group: it is stuck. Look for what it waits "
+                    "for in /tmp/ray/session_latest/logs; the same command goes on with the run"
+                )
+            await asyncio.wait([scoring], timeout=left_s)
+        return scoring.result()
+
+    def _note_answer(self, scoring: asyncio.Task[tuple[Reward, ...]]) -> None:
+        self._answered_at = time.monotonic()
+        if not scoring.cancelled():
+            scoring.exception()  # else asyncio says of a group that was given up that nobody asked
 
     def stop(self) -> None:
         close_actor(self._actor)
