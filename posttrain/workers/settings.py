@@ -82,6 +82,19 @@ class RolloutPoolSettings(BaseModel):
     actor: ActorResources = ActorResources()
     engine: EngineSettings = EngineSettings()
 
+    @model_validator(mode="after")
+    def _engine_has_its_gpus(self) -> Self:
+        """vLLM would only fail while it starts, and not say that it lacks a device."""
+        gpus, devices = self.actor.gpus, self.engine.tensor_parallel
+        if any(name.endswith("_parallel_size") for name in self.engine.extra):
+            return self  # whoever asks vLLM itself for more devices counts them
+        if gpus and gpus != devices and not (devices == 1 and gpus < 1):
+            raise ValueError(
+                f"engine.tensor_parallel = {devices} takes that many whole GPUs (1 may be a share "
+                f"of one) and actor.gpus is {gpus:g}; set both to the same number"
+            )
+        return self
+
     def as_long_as(self, max_length: int) -> RolloutPoolSettings:
         """The same, its engines taking sequences of `max_length` tokens, as the policy does."""
         engine = self.engine.model_copy(update={"max_model_len": max_length})
