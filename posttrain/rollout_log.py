@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Container
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from posttrain.atomic import PARTIAL
+from posttrain.atomic import PARTIAL, fsync_path
 from posttrain.types import DrawOutcome, RolloutGroup
 
 GROUPS_PER_FILE = 512
 COLUMNS = (
     *("draw_id", "prompt_id", "domain", "system", "outcome", "text", "num_tokens"),
     *("finish_reason", "reward", "correctness", "reward_outcome", "components"),
-    *("oldest_version", "newest_version"),
+    *("oldest_version", "newest_version", "version_spans", "sampling"),
 )
 
 
@@ -23,8 +24,10 @@ class RolloutLog:
 
     A row is one answer: `draw_id`, `prompt_id`, `domain`, `system` (null for none), `outcome` of
     the draw, `text`, `num_tokens`, `finish_reason`, `reward` and `correctness` (null if unscored),
-    `reward_outcome`, `components` (JSON), `oldest_version`, `newest_version`. Files are named by
-    attempt and number, so that a resumed run adds to them.
+    `reward_outcome`, `components` (JSON), `oldest_version`, `newest_version`, `version_spans`
+    (JSON: which weights wrote which tokens, a list of [start, end, version]), `sampling` (JSON: the
+    fields of `posttrain.types.Sampling`). Files are named by attempt and number, so that a resumed
+    run adds to them.
     """
 
     def __init__(self, directory: Path, attempt: int) -> None:
@@ -41,7 +44,8 @@ class RolloutLog:
             self.flush()
 
     def flush(self) -> None:
-        """A reader sees whole files only."""
+        """What was appended is on disk, before a checkpoint says that it is. A reader sees whole
+        files only."""
         if not self._rows:
             return
         import pyarrow as pa
@@ -51,7 +55,10 @@ class RolloutLog:
         target = self._directory / f"{self._attempt:03d}-{self._files:05d}.parquet"
         partial = target.with_name(f".{target.name}{PARTIAL}")
         pq.write_table(pa.Table.from_pylist(self._rows, _schema()), partial)
+        fsync_path(partial)
         partial.rename(target)
+        for directory in (self._directory, self._directory.parent):
+            fsync_path(directory)
         self._rows, self._groups = [], 0
         self._files += 1
 
@@ -66,6 +73,7 @@ def _schema() -> Any:
 
 def rows_of(group: RolloutGroup, outcome: DrawOutcome) -> list[dict[str, Any]]:
     """One row an answer, see `RolloutLog`."""
+    sampling = json.dumps(asdict(group.sampling))
     return [
         {
             "draw_id": group.draw_id,
@@ -82,6 +90,10 @@ def rows_of(group: RolloutGroup, outcome: DrawOutcome) -> list[dict[str, Any]]:
             "components": json.dumps(dict(reward.components)),
             "oldest_version": str(rollout.oldest_version),
             "newest_version": str(max(span.version for span in rollout.version_spans)),
+            "version_spans": json.dumps(
+                [(span.start, span.end, str(span.version)) for span in rollout.version_spans]
+            ),
+            "sampling": sampling,
         }
         for rollout, reward in zip(group.rollouts, group.rewards, strict=True)
     ]

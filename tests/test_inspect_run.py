@@ -267,6 +267,21 @@ def test_answers_are_read_when_they_are_asked_for(run: Run) -> None:
     ]
 
 
+def test_answers_of_older_versions_lack_what_was_not_logged_then(fresh: RunDir) -> None:
+    """A run that was begun by one and resumed by another has files of both."""
+    first, *_ = files = sorted(fresh.rollouts_dir.glob("*.parquet"))
+    assert len(files) == 2
+    columns = ["draw_id", "attempt", "version_spans", "sampling"]
+    whole = load_run(fresh.path).answers.select(columns).collect()
+    assert whole.null_count().sum_horizontal().item() == 0
+    pl.read_parquet(first).drop("version_spans", "sampling").write_parquet(first)
+    found = load_run(fresh.path).answers.select(columns).collect()
+    assert found["draw_id"].equals(whole["draw_id"])
+    old = found.filter(pl.col("attempt") == 1)
+    assert old.select("version_spans", "sampling").null_count().row(0) == (len(old), len(old))
+    assert found.filter(pl.col("attempt") == 2).equals(whole.filter(pl.col("attempt") == 2))
+
+
 def test_pairs_know_their_prompts(fresh: RunDir, tmp_path: Path) -> None:
     turns = (Message(role="user", content="What is a2?"),)
     asked = Prompt(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -10,7 +12,7 @@ from online_fakes import make_group
 
 from posttrain import rollout_log
 from posttrain.rollout_log import RolloutLog, rows_of
-from posttrain.types import DrawOutcome, PolicyVersion
+from posttrain.types import DrawOutcome, PolicyVersion, VersionSpan
 
 
 def test_every_answer_is_a_row(tmp_path: Path) -> None:
@@ -42,6 +44,8 @@ def test_every_answer_is_a_row(tmp_path: Path) -> None:
         "components": '{"length": -0.5}',
         "oldest_version": "1.3",
         "newest_version": "1.3",
+        "version_spans": '[[0, 2, "1.3"]]',
+        "sampling": '{"max_tokens": 8, "temperature": 1.0, "top_p": 1.0, "seed": null}',
     }
     assert (second["reward"], second["correctness"]) == (None, None)
     assert list(first) == list(rows_of(group, DrawOutcome.TRAINED)[0])
@@ -68,3 +72,34 @@ def test_files_are_bounded_and_an_empty_flush_writes_none(
     log.flush()
     rows = [pq.read_table(f).num_rows for f in sorted(tmp_path.iterdir())]
     assert rows == [6, 6, 2]
+
+
+def test_every_span_of_an_answer_is_kept() -> None:
+    """It may have been written by several versions, while weights were published."""
+    group = make_group("1")
+    spans = (VersionSpan(0, 1, PolicyVersion(1, 3)), VersionSpan(1, 2, PolicyVersion(1, 4)))
+    group = replace(group, rollouts=(replace(group.rollouts[0], version_spans=spans),))
+    (row,) = rows_of(group, DrawOutcome.TRAINED)
+    assert json.loads(row["version_spans"]) == [[0, 1, "1.3"], [1, 2, "1.4"]]
+    assert (row["oldest_version"], row["newest_version"]) == ("1.3", "1.4")
+
+
+def test_a_file_is_on_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, synced = tmp_path / "rollouts", []
+    monkeypatch.setattr(
+        rollout_log,
+        "fsync_path",
+        lambda path: synced.append((path, [file.name for file in directory.iterdir()])),
+    )
+    log = RolloutLog(directory, attempt=1)
+    log.append(make_group("1"), DrawOutcome.TRAINED)
+    log.flush()
+    name = "001-00000.parquet"
+    partial = f".{name}.partial"
+    assert synced == [
+        (directory / partial, [partial]),
+        (directory, [name]),
+        (tmp_path, [name]),  # the directory is new
+    ]

@@ -225,6 +225,8 @@ ANSWERS = Frame(
         "components": (pl.String, "terms of the reward, as JSON"),
         "oldest_version": (pl.String, "attempt.step of the weights that wrote its first token"),
         "newest_version": (pl.String, "likewise, its last"),
+        "version_spans": (pl.String, "[first token, end, version] of each, as JSON; null if old"),
+        "sampling": (pl.String, "how it was drawn, as JSON; null in logs of old versions"),
         "attempt": (pl.Int64, "start of the run that generated it"),
     },
 )

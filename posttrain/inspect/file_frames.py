@@ -18,6 +18,9 @@ PROMPT_SCHEMA = {
     **dict.fromkeys(("in_train", "in_held_out", "in_sft"), pl.Boolean),
 }
 
+NEWER = {"version_spans", "sampling"}
+"""Columns of `answers` that logs of older versions do not have: they are null there."""
+
 
 def read_prompts(path: Path) -> pl.DataFrame:
     """What prompts.parquet holds; empty for a run that did not keep it."""
@@ -83,7 +86,7 @@ def answer_files(directory: Path) -> list[Path]:
 
 def check_answers(path: Path) -> Path:
     """DataError for a file that is no Parquet or lacks a column. Reads its last bytes only."""
-    wanted = set(ANSWERS.columns) - {"attempt"}
+    wanted = set(ANSWERS.columns) - {"attempt"} - NEWER
     try:
         missing = wanted - set(pl.read_parquet_schema(path))
     except (pl.exceptions.PolarsError, OSError) as error:
@@ -98,7 +101,12 @@ def scan_answers(files: list[Path]) -> pl.LazyFrame:
     if not files:
         return ANSWERS.empty().lazy()
     return (
-        pl.scan_parquet(files, include_file_paths="file")
+        pl.scan_parquet(
+            files,
+            schema={name: dtype for name, dtype in ANSWERS.schema.items() if name != "attempt"},
+            include_file_paths="file",
+            missing_columns="insert",
+        )
         .with_columns(
             pl.col("file").str.extract(r"(\d+)-\d+\.parquet$").cast(pl.Int64).alias("attempt")
         )

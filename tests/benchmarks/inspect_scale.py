@@ -126,6 +126,8 @@ def _answers(directory: Path, prompts: list[str], right: Any) -> None:
                 "components": "{}",
                 "oldest_version": versions,
                 "newest_version": versions,
+                "version_spans": '[[0, 12, "1.0"]]',
+                "sampling": '{"max_tokens": 64, "temperature": 1.0, "top_p": 1.0, "seed": null}',
             }
         ).write_parquet(directory / f"001-{number:05d}.parquet")
 
