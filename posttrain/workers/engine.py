@@ -102,7 +102,7 @@ class VllmEngine:
         except Exception as error:
             reason = (log.last_error() or str(error))[:SHOWN_REASON]
             raise ModelError(f"vLLM cannot load {model!r}: {reason}") from error
-        await llm.collective_rpc("die_with_parent")
+        await llm.collective_rpc("die_with", args=(os.getpid(),))
         await llm.update_weight_version(str(version))
         return cls(llm, settings)
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import select
 import signal
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,12 +25,20 @@ class PublishedWeightsLoader:
     device: Any
     reload_weights: Any
 
-    def die_with_parent(self) -> None:
-        """From now on the kernel ends this process when the one that started it ends, however it
-        does. Ray sees to that too, unless Ray itself is killed."""
+    def die_with(self, starter: int) -> None:
+        """From now on this process ends when the process `starter` does, however that ends: the
+        kernel sees to it where this is the engine core. Where several devices share an engine, each
+        has a worker under the core, and the core would go on without its starter: so a worker ends
+        it, and the kernel the workers with it. Ray sees to all that too, unless Ray itself is
+        killed."""
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+        core = os.getppid()
+        # Workers that vLLM has Ray start have a parent of Ray's, which must not be ended.
+        if core != starter and _parent_of(core) == starter:
+            watch = os.pidfd_open(starter)
+            threading.Thread(target=_end_after, args=(watch, core), daemon=True).start()
 
     def load_published(self, file: str) -> None:
         """Loads one safetensors file into the model in place, in whatever layout the kernels want.
@@ -42,6 +54,20 @@ class PublishedWeightsLoader:
                 if getattr(method, "moe_kernel", None) is not None:
                     method.moe_kernel = None  # type: ignore[union-attr]
         self.reload_weights(weights_iterator=_tensors(file))
+
+
+def _parent_of(process: int) -> int:
+    # Its name, in brackets, may hold anything.
+    _, _, fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")
+    return int(fields.split()[1])
+
+
+def _end_after(watch: int, core: int) -> None:
+    """Ends the process `core`, which lives as long as this one, once that behind `watch` ends."""
+    ended = select.poll()
+    ended.register(watch, select.POLLIN)
+    ended.poll()
+    os.kill(core, signal.SIGKILL)
 
 
 def _tensors(file: str) -> Iterator[tuple[str, torch.Tensor]]:
