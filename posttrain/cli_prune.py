@@ -49,8 +49,8 @@ def prune_command(
     max_length: Annotated[Number, option("Tokens of prompt and answer.")] = None,
     confidence: Annotated[Share, option("How sure a decision must be.")] = None,
     fixed: Annotated[bool, option("Exactly --max-samples to each prompt.")] = False,
-    held_out: Annotated[list[str] | None, option("Sets whose text must not be kept.")] = None,
-    compare: Annotated[list[str] | None, option("Sets to count shared text with.")] = None,
+    held_out: Annotated[list[str] | None, option("Set whose text must not be kept.")] = None,
+    compare: Annotated[list[str] | None, option("Set to count shared text with.")] = None,
     split: Annotated[Text, option("Split of a data set.")] = None,
     subset: Annotated[Text, option("Subset of a data set.")] = None,
     limit: Annotated[Number, option("The first so many rows only.")] = None,
@@ -123,12 +123,22 @@ def _content(given: Mapping[str, Any]) -> dict[str, Any]:
     for name, place in _PLACES.items():
         if given[name] is not None:
             _put(content, place, given[name])
+    for name in ("held_out", "compare"):
+        if given[name] is not None:
+            _put(content, _PLACES[name], [_other_set(text) for text in given[name]])
     _put(content, "judge.adaptive", not given["fixed"])
     if not _names_a_cut(given):
         _put(content, "selection.drop_easiest", DEFAULT_SHARE)
     for key, value in _metric(given["metric"], given["method"]).items():
         _put(content, f"selection.{key}", value)
     return content
+
+
+def _other_set(text: str) -> Any:
+    """A name as it is; more than that, `{path: …, split: …}`, is YAML as in an override."""
+    from posttrain.config import read_value
+
+    return read_value(text, text) if text.startswith("{") else text
 
 
 def _names_a_cut(given: Mapping[str, Any]) -> bool:

@@ -345,14 +345,19 @@ def resolved(settings: Settings) -> dict[str, Any]:
     return settings.model_dump(mode="json")
 
 
+def read_value(text: str, given: str) -> Any:
+    """What a value on the command line says, where it was `given`. SettingsError: no YAML."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{given!r}: the value is no YAML: {error}") from error
+
+
 def _apply_override(content: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise SettingsError(f"{override!r} is no override; write key.sub=value")
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{override!r}: the value is no YAML: {error}") from error
+    value = read_value(text, override)
     *parents, last = key.split(".")
     target = content
     for depth, part in enumerate(parents, start=1):

@@ -13,7 +13,7 @@ from prune_fakes import FakeCritics, FakeEngine, question
 
 from posttrain.cli import main
 from posttrain.cli_prune import _content
-from posttrain.prune.settings import PruneSettings
+from posttrain.prune.settings import OtherChoice, PruneSettings
 
 
 class Done(NamedTuple):
@@ -141,6 +141,9 @@ def test_audit_tells_why_a_row_was_kept_or_dropped(
         (["judge.concurency=3"], "judge.concurency: unknown setting. Did you mean judge.concurren"),
         (["--format", "csv"], "format: Input should be 'parquet' or 'jsonl'"),
         (["source.columns.prompt=task"], "there is no column 'task' (source.columns.prompt)"),
+        (["--held-out", "{path: a"], "'{path: a': the value is no YAML"),
+        (["--held-out", "{path: a, splits: b}"], "overlap.held_out.0.splits: unknown setting"),
+        (["--held-out", "a", "--compare", "a"], "a is named 2 times; once is enough"),
         (["--reward", "none"], "none of 25 rows of s can be used; the first: prompt"),
     ],
 )
@@ -173,7 +176,10 @@ def test_options_are_settings() -> None:
         "method": "critic",
         "max_samples": 32,
         "confidence": 0.95,
-        "held_out": ["h.jsonl"],
+        "held_out": [
+            "h.jsonl",
+            "{path: h, subset: main, split: test, columns: {prompt: task}}",
+        ],
         "reward": "maths",
         "output_format": "jsonl",
     }
@@ -187,7 +193,11 @@ def test_options_are_settings() -> None:
     assert (selection.metric, selection.min_per_domain) == ("pass@k", 2)
     judge = settings.judge
     assert (judge.max_samples, judge.adaptive, judge.labels.confidence) == (32, False, 0.95)
-    assert (settings.overlap.held_out, settings.seed, settings.strict) == (["h.jsonl"], 3, True)
+    first, second = settings.overlap.held_out
+    assert first == OtherChoice(path="h.jsonl")
+    assert (second.path, second.split, second.name) == ("h", "test", "h (main, test)")
+    assert second.columns.prompt == "task"
+    assert (settings.seed, settings.strict) == (3, True)
     assert (settings.rewards.default_verifier, settings.format) == ("maths", "jsonl")
     graded = given | {"method": "grade", "metric": None, "easy_above": None, "drop_below": 3.0}
     settings = PruneSettings.model_validate(_content(graded))

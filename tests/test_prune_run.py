@@ -461,6 +461,37 @@ def test_a_held_out_set_that_cannot_be_read_stops_it(bench: Bench, tmp_path: Pat
         bench.prune(overlap={"held_out": [str(tests)]})
 
 
+def test_what_is_held_out_is_so_in_whatever_split_it_is(bench: Bench, tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    def saved(test_question: str) -> str:
+        path = tmp_path / "tests"
+        splits = {
+            "train": Dataset.from_list([{"question": rows()[1]["question"]}]),
+            "test": Dataset.from_list([{"task": test_question, "input": "ignored"}]),
+        }
+        splits["test"] = splits["test"].rename_column("task", "prompt")
+        DatasetDict(splits).save_to_disk(str(path))
+        return str(path)
+
+    def held_out() -> list[int]:
+        return [r["n"] for r in bench.annotated() if r["prune_rule"] == "held_out"]
+
+    tests = saved(rows()[3]["question"])
+    bench.prune(overlap={"held_out": [tests]})
+    assert held_out() == [1, 3]
+    bench.prune(overlap={"held_out": [{"path": tests, "split": "test"}]})
+    assert held_out() == [3]
+    named = {"path": tests, "split": "test", "columns": {"prompt": "input"}}
+    bench.prune(overlap={"held_out": [named]})
+    assert held_out() == []
+    saved(rows()[5]["question"])
+    bench.prune(overlap={"held_out": [tests]})
+    assert held_out() == [1, 5]
+    with pytest.raises(DataError, match=r"no column 'x' \(overlap, .*tests: columns\.prompt\)"):
+        bench.prune(overlap={"held_out": [{"path": tests, "columns": {"prompt": "x"}}]})
+
+
 def test_domains_shares_and_minimum(bench: Bench) -> None:
     hard = [{**r, "domain": "hard"} for r in rows(40) if r["n"] % 10 < 2]
     easy = [{**r, "domain": "easy"} for r in rows(40) if r["n"] % 10 > 6]

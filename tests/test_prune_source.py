@@ -15,7 +15,7 @@ import pytest
 from posttrain.errors import DataError
 from posttrain.prune import lines
 from posttrain.prune.schema import JsonSchema
-from posttrain.prune.source import Source, open_source
+from posttrain.prune.source import Source, open_source, open_splits
 
 ROWS = [{"question": f"q{i}", "n": i, "tags": [f"t{i}"], "deep": {"x": i}} for i in range(7)]
 
@@ -292,3 +292,21 @@ def test_a_row_that_does_not_fit_leaves_no_trace() -> None:
     assert problem is not None
     assert problem.startswith("column 'a' is an object, in most rows a number (--format jsonl")
     assert schema.schema == before
+
+
+def test_all_splits_of_a_repository_that_datasets_reads(tmp_path: Path) -> None:
+    (tmp_path / "repo").mkdir()
+    parquet(tmp_path / "repo" / "train.parquet", ROWS)
+    parquet(tmp_path / "repo" / "test.parquet", ROWS[:1])
+    (tmp_path / "repo" / "README.md").write_text("---\nlicense: mit\n---\n")
+    path = str(tmp_path / "repo")
+
+    def rows(split: str | None) -> list[list[Any]]:
+        splits = open_splits(path, split=split, subset=None)
+        return [[row.record for row in s.rows(None, s.columns)] for s in splits]
+
+    assert rows("test") == [ROWS[:1]]
+    assert rows(None) == [ROWS, ROWS[:1]]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty: neither .* can load with its splits: "):
+        open_splits(str(tmp_path / "empty"), split=None, subset=None)

@@ -49,14 +49,14 @@ class ColumnSettings(BaseModel):
     verifier: str | None = None
     system: str | None = None
 
-    def resolve(self, columns: Sequence[str]) -> ColumnSettings:
+    def resolve(self, columns: Sequence[str], setting: str = "source.columns") -> ColumnSettings:
         """The columns that are read out of those that there are. Raises DataError for a named one
-        that is missing, or if none holds a prompt."""
+        that is missing, or if none holds a prompt; `setting` is what these are called there."""
         named = {role: name for role, name in self if name is not None}
         for role, name in named.items():
             if name not in columns:
                 raise DataError(
-                    f"there is no column {name!r} (source.columns.{role}). {_listed(columns)}"
+                    f"there is no column {name!r} ({setting}.{role}). {_listed(columns)}"
                 )
         found = {
             role: next((name for name in names if name in columns), None)
@@ -71,7 +71,7 @@ class ColumnSettings(BaseModel):
                 found["context"] = None
         else:
             raise DataError(
-                f"no column holds a prompt; name it with source.columns.messages or .prompt. "
+                f"no column holds a prompt; name it with {setting}.messages or .prompt. "
                 f"{_listed(columns)}"
             )
         return ColumnSettings(**found)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections import Counter
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -37,13 +38,41 @@ class SourceChoice(_Section):
         return self
 
 
+class OtherChoice(_Section):
+    """A set that rows are compared with: as in `SourceChoice`, but without a `split` it is all of
+    them. A text alone is its `path`."""
+
+    path: str = Field(min_length=1)
+    split: str | None = None
+    subset: str | None = None
+    columns: ColumnSettings = ColumnSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, given: Any) -> Any:
+        return {"path": given} if isinstance(given, str) else given
+
+    @property
+    def name(self) -> str:
+        said = [part for part in (self.subset, self.split) if part is not None]
+        return f"{self.path} ({', '.join(said)})" if said else self.path
+
+
 class OverlapSettings(_Section):
     """Rows that share `words` words in a row with a set of `held_out` are dropped; with one of
-    `compare` they are counted. Sets are named like sources."""
+    `compare` they are counted."""
 
-    held_out: list[str] = []
-    compare: list[str] = []
+    held_out: list[OtherChoice] = []
+    compare: list[OtherChoice] = []
     words: int = Field(default=WORDS, gt=0)
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        names = Counter(other.name for other in (*self.held_out, *self.compare))
+        name, times = next(iter(names.most_common(1)), ("", 0))
+        if times > 1:  # it could not be said which of them a row shares text with
+            raise ValueError(f"{name} is named {times} times; once is enough")
+        return self
 
 
 class CriticSettings(_Section):

@@ -98,8 +98,29 @@ def open_source(
     Raises:
         DataError: nothing there, nothing in it, or no split of that name.
     """
+    from posttrain.prune.table_source import datasets_source
+
+    return _files_source(name, one_table=one_table) or datasets_source(
+        name, split=split, subset=subset, revision=revision
+    )
+
+
+def open_splits(name: str, *, split: str | None, subset: str | None) -> list[Source]:
+    """The same where rows need not fit into one table; without a `split`, all that there are.
+    Files are one. Raises DataError as `open_source`."""
+    from posttrain.prune.table_source import datasets_source, split_names
+
+    files = _files_source(name, one_table=False)
+    if files is not None:
+        return [files]
+    names = [split] if split is not None else split_names(name, subset)
+    return [datasets_source(name, split=s, subset=subset, revision=None) for s in names]
+
+
+def _files_source(name: str, *, one_table: bool) -> Source | None:
+    """None: left to `datasets`. Raises DataError."""
     from posttrain.prune.json_source import JsonSource
-    from posttrain.prune.table_source import datasets_source, parquet_source
+    from posttrain.prune.table_source import parquet_source
 
     path = Path(name)
     is_name = len(path.parts) <= 2 and not path.is_absolute() and path.suffix not in FILE_SUFFIXES
@@ -120,7 +141,7 @@ def open_source(
             return JsonSource(files, one_table=one_table)
         if files and all(file.suffix == PARQUET_SUFFIX for file in files):
             return parquet_source(files)
-    return datasets_source(name, split=split, subset=subset, revision=revision)
+    return None
 
 
 def hash_files(files: Sequence[Path]) -> str:

@@ -169,9 +169,7 @@ def datasets_source(
     `revision` pins what a hub name stands for; None means as it is now. Raises DataError.
     """
     path = Path(name)
-    saved = path.is_dir() and any(
-        (path / marker).exists() for marker in ("state.json", "dataset_dict.json")
-    )
+    saved = _is_saved(path)
     try:
         if saved:
             data = _load_saved(path, split)
@@ -179,10 +177,7 @@ def datasets_source(
             revision = revision or (None if path.exists() else _current_revision(name))
             data = _load_streaming(name, split, subset, revision)
     except Exception as error:  # whatever the loaders of a hundred formats stumble over
-        raise DataError(
-            f"{name}: neither a .jsonl or .parquet file nor anything that `datasets` can load as "
-            f"split {split!r}: {type(error).__name__}: {error}"
-        ) from error
+        raise _unloadable(name, f"as split {split!r}", error) from error
     if data.features is None:  # a stream of a format that does not state them
         data = data._resolve_features()
     schema = data.features.arrow_schema
@@ -201,6 +196,31 @@ def datasets_source(
         stem=path.name,
         fingerprint=json.dumps([content, split, subset]),
         revision=revision,
+    )
+
+
+def split_names(name: str, subset: str | None) -> list[str]:
+    """Of what `datasets_source` can open. Raises DataError."""
+    from datasets import DatasetDict, get_dataset_split_names, load_from_disk
+
+    path = Path(name)
+    try:
+        if not _is_saved(path):
+            return list(get_dataset_split_names(name, subset))
+        data = load_from_disk(str(path))
+    except Exception as error:  # as above
+        raise _unloadable(name, "with its splits", error) from error
+    return list(data) if isinstance(data, DatasetDict) else ["train"]
+
+
+def _is_saved(path: Path) -> bool:
+    return any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json"))
+
+
+def _unloadable(name: str, what: str, error: Exception) -> DataError:
+    return DataError(
+        f"{name}: neither a .jsonl or .parquet file nor anything that `datasets` can load {what}: "
+        f"{type(error).__name__}: {error}"
     )
 
 
