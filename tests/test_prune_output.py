@@ -196,12 +196,6 @@ def test_a_set_of_which_nothing_is_kept_says_so(tmp_path: Path, tiny_policy: Pat
     assert report["figures"]["unsolved_share_of_kept"] is None
 
 
-def test_columns_of_our_own_names_are_refused(tmp_path: Path, tiny_policy: Path) -> None:
-    rows = [{"question": question(1, 0.5), "answer": "1", "prune_row": 1}]
-    with pytest.raises(DataError, match="already has the column 'prune_row'"):
-        pruned(write_jsonl(tmp_path / "s.jsonl", rows), tiny_policy)
-
-
 def test_what_a_format_cannot_hold_is_said(tmp_path: Path, tiny_policy: Path) -> None:
     rows = [{"question": question(1, 0.5), "answer": "1", "meta": {}}]
     source = write_jsonl(tmp_path / "s.jsonl", rows)

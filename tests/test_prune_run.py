@@ -424,6 +424,19 @@ def test_strict_stops_at_the_first_bad_row(bench: Bench) -> None:
         bench.prune(strict=True)
 
 
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+@pytest.mark.parametrize("place", [0, 1100])  # among the rows whose columns are looked at first?
+def test_columns_of_our_own_names_are_refused_before_anything_is_asked(
+    bench: Bench, form: str, place: int
+) -> None:
+    records = rows(1200)
+    records[place]["prune_label"] = "mine"
+    bench.write(records)
+    with pytest.raises(DataError, match="already has the column 'prune_label': rename or remove"):
+        bench.prune(format=form)
+    assert bench.critics.opened == 0
+
+
 def test_nothing_usable_is_an_error_that_shows_the_first(bench: Bench) -> None:
     bench.write([{"question": "x"}, {"question": "y"}])
     with pytest.raises(DataError, match=r"none of 2 rows of source can be used; the first: the an"):

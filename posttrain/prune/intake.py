@@ -14,6 +14,7 @@ from posttrain.errors import DataError, ModelError
 from posttrain.progress import say
 from posttrain.prune.columns import ColumnSettings, Task, UnusableRow
 from posttrain.prune.others import OtherSet, OtherSets, overlaps
+from posttrain.prune.output import PREFIX
 from posttrain.prune.settings import PruneSettings, SourceChoice
 from posttrain.prune.source import Row, Source, open_source
 from posttrain.prune.store import Store
@@ -40,8 +41,8 @@ def take_in(store: Store, settings: PruneSettings, make_reader: MakeReader) -> S
     """The source, opened. Its rows are read into the store unless they are there: if the source,
     or what is read of it, has changed, they replace the old ones. What was judged stays.
 
-    Raises DataError if the source cannot be opened or no row can be used, or with `strict` at the
-    first that cannot.
+    Raises DataError if the source cannot be opened, has a column that would be called like one of
+    ours, or no row can be used, or with `strict` at the first that cannot.
     """
     choice = settings.source
     before = store.meta("intake") or {}
@@ -53,6 +54,7 @@ def take_in(store: Store, settings: PruneSettings, make_reader: MakeReader) -> S
         revision=pinned,
         one_table=settings.format == "parquet",
     )
+    _refuse_ours(source.columns, "the source")
     columns = choice.columns.resolve(source.columns)
     others = OtherSets(settings.overlap)
     reader = make_reader(columns, source.stem)
@@ -96,6 +98,8 @@ def _replace_rows(
         if time.monotonic() - said > SAY_EVERY_S:
             said = time.monotonic()
             say(f"prune: {row.number:,} rows read")
+        if row.record is not None:  # rows of JSON may have columns that the first do not
+            _refuse_ours(row.record, f"{row.file}, row {row.place}")
         try:
             task = _task(row, reader)
         except UnusableRow as problem:
@@ -110,6 +114,13 @@ def _replace_rows(
     store.add_rows(batch)
     if not store.has_tasks():
         raise DataError(_nothing_left(store, source))
+
+
+def _refuse_ours(columns: Iterable[str], place: str) -> None:
+    """Beside them ours could not be written, and that would show after all has been judged."""
+    for name in columns:
+        if name.startswith(PREFIX):
+            raise DataError(f"{place} already has the column {name!r}: rename or remove it")
 
 
 def _wanted_rows(source: Source, choice: SourceChoice, seed: int) -> NDArray[np.bool_] | None:

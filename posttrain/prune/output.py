@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PREFIX = "prune_"
+"""Of our columns: a source that has such a one is not taken in."""
 QUARANTINED, HELD_OUT = -1, -2
 """In place of a task's index: rows that no critic has judged."""
 
@@ -136,11 +137,8 @@ def write_rows(
     form: Literal["parquet", "jsonl"],
 ) -> None:
     """`kept` `[tasks]` rows into `directory`/kept, all that can be read into `directory`/annotated,
-    both in the order of the source. Raises DataError for a source that changed, that has columns of
-    our names, or that cannot be written in this format."""
-    taken = [name for name in source.columns if name.startswith(PREFIX)]
-    if taken:
-        raise DataError(f"the source already has the column {taken[0]!r}: rename or remove it")
+    both in the order of the source, which has no columns of our names. Raises DataError for a
+    source that changed, or that cannot be written in this format."""
 
     def is_kept(numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
         task = rows.task[numbers]
