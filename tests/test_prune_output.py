@@ -209,6 +209,12 @@ def test_what_a_format_cannot_hold_is_said(tmp_path: Path, tiny_policy: Path) ->
     pq.write_table(dates, tmp_path / "d.parquet")
     with pytest.raises(DataError, match=r"date is not JSON serializable.*--format parquet"):
         pruned(tmp_path / "d.parquet", tiny_policy, format="jsonl")
+    notes = pa.array([b"caf\xe9"]).view(pa.string())
+    pq.write_table(dates.set_column(2, "notes", notes), tmp_path / "n.parquet")
+    with pytest.raises(DataError, match=r"b'caf\\xe9' is no UTF-8 text.*--format parquet"):
+        pruned(tmp_path / "n.parquet", tiny_policy, format="jsonl")
+    out = pruned(tmp_path / "n.parquet", tiny_policy)
+    assert pq.read_table(out / "data" / "annotated")["notes"].cast(pa.binary())[0].as_py()
 
 
 def test_large_sets_come_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,9 @@ SHARD_ROWS = 100_000
 GROUP_ROWS = 10_000
 """Rows that are written at once, and that Parquet keeps together: smaller chunks are collected."""
 
+SHOWN_BYTES = 60
+"""Of a text that cannot be written."""
+
 
 class Shards(ABC, Generic[Rows]):
     """`part-00000`, `part-00001`, … of about `SHARD_ROWS` rows; one without rows if there are none.
@@ -133,3 +136,9 @@ def json_lines(table: pa.Table) -> list[str]:
         return [json.dumps(row, ensure_ascii=False) for row in table.to_pylist()]
     except TypeError as error:
         raise DataError(f"{error}. Ask for Parquet (--format parquet).") from error
+    except UnicodeDecodeError as error:  # in a column that was not read, else it was set aside
+        found = error.object[:SHOWN_BYTES]
+        raise DataError(
+            f"{found!r} is no UTF-8 text, and JSON takes no other. Ask for Parquet"
+            " (--format parquet)."
+        ) from error
