@@ -365,6 +365,33 @@ def test_more_rows_cost_only_themselves(bench: Bench) -> None:
     assert report["figures"]["prompts"]["judged"] == 20
 
 
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+@pytest.mark.parametrize("change", ["swapped", "garbled", "shortened"])
+def test_nothing_is_written_of_a_source_that_changed_meanwhile(
+    bench: Bench, form: str, change: str
+) -> None:
+    bench.prune(format=form, source__limit=30)
+    before = {p: p.read_bytes() for p in sorted((bench.out / "data").rglob("*.*"))}
+    critics = FakeCritics(FakeEngine(bench.model.chat))
+    changed: list[Any] = {
+        "swapped": rows()[::-1],
+        "garbled": [*rows()[:-1], "{"],
+        "shortened": rows(5),
+    }[change]
+
+    async def generate_and_change(request: Any) -> Any:
+        bench.write(changed)
+        return await FakeEngine.generate(critics.engine, request)
+
+    critics.engine.generate = generate_and_change  # type: ignore[method-assign]
+    with pytest.raises(DataError, match=r"source\.jsonl was changed after it was taken in"):
+        prune(bench.settings(format=form), bench.out, bench.model, critics)
+    assert not (bench.out / "manifest.json").exists()
+    assert {p: p.read_bytes() for p in sorted((bench.out / "data").rglob("*.*"))} == before
+    found = bench.prune(format=form)["figures"]["rows"]
+    assert (found["read"], found["quarantined"]) == (len(changed), int(change == "garbled"))
+
+
 def test_a_sample_is_random_and_stays_the_same(bench: Bench) -> None:
     bench.prune(source__sample=10)
     first = [row["n"] for row in bench.annotated()]

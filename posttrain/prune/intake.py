@@ -47,13 +47,7 @@ def take_in(store: Store, settings: PruneSettings, make_reader: MakeReader) -> S
     choice = settings.source
     before = store.meta("intake") or {}
     pinned = before.get("revision") if before.get("path") == choice.path else None
-    source = open_source(
-        choice.path,
-        split=choice.split,
-        subset=choice.subset,
-        revision=pinned,
-        one_table=settings.format == "parquet",
-    )
+    source = _opened(settings, pinned)
     _refuse_ours(source.columns, "the source")
     columns = choice.columns.resolve(source.columns)
     others = OtherSets(settings.overlap)
@@ -81,6 +75,30 @@ def take_in(store: Store, settings: PruneSettings, make_reader: MakeReader) -> S
         store.set_meta("schema", source.schema().serialize().to_pybytes().hex())
         store.set_meta("intake", signature)
     return source
+
+
+def check_unchanged(source: Source, settings: PruneSettings) -> None:
+    """Raises DataError if the files lie there with another content than was taken in. A name on the
+    hub is pinned."""
+    if source.revision is not None:
+        return
+    if _opened(settings, None).fingerprint != source.fingerprint:
+        raise DataError(
+            f"{settings.source.path} was changed after it was taken in, so nothing was written."
+            " Start the same command again: it takes the source in as it is then, and asks only what"
+            " is not known yet"
+        )
+
+
+def _opened(settings: PruneSettings, revision: str | None) -> Source:
+    choice = settings.source
+    return open_source(
+        choice.path,
+        split=choice.split,
+        subset=choice.subset,
+        revision=revision,
+        one_table=settings.format == "parquet",
+    )
 
 
 def _replace_rows(

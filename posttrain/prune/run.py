@@ -19,7 +19,7 @@ from posttrain.prune.directory import PruneDir, refuse_within
 from posttrain.prune.encoding import Encoding
 from posttrain.prune.figures import examples, figures
 from posttrain.prune.identity import claim, identity
-from posttrain.prune.intake import take_in
+from posttrain.prune.intake import check_unchanged, take_in
 from posttrain.prune.judging import judge, note_pass, num_open, tasks_to_ask
 from posttrain.prune.output import Annotator, row_table, write_rows
 from posttrain.prune.reading import make_reader
@@ -104,7 +104,10 @@ def _write(
     say(f"prune: writing to {directory.path}")
     with staged_directory(directory.data_path) as staged:
         annotator = Annotator(tasks, rows, decided, settings)
-        write_rows(staged, source, rows, annotator, decided.kept, form=settings.format)
+        try:
+            write_rows(staged, source, rows, annotator, decided.kept, form=settings.format)
+        finally:  # whatever rows that are not those that were judged made of it
+            check_unchanged(source, settings)
         write_verdicts(staged / "verdicts", store, tasks, decided, settings)
     lines = (json.dumps(details, ensure_ascii=False) for _, _, details in store.quarantined())
     write_atomically(directory.quarantine_path, "".join(f"{line}\n" for line in lines))
