@@ -13,8 +13,9 @@ import pytest
 from prune_fakes import FakeCritics, FakeEngine, model_of
 from pydantic import ValidationError
 
+from judges import grade, ifd
 from judges.grade import GRADES
-from posttrain.errors import DataError, ModelError, StageError
+from posttrain.errors import DataError, ModelError, RunDirError, StageError
 from posttrain.prune.history import history
 from posttrain.prune.run import prune
 from posttrain.prune.settings import PruneSettings
@@ -108,11 +109,11 @@ def test_prompts_that_do_not_help_are_dropped(tmp_path: Path, tiny_policy: Path)
 
 def grade_rule(text: str, count: int) -> list[float]:
     """The longer the answer, the better: row i gets grade 1 + i/2, by weights on two grades."""
-    grade = text[-1]
+    given = text[-1]
     length = len(text.split("Answer:\n")[1].split("\n")[0]) - 2
     low, share = divmod(length / 2, 1)
     weights = {str(int(low) + 1): 1 - share, str(int(low) + 2): share}
-    return [-9.0] * (count - 1) + [math.log(0.9 * weights.get(grade, 0.0) + 1e-12)]
+    return [-9.0] * (count - 1) + [math.log(0.9 * weights.get(given, 0.0) + 1e-12)]
 
 
 def test_a_grade_is_the_expectation_over_the_grades(tmp_path: Path, tiny_policy: Path) -> None:
@@ -130,6 +131,19 @@ def test_a_grade_is_the_expectation_over_the_grades(tmp_path: Path, tiny_policy:
     lines = history(tmp_path / "out", "1")
     assert any("scored from" in line and "mass 0.9" in line for line in lines)
     assert lines[-1] == "  dropped by drop_below: grade 1.000 is below 3"
+
+
+@pytest.mark.parametrize(("method", "rule"), [("grade", grade_rule), ("ifd", ifd_rule)])
+def test_what_another_version_scored_is_not_mixed_in(
+    tmp_path: Path, tiny_policy: Path, monkeypatch: pytest.MonkeyPatch, method: str, rule: Any
+) -> None:
+    run(tmp_path, Script(tiny_policy, rule), method)
+    others = {"grade": ifd, "ifd": grade}
+    monkeypatch.setattr(others[method], "__file__", __file__)
+    assert run(tmp_path, Script(tiny_policy, rule), method)["opened"] == 0
+    monkeypatch.setattr({"grade": grade, "ifd": ifd}[method], "__file__", __file__)
+    with pytest.raises(RunDirError, match=r"scored_by: '.*', now '.*--fresh"):
+        run(tmp_path, Script(tiny_policy, rule), method)
 
 
 def test_a_critic_that_does_not_grade_is_an_error(tmp_path: Path, tiny_policy: Path) -> None:

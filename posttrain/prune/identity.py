@@ -6,9 +6,10 @@ import hashlib
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import rewards
+from judges import grade, ifd
 from posttrain.dependencies import REWARDS_ELSEWHERE
 from posttrain.errors import RunDirError
 from posttrain.prune.critic import CriticModel
@@ -53,6 +54,8 @@ def identity(settings: PruneSettings, model: CriticModel) -> dict[str, Any]:
         if own := settings.rewards.custom:
             hashes = {name: custom.source_hash(name, path) for name, path in own.items()}
             judged_with["verifier"]["custom"] = hashes
+    else:
+        judged_with["scored_by"] = scoring_version(settings.method)
     return judged_with
 
 
@@ -73,6 +76,12 @@ def verifier_version() -> str:
         digest.update(file.read_bytes())
     versions = [f"{name} {metadata.version(name)}" for name in _LIBRARIES]
     return ", ".join([digest.hexdigest()[:16], *versions])
+
+
+def scoring_version(method: Literal["grade", "ifd"]) -> str:
+    """Of a judge that looks once, its rubric included: a hash of its source."""
+    source = Path({"grade": grade, "ifd": ifd}[method].__file__)
+    return hashlib.sha256(source.read_bytes()).hexdigest()[:16]
 
 
 def claim(store: Store, judged_with: Mapping[str, Any]) -> None:
