@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,12 +26,13 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text` (UTF-8); a reader sees the old content or the new, never a part."""
+def write_atomically(path: Path, parts: str | Iterable[str]) -> None:
+    """Replace `path` by a text (UTF-8), or by parts of one, of which one at a time is in memory; a
+    reader sees the old content or the new, never a part."""
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
         with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines([parts] if isinstance(parts, str) else parts)
             file.flush()
             os.fsync(file.fileno())
         partial.rename(path)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.json
 import pyarrow.parquet as pq
 import pytest
 from prune_fakes import BROKEN, FakeCritics, FakeEngine, model_of, question
@@ -16,6 +18,7 @@ from posttrain.errors import DataError, RunDirError
 from posttrain.prune.critic import CriticModel
 from posttrain.prune.estimate import estimate
 from posttrain.prune.judging import open_tasks
+from posttrain.prune.output import row_table
 from posttrain.prune.run import prune
 from posttrain.prune.settings import PruneSettings
 from posttrain.prune.store import Store
@@ -429,6 +432,24 @@ def test_what_cannot_be_used_is_quarantined_and_nothing_is_lost(bench: Bench) ->
     assert in_quarantine[0]["prune_value"] is None
     total = report["figures"]["rows"]
     assert total["read"] == 11 == total["judged"] + total["quarantined"]
+
+
+@pytest.mark.parametrize("kind", ["json", "parquet"])
+def test_a_quarantine_of_long_rows_stays_small(bench: Bench, kind: str) -> None:
+    bad = [{**r, "answer": None, "question": r["question"] + "n" * 100_000} for r in rows(3)]
+    bench.write([*rows(1), *bad])
+    if kind == "parquet":
+        table = pa.json.read_json(bench.source)
+        bench.source = bench.source.with_suffix(".parquet")
+        pq.write_table(table, bench.source)
+    bench.prune()
+    shown = [entry["content"] for entry in bench.quarantined()]
+    assert [len(text) for text in shown] == [2000] * 3
+    assert shown[1].startswith('{"question": "1:10?nnn')
+    with closing(Store(bench.out / "store.sqlite")) as store:
+        notes = row_table(store, store.tasks()).notes
+    assert list(notes) == [1, 2, 3]
+    assert len({id(reason) for reason in notes.values()}) == 1
 
 
 def test_a_turn_that_the_template_cannot_render_is_quarantined(bench: Bench) -> None:

@@ -336,6 +336,15 @@ class TestAtomicWrites:
         assert path.read_text() == "old"
         assert list(tmp_path.iterdir()) == [path]
 
+    def test_a_text_comes_in_parts(self, tmp_path):
+        path = tmp_path / "f"
+        write_atomically(path, (f"{i}\n" for i in range(3)))
+        assert path.read_text() == "0\n1\n2\n"
+        with pytest.raises(ZeroDivisionError):
+            write_atomically(path, (f"{1 // i}\n" for i in (1, 0)))
+        assert path.read_text() == "0\n1\n2\n"
+        assert list(tmp_path.iterdir()) == [path]
+
     def test_a_staged_directory_appears_when_it_is_whole(self, tmp_path):
         target = tmp_path / "deep" / "policy"
         for content in ("one", "two"):

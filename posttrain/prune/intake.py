@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from posttrain.prune.store import Store
 
 BATCH_ROWS = 1000
 SAY_EVERY_S = 10.0
+SHOWN_CHARACTERS = 2000
+"""Of a row in quarantine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +88,8 @@ def check_unchanged(source: Source, settings: PruneSettings) -> None:
     if _opened(settings, None).fingerprint != source.fingerprint:
         raise DataError(
             f"{settings.source.path} was changed after it was taken in, so nothing was written."
-            " Start the same command again: it takes the source in as it is then, and asks only what"
-            " is not known yet"
+            " Start the same command again: it takes the source in as it is then, and asks only"
+            " what is not known yet"
         )
 
 
@@ -174,15 +177,24 @@ def _quarantine(store: Store, row: Row, problem: str, domain: str, *, strict: bo
     details: dict[str, Any] = {"file": row.file, "row": row.place, "reason": problem}
     if row.offset is not None:
         details |= {"offset": row.offset, "bytes": row.length}
-    details["content"] = row.content or (dict(row.record) if row.record is not None else None)
+    details["content"] = _shown(row)
     store.add_quarantined(row.number, domain, details, readable=readable)
 
 
+def _shown(row: Row) -> Any:
+    """What stands there; of what is long its beginning as text: the rest is where the row is."""
+    if row.record is None or row.content:
+        return row.content[:SHOWN_CHARACTERS] or None
+    text = json.dumps(dict(row.record), ensure_ascii=False, default=str)
+    return dict(row.record) if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS]
+
+
 def _nothing_left(store: Store, source: Source) -> str:
-    reasons = [details["reason"] for _, _, details in store.quarantined()]
-    if not reasons:
+    first = next(store.quarantined(), None)
+    if first is None:
         return f"{source.stem} has no rows, or all of them are held out"
-    return f"none of {len(reasons)} rows of {source.stem} can be used; the first: {reasons[0]}"
+    reason, (_, quarantined) = first[2]["reason"], store.counts()
+    return f"none of {quarantined} rows of {source.stem} can be used; the first: {reason}"
 
 
 def _read_schema(store: Store) -> Any:

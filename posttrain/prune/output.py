@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def row_table(store: Store, tasks: TaskTable) -> RowTable:
     for row, is_readable, details in store.quarantined():
         readable[row] = is_readable
         if is_readable:
-            notes[row] = details["reason"]
+            notes[row] = sys.intern(details["reason"])  # mostly the same, and may be of millions
     return RowTable(task=task, readable=readable, notes=notes)
 
 

@@ -110,7 +110,7 @@ def _write(
             check_unchanged(source, settings)
         write_verdicts(staged / "verdicts", store, tasks, decided, settings)
     lines = (json.dumps(details, ensure_ascii=False) for _, _, details in store.quarantined())
-    write_atomically(directory.quarantine_path, "".join(f"{line}\n" for line in lines))
+    write_atomically(directory.quarantine_path, (f"{line}\n" for line in lines))
     requests, tokens = store.usage()
     manifest = {
         "format": FORMAT,
