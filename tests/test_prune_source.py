@@ -149,6 +149,38 @@ def test_a_repository_that_datasets_reads_is_streamed(tmp_path: Path) -> None:
     assert tables(source, [5]) == [ROWS[5]]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("b.jsonl", "somewhere after 4 rows `datasets` cannot read on"),
+        ("a.jsonl", "neither a .jsonl or .parquet file nor anything"),
+    ],
+)
+def test_a_broken_line_that_datasets_reads_is_said(
+    tmp_path: Path, broken: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("posttrain.prune.table_source.CHUNK_ROWS", 2)
+    repo = tmp_path / "repo"
+    parts(repo, ROWS, jsonl, ".jsonl")
+    (repo / "README.md").write_text(
+        "---\nconfigs:\n- config_name: m\n  data_files: '*.jsonl'\n---\n"
+    )
+    with (repo / broken).open("a") as file:
+        file.write("{\n")
+    with pytest.raises(DataError) as caught:
+        list(opened(repo).rows(None, ["n"]))
+    message = str(caught.value)
+    assert message.startswith(f"{repo}: {said}")
+    assert message.endswith(
+        "where a .jsonl or .parquet file itself is given, or a directory of nothing else."
+    )
+    rows = list(opened(repo / broken).rows(None, ["n"]))
+    assert [row.record is None for row in rows].count(True) == 1
+    gc.collect()
+
+
 BAD_LINES = [
     (b"{", "no JSON (Expecting property name enclosed in double quotes at character 2)"),
     (b"[1]", "a JSON object was expected"),

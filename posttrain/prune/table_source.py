@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 _FEATURES = b"huggingface"
 """Where `datasets` says in a schema what its columns mean, names of classes for example."""
 
+_WAY_OUT = (
+    "Rows that cannot be read are set aside only where a .jsonl or .parquet file itself is given,"
+    " or a directory of nothing else."
+)
+
 Tables = Callable[[Sequence[str] | None], Iterator[tuple[str, "pa.Table"]]]
 """Chunks of given columns (None: all) in order, each with the file it is from."""
 
@@ -176,17 +181,18 @@ def datasets_source(
         else:
             revision = revision or (None if path.exists() else _current_revision(name))
             data = _load_streaming(name, split, subset, revision)
+            if data.features is None:  # a stream of a format that does not state them
+                data = data._resolve_features()
     except Exception as error:  # whatever the loaders of a hundred formats stumble over
         raise _unloadable(name, f"as split {split!r}", error) from error
-    if data.features is None:  # a stream of a format that does not state them
-        data = data._resolve_features()
     schema = data.features.arrow_schema
 
     def read(columns: Sequence[str] | None) -> Iterator[tuple[str, Any]]:
         view = data if columns is None else data.select_columns(list(columns))
         wanted = schema if columns is None else view.features.arrow_schema
-        for table in view.with_format("arrow").iter(batch_size=CHUNK_ROWS):
-            yield name, _fitted(table, wanted)
+        chunks = view.with_format("arrow").iter(batch_size=CHUNK_ROWS)
+        for table in _named(name, (_fitted(chunk, wanted) for chunk in chunks)):
+            yield name, table
 
     content = hash_tree(path) if path.is_dir() else f"{name}@{revision}"
     return TableSource(
@@ -217,10 +223,27 @@ def _is_saved(path: Path) -> bool:
     return any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json"))
 
 
+def _named(name: str, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """The same; whatever `datasets` stumbles over on its way becomes a DataError."""
+    read = 0
+    while True:
+        try:
+            table = next(tables, None)
+        except Exception as error:
+            raise DataError(
+                f"{name}: somewhere after {read:,} rows `datasets` cannot read on "
+                f"({type(error).__name__}: {error}). {_WAY_OUT}"
+            ) from error
+        if table is None:
+            return
+        read += table.num_rows
+        yield table
+
+
 def _unloadable(name: str, what: str, error: Exception) -> DataError:
     return DataError(
         f"{name}: neither a .jsonl or .parquet file nor anything that `datasets` can load {what}: "
-        f"{type(error).__name__}: {error}"
+        f"{type(error).__name__}: {error}. {_WAY_OUT}"
     )
 
 
