@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from judges.estimators import posterior
 from judges.labels import LabelSettings, confident_label, label
-from judges.sampling import Answers, Encode, JudgeUsage, Sampler
+from judges.sampling import Answers, Encode, JudgeUsage, Sampler, unscorable
 from judges.schedule import Schedule
 from judges.stopping import FixedN, LabelRule
 from posttrain.types import (
@@ -93,9 +93,10 @@ class CriticJudge:
     async def judge(
         self, prompts: Iterable[Prompt], *, on_verdict: Callable[[Verdict], None]
     ) -> list[Verdict]:
-        """Verdicts in the order of `prompts`, each handed to `on_verdict` as soon as it is there.
+        """Verdicts in the order of `prompts`, each handed to `on_verdict` as soon as it is there. A
+        prompt that was given up has none.
 
-        Raises as `Sampler.run` does.
+        Raises as `Sampler.run` does, and StageError if all were given up.
         """
         asked = list(prompts)
         settings = self._settings
@@ -122,8 +123,10 @@ class CriticJudge:
                 verdicts[index] = self._verdict(asked[index], n, c, outcomes[index])
                 on_verdict(verdicts[index])
 
-        await self._sampler.run(schedule, asked.__getitem__, take)
-        return [verdicts[index] for index in range(len(asked))]
+        given_up = await self._sampler.run(schedule, asked.__getitem__, take)
+        if given_up and not verdicts:
+            raise unscorable("any prompt", next(iter(given_up.values())))
+        return [verdicts[index] for index in range(len(asked)) if index not in given_up]
 
     def _done(self, n: int, c: int) -> bool:
         if not self._settings.adaptive:

@@ -28,6 +28,9 @@ SCORING_PER_REQUEST = 2
 """Requests being scored for each one at the engine, at most: a slow scorer holds generation back
 before answers pile up in memory."""
 
+BROKEN_AFTER = 3
+"""Prompts that are given up one after the other: it is the scorer that is broken, not they."""
+
 
 @dataclass(slots=True)
 class JudgeUsage:
@@ -86,20 +89,23 @@ class Sampler:
         schedule: Schedule,
         prompt_of: Callable[[int], Prompt],
         on_answers: Callable[[Answers], None],
-    ) -> None:
+    ) -> dict[int, str]:
         """Until the schedule has nothing left to ask; each request's answers go to the schedule,
-        then to `on_answers`.
+        then to `on_answers`. Returns the prompts that were given up, with what the scorer said: of
+        two requests running no answer could be scored.
 
         A request enters when another leaves the engine; none waits for a batch or for scoring.
-        Raises StageError when every answer of two requests running for a prompt could not be
-        scored; what generator, scorer or `on_answers` raise passes through. Either way the other
+        Raises StageError when `BROKEN_AFTER` prompts are given up and no answer is scored between
+        them; what generator, scorer or `on_answers` raise passes through. Either way the other
         requests are cancelled.
         """
         try:
             async with asyncio.TaskGroup() as group:
-                _Run(self, schedule, prompt_of, on_answers, group).fill()
+                run = _Run(self, schedule, prompt_of, on_answers, group)
+                run.fill()
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
+        return run.given_up
 
     async def generate(self, prompt: Prompt, ask: Ask, attempt: int) -> tuple[Rollout, ...]:
         seed = self._sampling.seed
@@ -149,6 +155,10 @@ class _Run:
         self._at_scorer = 0
         self._attempts: Counter[int] = Counter()
         self._unscored: set[int] = set()
+        # That these fail once more says nothing about the scorer.
+        self._failed_before = (schedule.asked > 0) & (schedule.scored == 0)
+        self._given_up_running = 0
+        self.given_up: dict[int, str] = {}
 
     def fill(self) -> None:
         limit = self._sampler.concurrency
@@ -171,22 +181,38 @@ class _Run:
         self._at_scorer -= 1
         self._check_scored(prompt, answers)
         self._schedule.record(
-            ask.index, asked=ask.size, scored=answers.scored, correct=answers.correct
+            ask.index,
+            asked=ask.size,
+            scored=answers.scored,
+            correct=answers.correct,
+            again=ask.index not in self.given_up,
         )
         self._on_answers(answers)
         self.fill()
 
     def _check_scored(self, prompt: Prompt, answers: Answers) -> None:
+        index = answers.index
         if answers.scored:
-            self._unscored.discard(answers.index)
-            return
-        if answers.index in self._unscored:
+            self._unscored.discard(index)
+            self._given_up_running = 0
+        elif index not in self._unscored:
+            self._unscored.add(index)
+        else:
             why = answers.rewards[0].explanation or "no explanation given"
-            raise StageError(
-                f"no answer to prompt {prompt.prompt_id} could be scored, in two requests running "
-                f"({why}): mend the scorer, then start the same command again"
-            )
-        self._unscored.add(answers.index)
+            self.given_up[index] = why
+            self._given_up_running += not self._failed_before[index]
+            if self._given_up_running == BROKEN_AFTER:
+                raise unscorable(
+                    f"{BROKEN_AFTER} prompts running, the last {prompt.prompt_id},", why
+                )
+
+
+def unscorable(which: str, why: str) -> StageError:
+    """That it is not the prompts."""
+    return StageError(
+        f"no answer to {which} could be scored ({why}): mend the scorer, then start the same "
+        "command again"
+    )
 
 
 def _seed(seed: int, prompt_id: str) -> int:

@@ -79,8 +79,11 @@ class Schedule:
                 return None
             self._refresh()
 
-    def record(self, index: int, *, asked: int, scored: int, correct: int) -> None:
-        """What came of a request: `scored` of `asked` answers, `correct` of them right."""
+    def record(
+        self, index: int, *, asked: int, scored: int, correct: int, again: bool = True
+    ) -> None:
+        """What came of a request: `scored` of `asked` answers, `correct` of them right. The prompt
+        may be asked `again`, or is given up."""
         self._population[self._cell(index)] -= 1
         self.asked[index] += asked
         self.scored[index] += scored
@@ -88,11 +91,12 @@ class Schedule:
         cell = self._cell(index)
         self._population[cell] = self._population.get(cell, 0) + 1
         waiting = self._idle.setdefault(cell, array("i"))
-        waiting.append(index)
+        if again:
+            waiting.append(index)
         self._since_refresh += 1
         if self._since_refresh >= self._refresh_every:
             self._refresh()
-        elif len(waiting) == 1:
+        elif again and len(waiting) == 1:
             self._enqueue(cell)
 
     def num_open(self) -> int:

@@ -20,7 +20,7 @@ from posttrain.data.chat import ChatFormat
 from posttrain.prune.critic import Critic, CriticModel
 from posttrain.prune.run import prune
 from posttrain.prune.settings import PruneSettings
-from posttrain.types import PolicyVersion, Rollout, VersionSpan
+from posttrain.types import Outcome, PolicyVersion, Reward, Rollout, VersionSpan
 from rewards.scorer import score_rollouts
 from rewards.shaping import RewardSettings
 
@@ -49,6 +49,7 @@ class FakeEngine:
         self.samples = 0
         self.in_flight = 0
         self.most_in_flight = 0
+        self.poison: set[str] = set()
         self.prompts: list[str] = []
         self.scored: list[list[tuple[int, ...]]] = []
         self._chat = chat
@@ -93,7 +94,13 @@ class FakeEngine:
         )
 
     async def score(self, prompt, rollouts, system):
+        if prompt.messages[-1].content in self.poison:
+            return (unscored("no sandbox"),) * len(rollouts)
         return score_rollouts(prompt, rollouts, system, RewardSettings())
+
+
+def unscored(why: str) -> Reward:
+    return Reward(value=None, correctness=None, outcome=Outcome.INFRASTRUCTURE, explanation=why)
 
 
 def chance(seed: int) -> float:

@@ -163,11 +163,30 @@ def test_one_lost_round_is_retried():
     assert verdict.outcomes[Outcome.INFRASTRUCTURE] == 4
 
 
-def test_two_lost_rounds_are_an_error_that_says_so():
-    script = Script({"p": "?", "slow": "+"}, delays={"slow": 60.0})
-    judge = judge_of(script, round_size=4)
-    with pytest.raises(StageError, match=r"no answer to prompt p could be scored, .*worker gone"):
-        asyncio.run(judge.judge([prompt("p"), prompt("slow")], on_verdict=lambda v: None))
+def test_a_prompt_that_loses_two_rounds_is_given_up_and_the_others_go_on():
+    script = Script({"p": "?", "a": "+", "q": "+++?????????", "b": "+-"})
+    judge, verdicts, _ = run(script, ["p", "a", "q", "b"], round_size=4, concurrency=1)
+    assert [v.prompt_id for v in verdicts] == ["a", "b"]
+    assert sum("-p-" in r.request_id for r in script.requests) == 2
+    assert judge.usage.prompts == 2
+
+
+def test_some_given_up_running_are_an_error_that_says_so():
+    poison = dict.fromkeys("pqr", "?")
+    script = Script({**poison, "slow": "+"}, delays={"slow": 60.0})
+    with pytest.raises(StageError, match=r"to 3 prompts running, the last ., could .*worker gone"):
+        run(script, [*poison, "slow"], round_size=4)
+    # With answers in between it is the prompts, however many there are.
+    script = Script({**dict.fromkeys("pqrstu", "?"), **dict.fromkeys("abcdef", "+-")})
+    _, verdicts, _ = run(script, list("paqbrcsdteuf"), round_size=4, concurrency=1)
+    assert [v.prompt_id for v in verdicts] == list("abcdef")
+
+
+def test_nothing_that_could_be_scored_is_an_error_too():
+    with pytest.raises(
+        StageError, match=r"no answer to any prompt could be scored \(worker gone\)"
+    ):
+        run(Script({"p": "?", "q": "?"}), ["p", "q"])
 
 
 def test_what_the_engine_raises_passes_through():

@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from prune_fakes import BROKEN, FakeCritics, FakeEngine, model_of, question
 
-from posttrain.errors import DataError, RunDirError
+from posttrain.errors import DataError, RunDirError, StageError
 from posttrain.prune.critic import CriticModel
 from posttrain.prune.estimate import estimate
+from posttrain.prune.history import history
 from posttrain.prune.judging import open_tasks
 from posttrain.prune.output import row_table
 from posttrain.prune.run import prune
@@ -460,6 +461,66 @@ def test_a_turn_that_the_template_cannot_render_is_quarantined(bench: Bench) -> 
     (reason,) = report["figures"]["quarantine"]
     assert reason == "its chat template cannot render a prompt with no system message"
     assert bench.quarantined()[0]["reason"].endswith("unknown role tool")
+
+
+def test_a_prompt_that_cannot_be_scored_is_set_aside_and_asked_again(
+    bench: Bench, tmp_path: Path
+) -> None:
+    """Four of them: at the next start only they are asked, which does not make a broken scorer."""
+    poison = {row["question"] for row in rows(40)[::10]}
+
+    def prune_with(poison: set[str], **changes: Any) -> dict[str, Any]:
+        critics = FakeCritics(FakeEngine(bench.model.chat))
+        critics.engine.poison = poison
+        bench.engine = critics.engine
+        return prune(bench.settings(**changes), bench.out, bench.model, critics)
+
+    first = prune_with(poison, judge__concurrency=1)
+    assert first["figures"]["quarantine"] == {"no answer could be scored": 4}
+    assert first["figures"]["rows"]["judged"] == 36
+    entry = bench.quarantined()[1]
+    assert (entry["file"], entry["row"]) == (str(bench.source), 11)
+    assert entry["reason"] == "no answer could be scored (no sandbox)"
+    annotated = bench.annotated()
+    assert annotated[10]["prune_action"] == "quarantined"
+    assert annotated[10]["prune_reason"] == entry["reason"]
+    assert {row["n"] for row in bench.kept()}.isdisjoint({0, 10, 20, 30})
+    assert "no answer could be scored" in history(bench.out, "11")[0]
+    asked = set(bench.engine.requests)
+    again = prune_with(poison)
+    assert again["figures"]["quarantine"] == first["figures"]["quarantine"]
+    assert len(bench.engine.requests) == 4 < len(asked)
+    guess = estimate(bench.settings(), bench.out, bench.model, FakeCritics(bench.engine))
+    assert guess["prompts_to_judge"] == 4
+    mended = prune_with(set())
+    assert (mended["figures"]["quarantine"], mended["figures"]["rows"]["judged"]) == ({}, 40)
+
+
+def test_what_is_held_out_stays_so_where_no_answer_can_be_scored(
+    bench: Bench, tmp_path: Path
+) -> None:
+    bench.engine.poison = {rows()[4]["question"]}
+    bench.write([*rows(6), {**rows(6)[4], "completion": "the secret of a test"}])
+    tests = tmp_path / "tests.jsonl"
+    tests.write_text(json.dumps({"question": "the secret of a test"}) + "\n")
+    critics = FakeCritics(bench.engine)
+    settings = bench.settings(overlap={"held_out": [str(tests)]})
+    report = prune(settings, bench.out, bench.model, critics)
+    assert [entry["row"] for entry in bench.quarantined()] == [5]
+    assert (report["figures"]["rows"]["held_out"], bench.annotated()[6]["prune_rule"]) == (
+        1,
+        "held_out",
+    )
+
+
+def test_a_broken_scorer_ends_the_pass(bench: Bench) -> None:
+    bench.engine.poison = {row["question"] for row in rows()}
+    with pytest.raises(StageError, match=r"no answer to 3 prompts running, .*\(no sandbox\): mend"):
+        prune(bench.settings(), bench.out, bench.model, FakeCritics(bench.engine))
+    bench.write(rows(2))
+    for _ in range(2):
+        with pytest.raises(StageError, match="no answer to any prompt could be scored"):
+            prune(bench.settings(), bench.out, bench.model, FakeCritics(bench.engine), fresh=True)
 
 
 def test_strict_stops_at_the_first_bad_row(bench: Bench) -> None:

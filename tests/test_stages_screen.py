@@ -70,6 +70,16 @@ def test_each_domain_loses_its_own_share(tiny_policy: Path) -> None:
     assert len(apart.ledger.verdicts) == 4
 
 
+def test_what_cannot_be_judged_is_kept(tiny_policy: Path) -> None:
+    rates = [("a", 1.0), ("a", 0.9), ("b", 0.3), ("b", 0.1)]
+    shared = context(tiny_policy, rates, drop_easiest=0.5)
+    shared.pools.scorer.poison = {question(0, 1.0)}
+    screened = asyncio.run(screen(shared, tiny_policy))
+    assert screened.kept_rows == {"a0", "b2", "b3"}
+    assert (screened.metrics["prompts"], screened.metrics["prompts_given_up"]) == (4, 1)
+    assert len(shared.ledger.verdicts) == len(shared.ledger.decisions) == 3
+
+
 def test_a_domain_keeps_its_minimum(tiny_policy: Path) -> None:
     rates = [("a", 1.0), ("a", 0.9), ("b", 0.3), ("b", 0.1)]
     of_each = context(tiny_policy, rates, drop_easiest=0.5, min_per_domain=1)

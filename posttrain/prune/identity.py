@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -80,8 +81,8 @@ def verifier_version() -> str:
 
 def scoring_version(method: Literal["grade", "ifd"]) -> str:
     """Of a judge that looks once, its rubric included: a hash of its source."""
-    source = Path({"grade": grade, "ifd": ifd}[method].__file__)
-    return hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    source = inspect.getsource({"grade": grade, "ifd": ifd}[method])
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
 def claim(store: Store, judged_with: Mapping[str, Any]) -> None:

@@ -42,7 +42,8 @@ MakeReader = Callable[[ColumnSettings, str], Reader]
 
 def take_in(store: Store, settings: PruneSettings, make_reader: MakeReader) -> Source:
     """The source, opened. Its rows are read into the store unless they are there: if the source,
-    or what is read of it, has changed, they replace the old ones. What was judged stays.
+    or what is read of it, has changed, they replace the old ones. What was judged stays, and rows
+    that were set aside because no answer could be scored are open again.
 
     Raises DataError if the source cannot be opened, has a column that would be called like one of
     ours, or no row can be used, or with `strict` at the first that cannot.
@@ -67,6 +68,7 @@ def take_in(store: Store, settings: PruneSettings, make_reader: MakeReader) -> S
         "format": settings.format,
     }
     if before == signature:
+        store.take_back()
         source.restore(_read_schema(store))
         return source
     say(f"prune: reading {choice.path}, columns {', '.join(columns.names())}")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from judges.sampling import Answers, Sampler
+from judges.sampling import Answers, Sampler, unscorable
 from judges.schedule import Schedule
 from judges.stopping import open_prompts
 from posttrain.progress import duration, say
@@ -72,16 +72,17 @@ async def judge(
     encoding: Encoding,
     settings: PruneSettings,
     asked: NDArray[np.bool_],
-) -> None:
-    """Every open task of `asked`, until none is; what is found is in the store at once.
+) -> dict[int, str]:
+    """Every open task of `asked`, until none is; what is found is in the store at once. Returns the
+    keys of tasks that were given up before they had a scored answer, and what the scorer said.
 
     Raises StageError if answers cannot be scored, or are no grades; what the engine raises passes
     through.
     """
     if settings.method == "critic":
-        await _sample(store, tasks, critic, encoding, settings, asked)
-    else:
-        await score_tasks(store, tasks, critic, encoding, settings)
+        return await _sample(store, tasks, critic, encoding, settings, asked)
+    await score_tasks(store, tasks, critic, encoding, settings)
+    return {}
 
 
 async def _sample(
@@ -91,7 +92,7 @@ async def _sample(
     encoding: Encoding,
     settings: PruneSettings,
     may_ask: NDArray[np.bool_],
-) -> None:
+) -> dict[int, str]:
     asked = settings.judge
     sampler = Sampler(
         critic.generator,
@@ -118,7 +119,12 @@ async def _sample(
         store.record_answers(int(tasks.key[answers.index]), answers)
         report.tick()
 
-    await sampler.run(schedule, lambda index: store.task(int(tasks.key[index])).prompt, keep)
+    given_up = await sampler.run(
+        schedule, lambda index: store.task(int(tasks.key[index])).prompt, keep
+    )
+    if given_up and not schedule.scored.any():
+        raise unscorable("any prompt", next(iter(given_up.values())))
+    return {int(tasks.key[i]): why for i, why in given_up.items() if not schedule.scored[i]}
 
 
 class _Report:

@@ -61,10 +61,15 @@ def prune(
             source = take_in(store, settings, make_reader(settings, encoding))
             tasks = store.tasks()
             asked = tasks_to_ask(store, tasks, settings, top_up=top_up)
+            given_up: dict[int, str] = {}
             if num_open(tasks, settings, asked):
-                asyncio.run(_judge(store, tasks, open_critic, encoding, settings, asked))
+                judging = _judge(store, tasks, open_critic, encoding, settings, asked)
+                given_up = asyncio.run(judging)
                 tasks = store.tasks()
             note_pass(store, tasks, settings, asked)
+            if given_up:
+                store.set_aside(given_up, settings.source.path)
+                tasks = store.tasks()
             if settings.method == "grade":
                 check_grades(store)
             decided = decide(tasks, settings)
@@ -85,9 +90,9 @@ async def _judge(
     encoding: Encoding,
     settings: PruneSettings,
     asked: NDArray[np.bool_],
-) -> None:
+) -> dict[int, str]:
     async with open_critic() as critic:
-        await judge(store, tasks, critic, encoding, settings, asked)
+        return await judge(store, tasks, critic, encoding, settings, asked)
 
 
 def _write(

@@ -23,7 +23,8 @@ from judges.sampling import Answers
 from judges.selection import tie_break
 from posttrain.errors import RunDirError, StageError
 from posttrain.prune.columns import Task
-from posttrain.types import Message, Outcome, Prompt
+from posttrain.prune.task_content import read_task, task_content
+from posttrain.types import Outcome
 
 SCHEMA_VERSION = 1
 
@@ -189,7 +190,7 @@ class Store:
             "INSERT OR IGNORE INTO tasks (task_id, prompt_id, tie, content) VALUES (?, ?, ?, ?)",
             (
                 # SQLite's integers are signed.
-                (t.task_id, t.prompt.prompt_id, tie_break(t.task_id) - 2**63, _content(t))
+                (t.task_id, t.prompt.prompt_id, tie_break(t.task_id) - 2**63, task_content(t))
                 for _, t in rows
             ),
         )
@@ -209,6 +210,28 @@ class Store:
 
     def add_overlap(self, number: int, other: str, shared: str, *, drops: bool) -> None:
         self._db.execute("INSERT INTO overlaps VALUES (?, ?, ?, ?)", (number, other, drops, shared))
+
+    def set_aside(self, reasons: Mapping[int, str], file: str) -> None:
+        """Rows of these tasks, by key, which could not be judged: in quarantine until `take_back`.
+        What is held out stays so."""
+        mine = """SELECT row FROM rows WHERE task = ?
+                  AND row NOT IN (SELECT row FROM overlaps WHERE drops)"""
+        with self.transaction():
+            for key, why in reasons.items():
+                said = {"file": file, "reason": f"no answer could be scored ({why})", "task": key}
+                for (row,) in self._db.execute(mine, (key,)).fetchall():
+                    details = json.dumps(said | {"row": row + 1}, ensure_ascii=False)
+                    self._db.execute("INSERT INTO quarantine VALUES (?, 1, ?)", (row, details))
+                    self._db.execute("UPDATE rows SET task = NULL WHERE row = ?", (row,))
+
+    def take_back(self) -> None:
+        """What was set aside has its tasks again."""
+        with self.transaction():
+            self._db.execute(
+                """UPDATE rows SET task = json_extract(details, '$.task') FROM quarantine
+                   WHERE quarantine.row = rows.row AND json_extract(details, '$.task') NOTNULL"""
+            )
+            self._db.execute("DELETE FROM quarantine WHERE json_extract(details, '$.task') NOTNULL")
 
     def num_rows(self) -> int:
         """Of the source, up to the last that was taken in."""
@@ -279,7 +302,7 @@ class Store:
 
     def task(self, key: int) -> Task:
         row = self._db.execute("SELECT task_id, content FROM tasks WHERE task = ?", (key,))
-        return _task(*row.fetchone())
+        return read_task(*row.fetchone())
 
     def task_facts(self) -> Iterator[tuple[int, str, dict[Outcome, int]]]:
         """(key, prompt id, outcomes) of every task, by key."""
@@ -293,7 +316,7 @@ class Store:
             "SELECT task, task_id, content FROM tasks WHERE task_id = ?1 OR prompt_id = ?1",
             (some_id,),
         )
-        return [(key, _task(task_id, content)) for key, task_id, content in rows]
+        return [(key, read_task(task_id, content)) for key, task_id, content in rows]
 
     def task_of(self, row: int) -> int | None:
         """Key of a row's task; None for a row in quarantine, or one that there is not."""
@@ -348,33 +371,6 @@ class Store:
             "INSERT INTO samples (task, tokens, found, at) VALUES (?, ?, ?, ?)",
             (key, tokens, json.dumps(found, ensure_ascii=False), time.time()),
         )
-
-
-def _content(task: Task) -> str:
-    prompt = task.prompt
-    return json.dumps(
-        {
-            "messages": [message.as_dict() for message in prompt.messages],
-            "reference": prompt.reference,
-            "domain": prompt.domain,
-            "metadata": dict(prompt.metadata),
-            "completion": task.completion,
-        },
-        ensure_ascii=False,
-    )
-
-
-def _task(task_id: str, content: str) -> Task:
-    """Its prompt carries the task's id: two tasks may ask the same and expect different answers."""
-    fields = json.loads(content)
-    prompt = Prompt(
-        prompt_id=task_id,
-        messages=tuple(Message(**message) for message in fields["messages"]),
-        reference=fields["reference"],
-        domain=fields["domain"],
-        metadata=fields["metadata"],
-    )
-    return Task(task_id=task_id, prompt=prompt, completion=fields["completion"])
 
 
 def _outcomes(counts: Iterable[int]) -> dict[Outcome, int]:

@@ -25,7 +25,8 @@ class Screened:
 
 
 async def screen(context: StageContext, model: Path) -> Screened:
-    """The critic is `model`, the policy that enters the stage.
+    """The critic is `model`, the policy that enters the stage. What it cannot judge stays: rows in
+    the SFT set, and prompts in RL's with nothing known about them.
 
     Verdicts on every training and SFT prompt and decisions on the SFT prompts go to the ledger.
     """
@@ -53,8 +54,8 @@ async def screen(context: StageContext, model: Path) -> Screened:
     decisions = select(of_sft, settings.selection, domains)
     context.ledger.record_decisions("sft", decisions)
     context.ledger.flush()
-    kept = {d.prompt_id for d in decisions if d.action is Action.KEEP}
-    kept_rows = frozenset(r.row_id for r in context.sft_rows if r.prompt.prompt_id in kept)
+    dropped = {d.prompt_id for d in decisions if d.action is Action.DROP}
+    kept_rows = frozenset(r.row_id for r in context.sft_rows if r.prompt.prompt_id not in dropped)
     summary = summarise(decisions)
 
     return Screened(
@@ -62,6 +63,7 @@ async def screen(context: StageContext, model: Path) -> Screened:
         kept_rows=kept_rows,
         metrics={
             "prompts": len(prompts),
+            "prompts_given_up": len(prompts) - len(verdicts),
             "samples": judge.usage.samples,
             "completion_tokens": judge.usage.completion_tokens,
             "partly_solved_share": _partly_solved(verdicts),
