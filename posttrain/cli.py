@@ -177,7 +177,6 @@ def _prepare(path: Path, overrides: list[str] | None) -> tuple[Settings, Inputs]
 
 def _plan(settings: Settings, inputs: Inputs) -> dict[str, Any]:
     """What a run would do, without doing it."""
-    from posttrain.data.overlap import shared_texts
     from posttrain.plan import examine, policy_shape
     from posttrain.rerun import outlook
 
@@ -185,8 +184,6 @@ def _plan(settings: Settings, inputs: Inputs) -> dict[str, Any]:
     teacher = settings.teacher.model_copy(update={"model": name})
     located = settings.model_copy(update={"teacher": teacher, "rewards": inputs.rewards})
     needs = examine(located, policy_shape(str(inputs.model)))
-    # DPO mines its pairs from the prompts of RL.
-    sets = {"sft": [row.prompt for row in inputs.sft_rows], "rl and dpo": inputs.train}
     return {
         "stages": outlook(settings, inputs),
         "run": settings.run.dir,
@@ -200,8 +197,7 @@ def _plan(settings: Settings, inputs: Inputs) -> dict[str, Any]:
         "gib_on_each_device": [_memory(role) for role in needs["roles"]],
         "does_not_fit": needs["problems"],
         "prompts_sharing_text": [
-            f"{pair}: {count}"
-            for pair, count in shared_texts(sets | {"held_out": inputs.held_out}).items()
+            f"{pair}: {count}" for pair, count in inputs.prompts_sharing_text().items()
         ],
     }
 

@@ -14,8 +14,9 @@ from curricula.mixture import check_quotas
 from posttrain.config import Settings
 from posttrain.data.chat import ChatFormat
 from posttrain.data.instructions import InstructionMix
+from posttrain.data.overlap import shared_texts
 from posttrain.data.pair_sets import load_pairs, pair_record
-from posttrain.data.prompts import check_disjoint
+from posttrain.data.prompts import check_disjoint, each_once
 from posttrain.data.sources import STARTER, load_prompts, load_sft_rows
 from posttrain.dependencies import SOURCE_OF
 from posttrain.errors import DataError, ModelError
@@ -83,6 +84,16 @@ class Inputs:
             **{f"{SOURCE_OF}{name}": custom.source_hash(name, path) for name, path in own},
             **{f"rewards.{n}.model": fingerprint_directory(Path(model)) for n, model in models},
         }
+
+    def prompts_sharing_text(self) -> dict[str, int]:
+        """By pair of the sets that stages train or are measured on (see `shared_texts`)."""
+        sft = each_once(row.prompt for row in self.sft_rows)
+        if self.pairs:
+            dpo = each_once(pair.prompt for pair in self.pairs)
+            trained = {"sft": sft, "rl": self.train, "dpo": dpo}
+        else:  # DPO mines its pairs from the prompts of RL
+            trained = {"sft": sft, "rl and dpo": self.train}
+        return shared_texts(trained | {"held_out": self.held_out})
 
 
 def _digest(content: list[Any]) -> str:

@@ -67,7 +67,13 @@ def run(settings: Settings, inputs: Inputs, *, fresh: bool) -> RunResult:
         if copy is not None:
             driving.enter_context(copy.driven(fresh=fresh))
         run_dir = driving.enter_context(
-            RunDir.create_or_open(place.path, config.resolved(settings), fresh, plan.fingerprints)
+            RunDir.create_or_open(
+                place.path,
+                config.resolved(settings),
+                fresh,
+                plan.fingerprints,
+                inputs.prompts_sharing_text(),
+            )
         )
         if plan.is_done(run_dir):
             say(f"every stage of {settings.run.dir} is done")

@@ -1,6 +1,7 @@
 """A run on disk: layout, settings, the lease of its one driver, and the manifest of its stages.
 
-    config.yaml      resolved settings (the seed among them), versions, input fingerprints
+    config.yaml      resolved settings (the seed among them), versions, fingerprints of the inputs
+                     and how many of their prompts share text
     manifest.json    stages: state, artifacts with their hashes, metrics
     ledger.sqlite    draws, verdicts, decisions (posttrain.ledger)
     metrics.jsonl    one record per step (posttrain.metrics)
@@ -112,13 +113,15 @@ class RunDir:
         resolved_settings: Mapping[str, Any],
         fresh: bool,
         inputs: Mapping[str, str] | None = None,
+        sharing: Mapping[str, int] | None = None,
     ) -> RunDir:
         """Take the run's lease, then create the run or open it to go on.
 
         `resolved_settings` hold what YAML holds; `inputs` are the fingerprints of the files the
-        run reads, by name. Both are written down; what rests on something that changed is for the
-        manifest to say. With `fresh`, a run that is there is deleted first. RunDirError: the
-        directory is not empty and no run of ours, cannot be written, or another driver has it.
+        run reads, by name; `sharing` says how many prompts two sets share text in. All are written
+        down; what rests on something that changed is for the manifest to say. With `fresh`, a run
+        that is there is deleted first. RunDirError: the directory is not empty and no run of ours,
+        cannot be written, or another driver has it.
         """
         run = cls(path)
         run.check_usable()
@@ -128,7 +131,8 @@ class RunDir:
             if fresh:
                 run._delete_contents()
             recover(path)
-            run._write_config(resolved_settings, inputs or {})
+            counts = {"inputs": inputs or {}, "prompts_sharing_text": sharing or {}}
+            run._write_config({"settings": resolved_settings} | counts)
         except BaseException:
             run.close()
             raise
@@ -299,13 +303,9 @@ class RunDir:
         manifest = {"format": FORMAT, "stages": {n: asdict(r) for n, r in stages.items()}}
         write_atomically(self.manifest_path, json.dumps(manifest, indent=2, allow_nan=False) + "\n")
 
-    def _write_config(self, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
-        wanted = {
-            "format": FORMAT,
-            "settings": json.loads(json.dumps(settings)),
-            "inputs": dict(inputs),
-            "versions": _versions(),
-        }
+    def _write_config(self, content: Mapping[str, Any]) -> None:
+        plain = json.loads(json.dumps(content))
+        wanted = {"format": FORMAT, **plain, "versions": _versions()}
         is_new = not self.config_path.exists() and not self.manifest_path.exists()
         if is_new or self.config() != wanted:
             write_atomically(self.config_path, yaml.safe_dump(wanted, sort_keys=False))

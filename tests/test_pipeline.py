@@ -155,6 +155,24 @@ def test_each_stage_works_on_what_the_one_before_left(bench: Bench) -> None:
     assert result.metrics["dpo"]["stage"] == "dpo"
 
 
+def test_what_the_sets_share_is_recorded(bench: Bench) -> None:
+    def recorded(*overrides: str) -> dict[str, int]:
+        bench.run(*overrides)
+        found: dict[str, int] = RunDir(bench.run_dir).config()["prompts_sharing_text"]
+        return found
+
+    assert recorded("stages=[rl]") == {}
+    shared = [{"question": "1+1=?", "completion": "#2", "answer": "2"}]
+    (bench.path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shared))
+    assert recorded("stages=[sft,rl]") == {"sft and rl and dpo": 1}
+    pairs = bench.path / "pairs.jsonl"
+    pair = {"chosen": "#2", "rejected": "#3"}
+    kinds = [{"prompt": "1+1=?"} | pair, {"prompt": "1+1=?", "chosen": "2", "rejected": "3"}]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in kinds))
+    stored = ["stages=[sft,rl,dpo]", f"dpo.data={{source: {pairs}}}"]
+    assert recorded(*stored) == {"sft and rl": 1, "sft and dpo": 1, "rl and dpo": 1}
+
+
 @pytest.mark.parametrize(
     ("stages", "expected"),
     [

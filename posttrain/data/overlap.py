@@ -41,7 +41,9 @@ class TextIndex:
 def shared_texts(sets: Mapping[str, Sequence[Prompt]], n: int = WORDS) -> dict[str, int]:
     """How many prompts of a set share text with another, for every pair that does, as
     `"sft and held_out"`. Counted in the first set of a pair."""
-    indices = {name: TextIndex(map(_question, prompts), n) for name, prompts in sets.items()}
+    # The first, often the largest by far, is looked up in the others and needs no index.
+    indexed = list(sets.items())[1:]
+    indices = {name: TextIndex(map(_question, prompts), n) for name, prompts in indexed}
     counts = {
         f"{first} and {second}": sum(
             indices[second].shared(_question(prompt)) is not None for prompt in sets[first]
