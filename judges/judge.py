@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from judges.estimators import posterior
 from judges.labels import LabelSettings, confident_label, label
 from judges.sampling import Answers, Encode, JudgeUsage, Sampler, unscorable
 from judges.schedule import Schedule
-from judges.stopping import FixedN, LabelRule
+from judges.selection import SelectionSettings
+from judges.stopping import (
+    CUT,
+    LABEL,
+    CutRule,
+    FixedN,
+    LabelRule,
+    PurposeRule,
+    StoppingRule,
+    with_purpose,
+)
 from posttrain.types import (
     Generator,
     Outcome,
@@ -27,7 +39,7 @@ __all__ = ["CriticJudge", "Encode", "JudgeSettings", "JudgeUsage"]
 
 
 class JudgeSettings(BaseModel):
-    """How a critic is sampled: `round_size` answers at a time until the label is decided or
+    """How a critic is sampled: `round_size` answers at a time until enough is known or
     `max_samples` are scored. Not `adaptive`: exactly `max_samples`, what pass@k needs.
 
     `concurrency` counts requests at the engine. A `seed` makes the answers repeatable; it costs an
@@ -44,6 +56,16 @@ class JudgeSettings(BaseModel):
     concurrency: int = Field(default=64, gt=0)
     seed: int | None = Field(default=None, ge=0)
     labels: LabelSettings = LabelSettings()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selected:
+    """The prompts of `domains` (prompt id -> domain) are judged until it is sure on which side of
+    the cut of `selection` they lie; those of `labelled` (prompt ids) until their label is."""
+
+    selection: SelectionSettings
+    domains: Mapping[str, str]
+    labelled: Collection[str]
 
 
 class CriticJudge:
@@ -91,58 +113,93 @@ class CriticJudge:
         return self._sampler.usage
 
     async def judge(
-        self, prompts: Iterable[Prompt], *, on_verdict: Callable[[Verdict], None]
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        on_verdict: Callable[[Verdict], None],
+        on_decided: Callable[[], None] = lambda: None,
+        selected: Selected | None = None,
     ) -> list[Verdict]:
-        """Verdicts in the order of `prompts`, each handed to `on_verdict` as soon as it is there. A
-        prompt that was given up has none.
+        """Verdicts in the order of `prompts`, each handed to `on_verdict` as soon as it is there:
+        those for a cut at the end, because the cut moves and a prompt may be asked again.
+        `on_decided` is called once for every prompt, when its answers suffice for the first time,
+        or in the end. A prompt that was given up has no verdict.
 
         Raises as `Sampler.run` does, and StageError if all were given up.
         """
         asked = list(prompts)
+        schedule, purpose = self._schedule(asked, selected)
+        outcomes = [Counter[Outcome]() for _ in asked]
+        undecided = set(range(len(asked)))
+        verdicts: dict[int, Verdict] = {}
+
+        def conclude(index: int) -> None:
+            self.usage.prompts += 1
+            n, c = int(schedule.scored[index]), int(schedule.correct[index])
+            verdicts[index] = self._verdict(asked[index], n, c, outcomes[index])
+            on_verdict(verdicts[index])
+
+        def decide(index: int) -> None:
+            if index in undecided:
+                undecided.discard(index)
+                on_decided()
+
+        def take(answers: Answers) -> None:
+            outcomes[answers.index].update(r.outcome for r in answers.rewards)
+            if not schedule.is_open(answers.index):
+                decide(answers.index)
+                if not purpose[answers.index] & CUT:
+                    conclude(answers.index)
+
+        given_up = await self._sampler.run(schedule, asked.__getitem__, take)
+        if len(given_up) == len(asked) > 0:
+            raise unscorable("any prompt", next(iter(given_up.values())))
+        for index in range(len(asked)):
+            decide(index)
+            if index not in verdicts and index not in given_up:
+                conclude(index)
+        return [verdicts[index] for index in sorted(verdicts)]
+
+    def _schedule(
+        self, asked: Sequence[Prompt], selected: Selected | None
+    ) -> tuple[Schedule, NDArray[np.integer]]:
+        """And what each prompt `[N]` is judged for."""
         settings = self._settings
-        rule = LabelRule(settings.labels) if settings.adaptive else FixedN()
         none = np.zeros(len(asked), dtype=np.int32)
+        purpose: NDArray[np.integer] = np.full(len(asked), LABEL)
+        domain: NDArray[np.integer] = none
+        rule: StoppingRule = LabelRule(settings.labels) if settings.adaptive else FixedN()
+        if settings.adaptive and selected is not None and selected.domains:
+            purpose = np.array([_purpose(prompt.prompt_id, selected) for prompt in asked])
+            names = {name: code for code, name in enumerate(sorted({*selected.domains.values()}))}
+            # The domain of what no cut is for says nothing.
+            own = [names.get(selected.domains.get(p.prompt_id, ""), 0) for p in asked]
+            domain = with_purpose(np.array(own), purpose)
+            cut = CutRule(selected.selection, settings.labels.confidence)
+            rule = PurposeRule(cut, LabelRule(settings.labels))
         schedule = Schedule(
             none,
             none,
             none,
-            none,
+            domain,
             rule,
             round_size=settings.round_size if settings.adaptive else None,
             cap=settings.max_samples,
         )
-        outcomes = [Counter[Outcome]() for _ in asked]
-        verdicts: dict[int, Verdict] = {}
-
-        def take(answers: Answers) -> None:
-            index = answers.index
-            outcomes[index].update(r.outcome for r in answers.rewards)
-            n, c = int(schedule.scored[index]), int(schedule.correct[index])
-            if self._done(n, c):
-                self.usage.prompts += 1
-                verdicts[index] = self._verdict(asked[index], n, c, outcomes[index])
-                on_verdict(verdicts[index])
-
-        given_up = await self._sampler.run(schedule, asked.__getitem__, take)
-        if given_up and not verdicts:
-            raise unscorable("any prompt", next(iter(given_up.values())))
-        return [verdicts[index] for index in range(len(asked)) if index not in given_up]
-
-    def _done(self, n: int, c: int) -> bool:
-        if not self._settings.adaptive:
-            return n >= self._settings.max_samples
-        return label(n, c, self._settings.max_samples, self._settings.labels) is not None
+        return schedule, purpose
 
     def _verdict(self, prompt: Prompt, n: int, c: int, outcomes: Mapping[Outcome, int]) -> Verdict:
         settings = self._settings
-        decided = label(n, c, settings.max_samples, settings.labels)
+        decided = label(n, c, cap=n, settings=settings.labels)
         assert decided is not None
         if not settings.adaptive:
             decided_by = "fixed n"
         elif confident_label(n, c, settings.labels) is decided:
             decided_by = "confidence"
-        else:
+        elif n >= settings.max_samples:
             decided_by = "cap"
+        else:
+            decided_by = "cut"
         return Verdict(
             prompt_id=prompt.prompt_id,
             judge="critic",
@@ -155,3 +212,10 @@ class CriticJudge:
             decided_by=decided_by,
             sampling=self._sampled_with,
         )
+
+
+def _purpose(prompt_id: str, selected: Selected) -> int:
+    """What no cut is for gets a label."""
+    if prompt_id not in selected.domains:
+        return LABEL
+    return CUT | LABEL if prompt_id in selected.labelled else CUT

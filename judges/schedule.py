@@ -99,6 +99,11 @@ class Schedule:
         elif again and len(waiting) == 1:
             self._enqueue(cell)
 
+    def is_open(self, index: int) -> bool:
+        """Whether the prompt needs more samples as things stand."""
+        cell = self._cell(index)
+        return cell.n < self._cap and self._rule.is_open(cell)
+
     def num_open(self) -> int:
         """Prompts that need more samples as things stand, those under way left out."""
         self._refresh()

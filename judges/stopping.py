@@ -6,6 +6,7 @@ A rule sees counts only, c of n answers correct, so prompts with equal counts sh
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
@@ -15,6 +16,10 @@ from numpy.typing import NDArray
 from judges.estimators import beta_cdf, posterior, rate_at
 from judges.labels import LabelSettings, confident_label
 from judges.selection import SelectionSettings, drops_unsolved, easiness_of, quantile_count
+
+CUT, LABEL = 1, 2
+"""What a prompt is judged for; `CUT | LABEL` is both."""
+PURPOSES = 4
 
 
 class Cell(NamedTuple):
@@ -136,6 +141,40 @@ class CutRule:
 
     def _easiness(self, cell: Cell) -> float:
         return easiness_of(*posterior(cell.n, cell.c), self._selection)
+
+
+class PurposeRule:
+    """Prompts that are judged for a cut go by the one rule, those for a label by the other, those
+    for both until neither wants more. Their domains are those of `with_purpose`."""
+
+    def __init__(self, cut: CutRule, labels: LabelRule) -> None:
+        self.breadth_first = cut.breadth_first
+        self._cut = cut
+        self._labels = labels
+
+    def is_open(self, cell: Cell) -> bool:
+        purpose, cell = _purpose_of(cell)
+        of_cut = bool(purpose & CUT) and self._cut.is_open(cell)
+        return of_cut or (bool(purpose & LABEL) and self._labels.is_open(cell))
+
+    def follow(self, population: Population) -> None:
+        """The cut is made among the prompts that it is for."""
+        selected: Counter[Cell] = Counter()
+        for cell, count in population.items():
+            purpose, plain = _purpose_of(cell)
+            if purpose & CUT:
+                selected[plain] += count
+        self._cut.follow(selected)
+
+
+def with_purpose(domain: NDArray[np.integer], purpose: NDArray[np.integer]) -> NDArray[np.integer]:
+    """Codes for both: prompts with equal counts are told apart by what they are judged for."""
+    return domain * PURPOSES + purpose
+
+
+def _purpose_of(cell: Cell) -> tuple[int, Cell]:
+    domain, purpose = divmod(cell.domain, PURPOSES)
+    return purpose, cell._replace(domain=domain)
 
 
 def weighted_cut(easiness: NDArray[np.float64], weight: NDArray[np.float64], share: float) -> float:

@@ -4,10 +4,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from judges.judge import CriticJudge, JudgeSettings
+from judges.judge import CriticJudge, JudgeSettings, Selected
 from judges.labels import LabelSettings
 from judges.sampling import Sampler
 from judges.schedule import Schedule
+from judges.selection import SelectionSettings
 from judges.stopping import FixedN
 from posttrain.errors import EngineError, StageError
 from posttrain.types import (
@@ -131,6 +132,31 @@ def test_rounds_end_at_the_cap_and_cost_less_than_fixed_n():
     assert [v.num_samples for v in verdicts] == [14, 14, 14]
     assert {v.decided_by for v in verdicts} == {"fixed n"}
     assert adaptive.usage.samples == 36 < fixed.usage.samples == 42
+
+
+def test_a_prompt_is_asked_until_that_is_known_which_it_is_judged_for():
+    easy, hard = [f"e{i}" for i in range(6)], [f"h{i}" for i in range(6)]
+    script = Script({**dict.fromkeys([*easy, "rl"], "+"), **dict.fromkeys([*hard, "both"], "-")})
+    seen, decided = [], []
+    verdicts = asyncio.run(
+        judge_of(script, round_size=4).judge(
+            map(prompt, [*easy, "rl", "both", *hard]),
+            on_verdict=seen.append,
+            on_decided=lambda: decided.append(len(seen)),
+            selected=Selected(
+                selection=SelectionSettings(drop_easiest=0.5),
+                domains=dict.fromkeys([*easy, *hard, "both"], "d"),
+                labelled={"rl", "both"},
+            ),
+        )
+    )
+    found = {v.prompt_id: (v.num_samples, v.label, v.decided_by) for v in verdicts}
+    assert [v.prompt_id for v in verdicts] == [*easy, "rl", "both", *hard]
+    assert {found[name] for name in hard} == {(4, Label.UNSOLVED, "cut")}
+    assert {found[name] for name in easy} <= {(n, Label.MEDIUM, "cut") for n in (4, 8)}
+    assert found["rl"] == (16, Label.EASY, "confidence")
+    assert found["both"] == (16, Label.UNSOLVED, "cap")
+    assert (seen[0].prompt_id, len(seen), len(decided)) == ("rl", 14, 14)
 
 
 def test_fixed_n_asks_once_and_labels_at_n():

@@ -5,7 +5,17 @@ from hypothesis import strategies as st
 
 from judges.labels import LabelSettings
 from judges.selection import SelectionSettings, choose
-from judges.stopping import Cell, CutRule, FixedN, LabelRule, weighted_cut
+from judges.stopping import (
+    CUT,
+    LABEL,
+    Cell,
+    CutRule,
+    FixedN,
+    LabelRule,
+    PurposeRule,
+    weighted_cut,
+    with_purpose,
+)
 
 
 def cut_rule(population, confidence=0.9, **selection) -> CutRule:
@@ -45,6 +55,24 @@ def test_a_quantiles_cut_follows_the_prompts():
     assert rule.breadth_first
     rule.follow({**population, Cell(0, 4, 4): 40})  # now it runs through 4/4, at .9
     assert [rule.is_open(Cell(0, 4, c)) for c in range(5)] == [False, False, False, True, True]
+
+
+def test_prompts_of_both_purposes_are_open_while_either_rule_is():
+    cut = CutRule(SelectionSettings(drop_easiest=0.5), 0.9)
+    rule = PurposeRule(cut, LabelRule(LabelSettings()))
+    codes = with_purpose(np.array([0, 0, 0]), np.array([CUT, LABEL, CUT | LABEL])).tolist()
+    of_cut, of_label, of_both = codes
+    assert len({*codes}) == 3
+    # Those that are for a label only have no say in the cut, however many they are.
+    rule.follow({Cell(of_cut, 4, 0): 9, Cell(of_both, 4, 4): 9, Cell(of_label, 4, 4): 99})
+    cells = [(0, 4), (2, 4), (4, 4), (3, 5), (13, 13)]
+    found = {code: [rule.is_open(Cell(code, n, c)) for c, n in cells] for code in codes}
+    assert found == {
+        of_cut: [False, True, False, True, False],
+        of_label: [True, True, True, False, False],
+        of_both: [True, True, True, True, False],
+    }
+    assert rule.breadth_first
 
 
 def test_each_domain_has_its_own_cut():

@@ -32,7 +32,9 @@ class Ledger:
         pass
 
 
-def context(policy: Path, rates: list[tuple[str, float]], **selection: Any) -> Any:
+def context(
+    policy: Path, rates: list[tuple[str, float]], *, adaptive: bool = False, **selection: Any
+) -> Any:
     chat = ChatFormat(str(policy))
     engine = FakeEngine(chat)
 
@@ -46,7 +48,7 @@ def context(policy: Path, rates: list[tuple[str, float]], **selection: Any) -> A
         )
         for number, (domain, rate) in enumerate(rates)
     ]
-    judge = JudgeSettings(adaptive=False, max_samples=16, max_tokens=16, seed=0)
+    judge = JudgeSettings(adaptive=adaptive, max_samples=16, max_tokens=16, seed=0)
     settings = ScreenSettings.model_validate({"judge": judge, "selection": selection})
     return SimpleNamespace(
         settings=SimpleNamespace(screen=settings),
@@ -68,6 +70,17 @@ def test_each_domain_loses_its_own_share(tiny_policy: Path) -> None:
     assert screened.metrics["sft_rows_kept"] == 2
     assert "easiest 50% of its domain" in apart.ledger.decisions[0].reason
     assert len(apart.ledger.verdicts) == 4
+
+
+def test_rows_are_judged_for_the_cut_and_tasks_of_rl_for_their_label(tiny_policy: Path) -> None:
+    rates = [("a", 1.0), ("a", 1.0), ("b", 0.0), ("b", 0.0)]
+    shared = context(tiny_policy, rates, adaptive=True, drop_easiest=0.5)
+    shared.train = [make_prompt(question(9, 1.0), reference="1", domain="a")]
+    screened = asyncio.run(screen(shared, tiny_policy))
+    assert screened.kept_rows == {"b2", "b3"}
+    asked = {v.prompt_id: v.num_samples for v in shared.ledger.verdicts}
+    assert asked.pop(shared.train[0].prompt_id) == 16
+    assert set(asked.values()) <= {4, 8}
 
 
 def test_what_cannot_be_judged_is_kept(tiny_policy: Path) -> None:

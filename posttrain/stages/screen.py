@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from judges.judge import CriticJudge
+from judges.judge import CriticJudge, Selected
 from judges.selection import select, summarise
 from posttrain.data.prompts import each_once
 from posttrain.progress import Progress
@@ -44,12 +44,17 @@ async def screen(context: StageContext, model: Path) -> Screened:
     )
     progress = Progress("screen", len(prompts))
 
-    def on_verdict(verdict: Verdict) -> None:
-        context.ledger.record_verdicts([verdict])
-        progress.advance(f"{judge.usage.samples} samples")
-
-    verdicts = await judge.judge(prompts, on_verdict=on_verdict)
     domains = {row.prompt.prompt_id: row.prompt.domain for row in context.sft_rows}
+    verdicts = await judge.judge(
+        prompts,
+        on_verdict=lambda verdict: context.ledger.record_verdicts([verdict]),
+        on_decided=lambda: progress.advance(f"{judge.usage.samples} samples"),
+        selected=Selected(
+            selection=settings.selection,
+            domains=domains,
+            labelled={prompt.prompt_id for prompt in context.train},
+        ),
+    )
     of_sft = [v for v in verdicts if v.prompt_id in domains]
     decisions = select(of_sft, settings.selection, domains)
     context.ledger.record_decisions("sft", decisions)
