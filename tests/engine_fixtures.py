@@ -29,6 +29,7 @@ from posttrain.workers.settings import (
     EngineSettings,
     LearnerResources,
     LearnerSettings,
+    LoraSettings,
     PublishSettings,
 )
 
@@ -103,24 +104,28 @@ class Stack:
         return await self.learner.step(batch)
 
 
-POLICIES = {
-    "tied": partial(save_policy, tied=True),
-    "untied": partial(save_policy, tied=False),
-    "experts": save_moe_policy,  # its head is a tensor of its own, too
+LORA = LoraSettings(r=8)
+STACKS = {
+    "tied": (partial(save_policy, tied=True), None),
+    "untied": (partial(save_policy, tied=False), None),
+    "experts": (save_moe_policy, None),  # its head is a tensor of its own, too
+    "tied-lora": (partial(save_policy, tied=True), LORA),
+    "untied-lora": (partial(save_policy, tied=False), LORA),
 }
+"""How the policy is written, and the adapter that is trained on it, merged on its way out."""
 
 
 @pytest.fixture(
     scope="session",
     params=[
         "tied",
-        pytest.param("experts", marks=pytest.mark.slow),
-        pytest.param("untied", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in STACKS if name != "tied"),
     ],
 )
 def stack(request, cluster, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
-    policy = POLICIES[request.param](directory / "policy")
+    save, lora = STACKS[request.param]
+    policy = save(directory / "policy")
     resources = ActorResources(cpus=0.25)
     # One after the other: Ray now and then loses an actor that two threads start at once.
     learner = start_learner(
@@ -131,7 +136,7 @@ def stack(request, cluster, tmp_path_factory):
         max_tokens=40,
         num_steps=100,
         seed=0,
-        lora=None,
+        lora=lora,
         checkpoint=None,
         resources=LearnerResources(cpus=0.25),
         deadline_s=240,
