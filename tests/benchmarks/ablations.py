@@ -37,6 +37,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     ),
 }
 METRICS = ("pass@1", "pass@8")
+SHARE = "zero_advantage_share"
+"""Absent from a step for which no group came to the gate: all its own had come before."""
 
 
 def ungated(group: RolloutGroup, *, needs_contrast: bool) -> Ended | None:
@@ -83,7 +85,7 @@ def compare(out: Path) -> None:
         ]
         print(
             f"  {fmean(r['step_s'] for r in steps):.2f} s a step, groups without signal "
-            f"{fmean(r['zero_advantage_share'] for r in steps):.2f}"
+            f"{fmean(r[SHARE] for r in steps if SHARE in r):.2f}"
             if arm != NO_GATE
             else f"  {fmean(r['step_s'] for r in steps):.2f} s a step"
         )
