@@ -105,7 +105,7 @@ def read_state(checkpoint: Path) -> LoopState:
             step=loop["step"],
             num_draws=loop["num_draws"],
             plans=loop["plans"],
-            ready=loop["ready"],
+            ready=loop.get("ready", []),  # checkpoints of older versions do not say
             curriculum=dict(arrays.items()),
             teacher_lead=loop["teacher_lead"],
         )
