@@ -37,7 +37,7 @@ class Run:
         self.num_draws = 0
         self.plans: list[list[str]] = []
         self.domain_of: dict[str, str] = {}
-        self.ready: list[str] = []
+        self.learned: list[str] = []
         self.curriculum_state: dict[str, Any] = {"num_drawn": 0, "observed": [], "gates": []}
 
     def attempt(self, *, seconds: float | None) -> World:
@@ -50,11 +50,11 @@ class Run:
 
             async def on_step(record: Any) -> None:
                 state, num_draws = curriculum.state_dict(), record.num_draws
-                plans, ready = record.plans, record.ready
+                plans, learned = record.plans, record.learned
                 await asyncio.sleep(0.4)
                 if record.step % 3 == 0:
                     self.step, self.num_draws, self.plans = record.step, num_draws, plans
-                    self.ready = ready
+                    self.learned = learned
                     self.curriculum_state = state
                     ledger.commit_step(record.step)
 
@@ -78,7 +78,7 @@ class Run:
                     )
                     for draw in ledger.open_draws(attempt)
                 ],
-                learned=self.ready,
+                learned=self.learned,
                 on_step=on_step,
             )
 
@@ -121,6 +121,24 @@ def test_exactly_once_over_crashes(tmp_path: Path, crashes: list[float]) -> None
     assert set(observed.values()) == {1}
     trained = Counter(step for _, step, state in lineage if state == DrawOutcome.TRAINED)
     assert trained == dict.fromkeys(range(1, NUM_STEPS + 1), 3)
+
+
+def test_what_was_learned_from_stays_so_until_it_ends() -> None:
+    """Also if the next checkpoint comes before the draw is answered again."""
+    again = Draw(draw_id="d1-0000000", prompt=make_prompt(99), system=None)
+    world = World(
+        loop_settings(num_steps=3, max_lag=2),
+        ScriptedGenerator(marks=lambda n: "10", seconds=lambda n: 0.5 if n else 3.0),
+        attempt=2,
+        first_draw=1,
+        reissue=[again],
+        learned=[again.draw_id],
+    )
+    world.run()
+    assert again.draw_id in world.records[0].learned
+    assert again.draw_id in world.ledger.ids(DrawOutcome.TRAINED)
+    assert "p99" not in {prompt_id for prompt_id, *_ in world.curriculum.observed}
+    assert again.draw_id not in world.records[-1].learned
 
 
 def test_a_resumed_run_draws_again_what_was_open(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def after_step(directory: Path, learner: Learner, first_step: int = 0, **setting
 
 def record(step: int) -> StepRecord:
     version = PolicyVersion(1, step)
-    return StepRecord(step=step, version=version, num_draws=0, plans=(), ready=(), metrics={})
+    return StepRecord(step=step, version=version, num_draws=0, plans=(), learned=(), metrics={})
 
 
 async def test_checkpoints_and_exports_have_their_turns(tmp_path: Path, learner: Learner) -> None:

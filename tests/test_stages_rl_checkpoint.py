@@ -18,7 +18,7 @@ def state(step: int) -> LoopState:
         step=step,
         num_draws=step * 10,
         plans=[["sums"] * step, ["words"]],
-        ready=["d1-0000003"],
+        learned=["d1-0000003"],
         curriculum={"a": np.arange(step, dtype=np.float32)},
     )
 
@@ -65,7 +65,7 @@ def test_weights_and_state_then_the_mark_then_the_pointer(tmp_path: Path) -> Non
     loaded = read_state(latest)
     assert (loaded.step, loaded.num_draws) == (10, 100)
     assert loaded.plans == [["sums"] * 10, ["words"]]
-    assert loaded.ready == ["d1-0000003"]
+    assert loaded.learned == ["d1-0000003"]
     assert loaded.curriculum["a"].tolist() == list(range(10))
 
 

@@ -49,7 +49,9 @@ class Bench:
             await asyncio.sleep(0.01)  # publishing
             version = PolicyVersion(1, step)
             await self.stop.after_step(
-                StepRecord(step=step, version=version, num_draws=0, plans=[], ready=[], metrics={})
+                StepRecord(
+                    step=step, version=version, num_draws=0, plans=[], learned=[], metrics={}
+                )
             )
 
     async def ends(self) -> str:

@@ -135,7 +135,7 @@ class Controller:
         for seats in plans:
             self._admission.plan(seats)
         self._reissue = deque(reissue)
-        self._learned = frozenset(learned)
+        self._learned = set(learned)
         self._accounting = Accounting(ledger, attempt=attempt, on_group=on_group)
         self._starvation = StarvationWatch(settings.starvation_draws)
         self._trainable: dict[str, RolloutGroup] = {}
@@ -236,6 +236,7 @@ class Controller:
             return
         self._starvation.trainable()
         self._gated(group.draw_id, group.prompt.domain, trainable=True)
+        self._learned.add(group.draw_id)
         self._trainable[group.draw_id] = group
         self._teacher.begin(group, self._tasks)
         self._admission.ready(group.draw_id)
@@ -248,6 +249,7 @@ class Controller:
         domain = self._close(draw_id, outcome, group=group, reason=reason).prompt.domain
         self._admission.end(draw_id)
         self._gated(draw_id, domain, trainable=False)
+        self._learned.discard(draw_id)
         instead = self._curriculum.instead_of(domain)
         if instead != domain:
             self._admission.pass_on(domain, to=instead)
@@ -355,12 +357,13 @@ class Controller:
             version=version,
             num_draws=self._num_draws,
             plans=self._admission.plans,
-            ready=list(self._trainable),
+            learned=sorted(self._learned),
             metrics=metrics,
         )
 
     def _close_batch(self, groups: Sequence[RolloutGroup], *, skipped: bool) -> None:
         for group in groups:
+            self._learned.discard(group.draw_id)
             if skipped:
                 end, reason = DrawOutcome.ERRORED, Reason.NOT_FINITE
                 self._close(group.draw_id, end, group=group, reason=reason)

@@ -18,14 +18,14 @@ from posttrain.types import DrawOutcome, Outcome, PolicyVersion, Reward, Rollout
 class StepRecord:
     """One optimizer step: `metrics` lacks what could not be measured, it never holds a stand-in.
     `num_draws` counts those that the lineage had opened by then, `plans` are the domains of the
-    groups of the batches that were planned, `ready` the draws in flight whose groups wait to be
-    trained: the curriculum has learned from these."""
+    groups of the batches that were planned, `learned` the draws in flight that the curriculum has
+    learned from: their groups wait to be trained, or did when an earlier attempt was killed."""
 
     step: int
     version: PolicyVersion
     num_draws: int
     plans: Sequence[Sequence[str]]
-    ready: Sequence[str]
+    learned: Sequence[str]
     metrics: Mapping[str, float]
 
 

@@ -82,7 +82,7 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
         first_draw=state.num_draws,
         plans=state.plans,
         reissue=reissue,
-        learned=state.ready,
+        learned=state.learned,
         on_step=stop.after_step,
         on_group=after_step.rollouts.append,
         beside=[*beside.loops, stop.run],

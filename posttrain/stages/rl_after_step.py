@@ -73,7 +73,7 @@ class AfterStep:
             step=record.step,
             num_draws=record.num_draws,
             plans=record.plans,
-            ready=record.ready,
+            learned=record.learned,
             curriculum=self._curriculum.state_dict(),
             teacher_lead=record.metrics.get("teacher/lead"),
         )

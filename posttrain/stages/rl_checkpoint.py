@@ -2,8 +2,8 @@
 
     rl/checkpoint-20/learner/         weights, optimizer, schedule, RNGs (posttrain.workers)
     rl/checkpoint-20/curriculum.npz   posteriors, sampler order, RNG
-    rl/checkpoint-20/loop.json        step, number of draws, planned batches, draws that wait to be
-                                      trained, a teacher's lead
+    rl/checkpoint-20/loop.json        step, number of draws, planned batches, draws in flight
+                                      that were learned from, a teacher's lead
     rl/latest.json                    which one to resume from
 
 What was in flight stands in the ledger. No database transaction is atomic with an optimizer step,
@@ -29,19 +29,19 @@ from posttrain.errors import RunDirError
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopState:
     """The driver's part of a checkpoint, as it was when `step` was recorded. `curriculum` is its
-    `state_dict`: numpy arrays without objects; it has learned from the draws `ready`, which are in
-    flight. `teacher_lead` is what λ rests on, where a teacher
+    `state_dict`: numpy arrays without objects; it has learned from the draws `learned`, which are
+    in flight. `teacher_lead` is what λ rests on, where a teacher
     is weighed by how far ahead it is."""
 
     step: int
     num_draws: int
     plans: Sequence[Sequence[str]]
-    ready: Sequence[str]
+    learned: Sequence[str]
     curriculum: Mapping[str, Any]
     teacher_lead: float | None = None
 
 
-BEGINNING = LoopState(step=0, num_draws=0, plans=(), ready=(), curriculum={})
+BEGINNING = LoopState(step=0, num_draws=0, plans=(), learned=(), curriculum={})
 """Of a stage without a checkpoint."""
 
 
@@ -105,7 +105,7 @@ def read_state(checkpoint: Path) -> LoopState:
             step=loop["step"],
             num_draws=loop["num_draws"],
             plans=loop["plans"],
-            ready=loop.get("ready", []),  # checkpoints of older versions do not say
+            learned=loop.get("learned", []),  # checkpoints of older versions do not say
             curriculum=dict(arrays.items()),
             teacher_lead=loop["teacher_lead"],
         )
@@ -117,7 +117,7 @@ def _write_state(directory: Path, state: LoopState) -> None:
         "step": state.step,
         "num_draws": state.num_draws,
         "plans": state.plans,
-        "ready": state.ready,
+        "learned": state.learned,
         "teacher_lead": state.teacher_lead,
     }
     (directory / "loop.json").write_text(json.dumps(loop))
