@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,7 +93,9 @@ def test_extract_program(text: str, program: str | None) -> None:
 
 @pytest.mark.parametrize("line", ["```", "```a", "~~~\n```", "`" * 50, "```python\nx", "<think>"])
 def test_extraction_is_linear(line: str) -> None:
+    began = time.perf_counter()
     extract_program(f"{line}\n" * 100_000)
+    assert time.perf_counter() - began < 10.0  # quadratic, it would be minutes
 
 
 @pytest.mark.parametrize(
