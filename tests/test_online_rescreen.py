@@ -30,11 +30,18 @@ V6, V7 = PolicyVersion(2, 6), PolicyVersion(2, 7)
 
 
 class Critic:
-    """Prompt i is answered with the marks of `answers[i % len]`, by one version or two."""
+    """Prompt i is answered with the marks of `answers[i % len]` in turn, by one version or two;
+    each further request to it by the next of `later`."""
 
-    def __init__(self, answers: Sequence[str], versions: Sequence[PolicyVersion] = (V7,)) -> None:
+    def __init__(
+        self,
+        answers: Sequence[str],
+        versions: Sequence[PolicyVersion] = (V7,),
+        later: Sequence[PolicyVersion] | None = None,
+    ) -> None:
         self.answers = answers
         self.versions = versions
+        self.later = versions if later is None else later
         self.requests: list[GenerationRequest] = []
         self.running = 0
         self.most_running = 0
@@ -45,10 +52,12 @@ class Critic:
         self.most_running = max(self.most_running, self.running)
         await asyncio.sleep(1.0)
         self.running -= 1
-        marks = self.answers[request.prompt_token_ids[0] % len(self.answers)]
+        before = int(request.request_id.rpartition("-")[2])
+        marks = self.answers[request.prompt_token_ids[0] % len(self.answers)][before:]
+        versions = self.later if before else self.versions
         return tuple(
-            make_rollout(request.request_id, i, mark, self.versions[i % len(self.versions)])
-            for i, mark in enumerate(marks)
+            make_rollout(request.request_id, i, mark, versions[i % len(versions)])
+            for i, mark in enumerate(marks[: request.num_rollouts])
         )
 
 
@@ -96,10 +105,15 @@ def test_easy_prompts_leave_and_dropped_ones_come_back_when_they_are_not() -> No
 
     assert curriculum.dropped == {"p0", "p2"}  # p2 is still easy, p3 is back
     assert report == RescreenReport(
-        prompts=4, samples=64, discarded=0, dropped=1, restored=1, labels={"easy": 2, "medium": 2}
+        prompts=4,
+        samples=51,
+        discarded=0,
+        dropped=1,
+        restored=1,
+        labels={"easy": 2, "unsolved": 1, "medium": 1},
     )
     # What metrics.jsonl gets: asdict turns a Counter into nonsense.
-    assert json.loads(json.dumps(asdict(report)))["labels"] == {"easy": 2, "medium": 2}
+    assert json.loads(json.dumps(asdict(report)))["labels"] == report.labels
     assert [(d.prompt_id, d.action) for _, d in ledger.recorded] == [
         ("p0", Action.DROP),
         ("p1", Action.KEEP),
@@ -120,7 +134,7 @@ def test_easy_prompts_leave_and_dropped_ones_come_back_when_they_are_not() -> No
     # The policy's posterior learns from the same answers, at the version that gave them.
     assert curriculum.observed == [
         ("p0", 16, 16, 7),
-        ("p1", 16, 8, 7),
+        ("p1", 3, 0, 7),
         ("p2", 16, 16, 7),
         ("p3", 16, 12, 7),
     ]
@@ -141,20 +155,40 @@ def test_the_last_prompt_of_a_domain_is_kept_and_recorded_so() -> None:
 
 
 def test_too_few_right_answers_bring_nothing_back() -> None:
-    """Eight of eight do not show that a prompt is easy; and even less that it is not any more."""
+    """Nine of nine do not show that a prompt is easy; and even less that it is not any more."""
     curriculum = pool_of(2, "p0")
     report, ledger = rescreen(Critic(["1" * 16] * 2, versions=[V6, V7]), curriculum)
-    assert (report.prompts, report.discarded, report.restored) == (0, 16, 0)
+    assert (report.prompts, report.discarded, report.restored) == (0, 14, 0)
     assert (curriculum.dropped, curriculum.observed, ledger.recorded) == ({"p0"}, [], [])
 
 
 def test_answers_of_another_version_are_discarded() -> None:
     curriculum = pool_of(1)
-    critic = Critic(["10" * 8], versions=[V6, V7])  # what V7 wrote is wrong throughout
+    critic = Critic(["111" + "10" * 6 + "1"], versions=[V6], later=[V7])
     report, ledger = rescreen(critic, curriculum)
-    assert (report.samples, report.discarded) == (8, 8)
+    assert (report.samples, report.discarded) == (13, 3)
     verdict = ledger.recorded[0][1].verdict
-    assert (verdict.critic, verdict.num_samples, verdict.num_correct) == ("rl:2.7", 8, 0)
+    assert (verdict.critic, verdict.num_samples, verdict.num_correct) == ("rl:2.7", 13, 7)
+
+
+def test_only_a_prompt_that_can_still_be_easy_gives_more_than_its_first_answers() -> None:
+    curriculum = pool_of(4)
+    critic = Critic(["110" + "1" * 13, "1" * 16, "?11" + "1" * 13, "111" + "0" + "1" * 12])
+    report, ledger = rescreen(critic, curriculum)
+    sizes: dict[int, list[int]] = {}
+    for request in critic.requests:
+        sizes.setdefault(request.prompt_token_ids[0], []).append(request.num_rollouts)
+    assert sizes == {0: [3], 1: [3, 13], 2: [3, 13], 3: [3, 13]}
+    assert report.samples == 3 + 16 + 15 + 16
+    assert curriculum.dropped == {"p1", "p2"}
+    assert {decision.verdict.decided_by for _, decision in ledger.recorded} == {"cut"}
+
+
+def test_one_request_shows_that_a_prompt_is_easy_when_the_version_changed_before_it() -> None:
+    """The default of samples leaves room for the first answers to be of no use."""
+    critic = Critic(["1" * 16], versions=[V6], later=[V7])
+    report, _ = rescreen(critic, pool_of(1))
+    assert (report.dropped, report.samples, report.discarded) == (1, 13, 3)
 
 
 def test_an_answer_that_spans_a_publish_belongs_to_neither_version() -> None:
@@ -187,8 +221,7 @@ def test_a_prompt_without_a_usable_answer_gets_no_verdict() -> None:
 def test_prompts_in_flight_are_capped() -> None:
     critic = Critic(["1" * 16])
     rescreen(critic, pool_of(8), prompts=8, concurrency=3)
-    assert (len(critic.requests), critic.most_running) == (8, 3)
-    assert {r.num_rollouts for r in critic.requests} == {16}
+    assert (len(critic.requests), critic.most_running) == (16, 3)
 
 
 def test_samples_are_seeded_only_where_a_run_must_repeat_itself() -> None:
@@ -197,7 +230,7 @@ def test_samples_are_seeded_only_where_a_run_must_repeat_itself() -> None:
     rescreen(seeded, pool_of(4), seed=3)
     rescreen(again, pool_of(4), seed=3)
     assert {r.sampling.seed for r in free.requests} == {None}
-    assert len({r.sampling.seed for r in seeded.requests}) == 4
+    assert len({r.sampling.seed for r in seeded.requests}) == 8
     assert [r.sampling.seed for r in seeded.requests] == [r.sampling.seed for r in again.requests]
 
 

@@ -35,13 +35,17 @@ from posttrain.types import (
 )
 
 RULE = "re-screening"
+FIRST = 3
+"""Answers that every prompt gives; the rest only if with these it can still be easy. Of prompts
+that are answered right half of the time, one in eight needs more."""
 
 
 class RescreenSettings(BaseModel):
     """When, what and by whom prompts are judged again while RL goes on.
 
     - `prompts`: how many in a slice, every `every_steps` steps.
-    - `samples`: answers to each; 13 right ones of 13 make a prompt easy by default.
+    - `samples`: answers to each at most: three first, and the others only where these leave open
+      whether it is easy. 13 right ones of 13 make it so by default.
     - `retest_share`: of a slice, on average, for prompts that were dropped.
     - `placement`: *shared* judges with the engines and weights that serve rollouts, *dedicated*
       with an engine of its own (`resources.judge`) whose weights stand still between slices: one
@@ -54,7 +58,7 @@ class RescreenSettings(BaseModel):
 
     every_steps: int = Field(default=10, gt=0)
     prompts: int = Field(default=64, gt=0)
-    samples: int = Field(default=16, gt=0)
+    samples: int = Field(default=16, gt=FIRST)
     retest_share: float = Field(default=0.25, gt=0, le=1)
     placement: Literal["shared", "dedicated"] = "shared"
     concurrency: int | None = Field(default=None, gt=0)
@@ -178,21 +182,28 @@ class Rescreener:
 
     async def _judge(self, prompt: Prompt, step: int) -> tuple[Verdict | None, int]:
         """The verdict, None where the answers decide nothing; and how many were of no use."""
-        request_id = f"rescreen-{step}-{prompt.prompt_id}"
+        rollouts: tuple[Rollout, ...] = ()
+        rewards: dict[str, Reward] = {}
+        for size in (FIRST, self._settings.samples - FIRST):
+            request_id = f"rescreen-{step}-{prompt.prompt_id}-{len(rollouts)}"
+            answers = await self._generator.generate(self._request(prompt, request_id, size))
+            scored = await self._scorer.score(prompt, answers, None)
+            rewards.update(zip((r.rollout_id for r in answers), scored, strict=True))
+            rollouts += answers
+            version, usable = of_one_version(rollouts)
+            counted = [rewards[rollout.rollout_id] for rollout in usable]
+            if self._decides(counted):
+                return self._verdict(prompt, version, counted), len(rollouts) - len(usable)
+        return None, len(rollouts) - len(usable)
+
+    def _request(self, prompt: Prompt, request_id: str, size: int) -> GenerationRequest:
         seed = None if self._seed is None else stable_seed(self._seed, request_id)
-        request = GenerationRequest(
+        return GenerationRequest(
             request_id=request_id,
             prompt_token_ids=self._encode(prompt, None),
-            num_rollouts=self._settings.samples,
+            num_rollouts=size,
             sampling=replace(self._sampling, seed=seed),
         )
-        rollouts = await self._generator.generate(request)
-        version, usable = of_one_version(rollouts)
-        rewards = await self._scorer.score(prompt, usable, None) if usable else ()
-        discarded = len(rollouts) - len(usable)
-        if not self._decides(rewards):
-            return None, discarded
-        return self._verdict(prompt, version, rewards), discarded
 
     def _decides(self, rewards: Sequence[Reward]) -> bool:
         """Whether the answers that are lacking, all of them right, could not make the prompt easy;
@@ -222,7 +233,7 @@ class Rescreener:
             outcomes=dict(outcomes),
             posterior=posterior(n, c),
             label=decided,
-            decided_by="fixed n",
+            decided_by="cut",
             sampling={
                 "temperature": self._sampling.temperature,
                 "max_tokens": self._sampling.max_tokens,
