@@ -30,7 +30,7 @@ quickstart: $(STAMP)
 	$(BIN)/posttrain run configs/quickstart.yaml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow

@@ -9,6 +9,15 @@ import pytest
 from posttrain.starter.tokenizer import END, PAD, VOCABULARY, build_tokenizer
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `make test`, which has two processes: what starts engines takes its turn in one of them,
+    and shares them; the other files go wherever there is time."""
+    for item in items:
+        starts_engines = any(item.get_closest_marker(name) for name in ("engine", "e2e"))
+        group = "engines" if starts_engines else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with random weights and the starter's tokenizer and chat template."""

@@ -11,6 +11,7 @@ from posttrain.types import GenerationRequest, PolicyVersion, Rollout
 from posttrain.workers.agreement import ModelFacts
 from posttrain.workers.engine import VllmEngine
 from posttrain.workers.fingerprint import Fingerprint
+from posttrain.workers.heap import freeze_heap
 from posttrain.workers.settings import EngineSettings
 from posttrain.workers.transport import Delivery, this_node
 
@@ -37,6 +38,7 @@ class GeneratorActor:
 
     async def ready(self) -> Placement:
         self._engine = await VllmEngine.start(self._model, self._version, self._settings)
+        freeze_heap()
         return Placement(node_id=this_node(), facts=self._engine.facts())
 
     async def generate(self, request: GenerationRequest) -> tuple[Rollout, ...]:

@@ -16,6 +16,7 @@ from posttrain.workers.agreement import facts_of_checkpoint
 from posttrain.workers.cluster import connect, disconnect, refuse_more_than_there_is
 from posttrain.workers.demand import Demand
 from posttrain.workers.generator import GeneratorPool
+from posttrain.workers.heap import freeze_heap
 from posttrain.workers.learner_ranks import RemoteLearner, start_learner
 from posttrain.workers.scoring import RewardWorkers
 from posttrain.workers.settings import (
@@ -116,6 +117,7 @@ class Pools:
             self._generators = await self._start_engines(
                 model, PolicyVersion(0, self._versions), self._rollout
             )
+            freeze_heap()
         elif self._served != model:
             self._generators.check_model(facts_of_checkpoint(Path(model)))
             self._versions += 1

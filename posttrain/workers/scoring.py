@@ -16,6 +16,7 @@ from posttrain.errors import EngineError
 from posttrain.types import Message, PolicyVersion, Prompt, Reward, Rollout, SystemInstruction
 from posttrain.workers.cluster import answer, close_actor, start_actor
 from posttrain.workers.generator import GeneratorPool
+from posttrain.workers.heap import freeze_heap
 from posttrain.workers.settings import ActorResources, RolloutPoolSettings
 from posttrain.workers.transport import this_node
 from rewards.judge_access import engine_ask
@@ -60,6 +61,7 @@ class RewardActor:
                 max_length=self._judge.engine.max_model_len,
             )
         self._pool = ScorerPool(self._num_workers, self._settings, engine=ask)
+        freeze_heap()
 
     async def score(
         self, prompt: Prompt, rollouts: Sequence[Rollout], system: SystemInstruction | None

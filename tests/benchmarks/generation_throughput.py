@@ -27,6 +27,7 @@ from posttrain.types import GenerationRequest, PolicyVersion, Sampling
 from posttrain.workers.cluster import connect, disconnect
 from posttrain.workers.engine import engine_environment
 from posttrain.workers.generator import GeneratorPool
+from posttrain.workers.heap import freeze_heap
 from posttrain.workers.settings import ActorResources, EngineSettings
 
 NUM_PROMPTS, NUM_ROLLOUTS, MAX_TOKENS = 256, 8, 96
@@ -97,6 +98,7 @@ async def compare(workloads: dict[str, list[tuple[int, ...]]], rounds: int) -> N
         resources=ActorResources(),
         deadline_s=300,
     )
+    freeze_heap()  # as Pools does
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=bare, args=(theirs,), daemon=True)

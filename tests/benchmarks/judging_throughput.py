@@ -27,6 +27,7 @@ from posttrain.types import PolicyVersion
 from posttrain.workers.cluster import connect, disconnect
 from posttrain.workers.engine import engine_environment
 from posttrain.workers.generator import GeneratorPool
+from posttrain.workers.heap import freeze_heap
 from posttrain.workers.scoring import RewardWorkers
 from posttrain.workers.settings import ActorResources, RolloutPoolSettings
 from rewards.shaping import RewardSettings
@@ -54,6 +55,7 @@ async def compare(rounds: int) -> None:
         resources=ActorResources(cpus=0),
         deadline_s=60,
     )
+    freeze_heap()  # as Pools does
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=bare, args=(theirs,), daemon=True)
