@@ -335,7 +335,12 @@ def test_a_critic_of_its_own_judges_beside_training(tmp_path):
     with Ledger.open_readonly(run.ledger_path) as ledger:
         judged = Counter(v.critic for v in ledger.verdicts() if v.critic.startswith("rl:"))
     assert judged == {f"rl:1.{step}": 6 for step in due}
-    measured = [r for r in read_metrics(run.metrics_path) if r.get("event") == "evaluation"]
+    records = read_metrics(run.metrics_path)
+    steps = [r for r in records if "judge_tokens_per_s" in r]
+    assert len(steps) == 12
+    assert sum(r["judge_tokens_per_s"] for r in steps) > 0
+    assert 0 < min(r["judge_idle_share"] for r in steps) <= 1
+    measured = [r for r in records if r.get("event") == "evaluation"]
     assert [r["step"] for r in measured][:1] == [6]
     assert 0 <= measured[0]["all"]["pass@1"]["mean"] <= 1
     assert audit(run.ledger_path).ok

@@ -88,7 +88,9 @@ def rescreen(
         seed=seed,
         template="abc",
     )
-    return run_virtual(rescreener.slice(step=7)), ledger
+    report = run_virtual(rescreener.slice(step=7))
+    assert rescreener.tokens == 2 * sum(request.num_rollouts for request in critic.requests)
+    return report, ledger
 
 
 def pool_of(num_prompts: int, *dropped: str) -> CountingCurriculum:

@@ -63,11 +63,8 @@ def after_step(directory: Path, learner: Learner, first_step: int = 0, **setting
     )
     state = {"a": np.zeros(1)}
     curriculum: Any = SimpleNamespace(state_dict=lambda: state, pool=dict, quotas=dict)
-    engines = SimpleNamespace(idle_share=lambda: 0.0)
     beside: Any = Beside()
-    return AfterStep(
-        context, Path("the policy"), 1, first_step, curriculum, learner, engines, beside
-    )
+    return AfterStep(context, Path("the policy"), 1, first_step, curriculum, learner, {}, beside)
 
 
 def record(step: int) -> StepRecord:

@@ -124,6 +124,10 @@ STEPS = Frame(
         "learner_busy_share": (pl.Float64, "share of step_s inside the learner"),
         "learner_idle_share": (pl.Float64, "share of step_s waiting for groups"),
         "rollout_idle_share": (pl.Float64, "share of the engines' time without a request"),
+        "judge_idle_share": (pl.Float64, "likewise, of engines that re-screen alone"),
+        "judge_tokens_per_s": (pl.Float64, "completion tokens of re-screening"),
+        "teacher_idle_share": (pl.Float64, "share of the teacher's time without a group to read"),
+        "teacher_tokens_per_s": (pl.Float64, "prompt and completion tokens that it read"),
         "publish_s": (pl.Float64, "seconds to bring the weights to the engines"),
     },
     patterns={

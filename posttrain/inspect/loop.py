@@ -19,6 +19,8 @@ TEACHER = ("teacher/", "trainer/distill/")
 ROLES = {
     "learner_idle_share": "learner waits for groups",
     "rollout_idle_share": "engines without a request",
+    "judge_idle_share": "judge without a prompt",
+    "teacher_idle_share": "teacher without a group",
 }
 
 

@@ -151,6 +151,8 @@ class Rescreener:
         self._sampling = sampling
         self._seed = seed
         self._template = template
+        self.tokens = 0
+        """That the critic has written so far."""
 
     async def slice(self, step: int) -> RescreenReport:
         """Judges one slice after `step`. All verdicts are in before the first prompt moves, so
@@ -190,6 +192,7 @@ class Rescreener:
             scored = await self._scorer.score(prompt, answers, None)
             rewards.update(zip((r.rollout_id for r in answers), scored, strict=True))
             rollouts += answers
+            self.tokens += sum(len(rollout.completion_token_ids) for rollout in answers)
             version, usable = of_one_version(rollouts)
             counted = [rewards[rollout.rollout_id] for rollout in usable]
             if self._decides(counted):

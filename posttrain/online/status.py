@@ -24,7 +24,7 @@ def status(metrics: Mapping[str, float]) -> str:
         parts.append(f"{metrics['trained_tokens_per_s']:,.0f} tok/s")
     idle = [
         f"{role} {metrics[f'{role}_idle_share']:.0%}"
-        for role in ("learner", "rollout")
+        for role in ("learner", "rollout", "judge", "teacher")
         if f"{role}_idle_share" in metrics
     ]
     if idle:

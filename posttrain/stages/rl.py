@@ -20,6 +20,7 @@ from posttrain.stages.context import StageContext
 from posttrain.stages.rl_after_step import STAGE, AfterStep
 from posttrain.stages.rl_beside import Beside
 from posttrain.stages.rl_checkpoint import BEGINNING, LoopState, RLCheckpoints, read_state
+from posttrain.stages.rl_roles import Role
 from posttrain.stages.rl_stop import StopWithCheckpoint
 from posttrain.types import GenerationRequest, Sampling
 from posttrain.workers.generator import GeneratorPool
@@ -58,11 +59,10 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
     if checkpoint is not None:
         say(f"rl: goes on from step {state.step}, {len(reissue)} draws are drawn again")
     beside = await Beside.start(context, model, attempt, generators, curriculum, learner, probes)
-    after_step = AfterStep(
-        context, model, attempt, state.step, curriculum, learner, generators, beside
-    )
-    await after_step.make_up()
     teacher, reading = _teacher(context, state)
+    roles = _roles(generators, beside, reading)
+    after_step = AfterStep(context, model, attempt, state.step, curriculum, learner, roles, beside)
+    await after_step.make_up()
     stop = StopWithCheckpoint(learner, after_step, after_step.save_last)
     controller = Controller(
         settings,
@@ -141,6 +141,18 @@ def _teacher(context: StageContext, state: LoopState) -> tuple[GroupTeacher, Tea
     pool = TeacherPool(str(context.teacher), resources.teacher, resources.deadline_s)
     score = partial(pool.score, temperature=settings.rl.temperature)
     return OnlineTeacher(settings.rl.distillation, score, state.teacher_lead), pool
+
+
+def _roles(
+    generators: GeneratorPool, beside: Beside, teacher: TeacherPool | None
+) -> dict[str, Role]:
+    """Those that this stage has, the learner left out: the loop measures it."""
+    roles = {"rollout": Role(idle_share=generators.idle_share)}
+    if beside.judge is not None:
+        roles["judge"] = beside.judge
+    if teacher is not None:
+        roles["teacher"] = Role(idle_share=teacher.idle_share, tokens=lambda: teacher.tokens)
+    return roles
 
 
 def _say_whether_the_teacher_kept_up(summary: LoopSummary) -> None:

@@ -14,6 +14,7 @@ from posttrain.rollout_log import RolloutLog
 from posttrain.stages.context import StageContext
 from posttrain.stages.rl_beside import Beside
 from posttrain.stages.rl_checkpoint import LoopState, RLCheckpoints
+from posttrain.stages.rl_roles import Role, RoleTimes
 from posttrain.types import PolicyVersion
 
 STAGE = "rl"
@@ -25,12 +26,6 @@ class Saver(Protocol):
     async def save_checkpoint(self, directory: Path, version: PolicyVersion) -> None: ...
 
     async def save_policy(self, directory: Path, tokenizer_path: str) -> None: ...
-
-
-class Engines(Protocol):
-    """What is asked of the engines here."""
-
-    def idle_share(self) -> float: ...
 
 
 class AfterStep:
@@ -45,7 +40,7 @@ class AfterStep:
         first_step: int,
         curriculum: DifficultySampler | UniformSampler,
         learner: Saver,
-        generators: Engines,
+        roles: Mapping[str, Role],
         beside: Beside,
     ) -> None:
         self._context = context
@@ -53,8 +48,7 @@ class AfterStep:
         self._attempt = attempt
         self._curriculum = curriculum
         self._learner = learner
-        self._generators = generators
-        generators.idle_share()  # what was before the first step is no part of it
+        self._roles = RoleTimes(roles)
         self._beside = beside
         settings = context.settings.rl
         self._settings = settings
@@ -78,8 +72,7 @@ class AfterStep:
             teacher_lead=record.metrics.get("teacher/lead"),
         )
         self._last = state, record.version
-        idle = {"rollout_idle_share": self._generators.idle_share()}
-        metrics = {**record.metrics, **idle}
+        metrics = {**record.metrics, **self._roles.metrics()}
         self._write(record.step, metrics)
         self._progress.advance(status(metrics))
         last = record.step == self._settings.num_steps

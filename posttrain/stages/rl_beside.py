@@ -14,6 +14,7 @@ from posttrain.online.periodic import Periodic
 from posttrain.online.rescreen import Rescreener
 from posttrain.progress import say
 from posttrain.stages.context import StageContext
+from posttrain.stages.rl_roles import Role
 from posttrain.types import PolicyVersion, Sampling
 from posttrain.workers.generator import GeneratorPool
 from posttrain.workers.probe import ProbeSequence
@@ -96,6 +97,17 @@ class Beside:
         if self._context.settings.rl.max_lag > 0:
             loops.append(self._rescreening)
         return [loop.run for loop in loops if loop is not None]
+
+    @property
+    def judge(self) -> Role | None:
+        """None where nothing is re-screened."""
+        if self._rescreening is None:
+            return None
+        rescreener = self._rescreener
+        return Role(
+            idle_share=None if self._critic is None else self._critic.idle_share,
+            tokens=lambda: rescreener.tokens,
+        )
 
     async def reached(self, version: PolicyVersion) -> None:
         """A step is done. The learner stands still until this returns."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TypeVar
 
 from posttrain.errors import EngineError
@@ -45,8 +45,6 @@ class GeneratorPool:
         self._weights: PublishedWeights | None = None
         self._restarting: dict[str, asyncio.Task[None]] = {}
         self._replaced = 0
-        self._asked_at = time.monotonic()
-        self._busy_then = 0.0
 
     @classmethod
     async def start(
@@ -176,11 +174,7 @@ class GeneratorPool:
     def idle_share(self) -> float:
         """Of the engines' time since this was last asked, the share in which they had nothing to
         do."""
-        now, busy = time.monotonic(), sum(replica.busy_s for replica in self._replicas)
-        whole = len(self._replicas) * (now - self._asked_at)
-        share = 1 - (busy - self._busy_then) / whole
-        self._asked_at, self._busy_then = now, busy
-        return max(share, 0.0)  # the clock is read once more for each engine
+        return fmean(replica.workload.idle_share() for replica in self._replicas)
 
     def stop(self) -> None:
         for task in self._restarting.values():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
 
@@ -19,6 +18,7 @@ from posttrain.workers.engine import engine_environment
 from posttrain.workers.generator_actor import GeneratorActor, Placement
 from posttrain.workers.settings import ActorResources, EngineSettings
 from posttrain.workers.transport import PublishedWeights
+from posttrain.workers.workload import Workload
 
 T = TypeVar("T")
 
@@ -61,9 +61,7 @@ class Replica:
         deadline_s: float,
     ) -> None:
         self.name = name
-        self.outstanding = 0
-        self._busy_s = 0.0
-        self._busy_since: float | None = None
+        self.workload = Workload()
         self.version = version
         """What the engine has confirmed."""
         self._model = model
@@ -85,10 +83,9 @@ class Replica:
         return self._serving
 
     @property
-    def busy_s(self) -> float:
-        """For how long it has had something to do, all in all."""
-        now = time.monotonic()
-        return self._busy_s + (now - self._busy_since if self._busy_since is not None else 0.0)
+    def outstanding(self) -> int:
+        """Answers that are being waited for."""
+        return self.workload.outstanding
 
     @property
     def facts(self) -> ModelFacts:
@@ -221,7 +218,7 @@ class Replica:
     async def _work(self, reference: Any, amount: int) -> Any:
         """Waits for the answer to `reference`, counted as outstanding and watched meanwhile."""
         actor = self._actor
-        self._add_work(amount)
+        self.workload.add(amount)
         if self._watch is None or self._watch.done() or self._watched is not actor:
             self._watch, self._watched = asyncio.create_task(self._watch_over(actor)), actor
         try:
@@ -231,15 +228,7 @@ class Replica:
             ray.cancel(reference)
             raise
         finally:
-            self._add_work(-amount)
-
-    def _add_work(self, amount: int) -> None:
-        self.outstanding += amount
-        if self.outstanding and self._busy_since is None:
-            self._busy_since = time.monotonic()
-        elif not self.outstanding and self._busy_since is not None:
-            self._busy_s += time.monotonic() - self._busy_since
-            self._busy_since = None
+            self.workload.add(-amount)
 
     async def _answer(self, actor: Any, reference: Awaitable[T]) -> T:
         try:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -26,6 +27,7 @@ from posttrain.workers.cluster import (
 )
 from posttrain.workers.demand import Demand
 from posttrain.workers.settings import TeacherPoolSettings
+from posttrain.workers.workload import Workload
 
 if TYPE_CHECKING:
     from posttrain.workers.teacher import CausalTeacher, FloatArray
@@ -90,6 +92,8 @@ class TeacherPool:
         self._free: queue.SimpleQueue[_Copy] = queue.SimpleQueue()
         self._stopped = False
         self._failures = 0
+        self.tokens = 0
+        """Read for `score` so far."""
         copies = settings.replicas * settings.tensor_parallel
         refuse_more_than_there_is([Demand(role="teacher", count=copies, each=settings)])
         self._threads = ThreadPoolExecutor(settings.replicas, thread_name_prefix="teacher")
@@ -118,7 +122,12 @@ class TeacherPool:
         loop = asyncio.get_running_loop()
         asking = partial(self._ask, "label_logprobs", sequences, temperature)
         scores: list[FloatArray] = await loop.run_in_executor(self._threads, asking)
+        self.tokens += sum(len(sequence.token_ids) for sequence in sequences)
         return scores
+
+    def idle_share(self) -> float:
+        """Of the copies' time since this was last asked, the share in which nobody asked them."""
+        return fmean(copy.workload.idle_share() for copy in self._copies)
 
     def load(self, model: str) -> None:
         """From now on every copy answers for `model`, in the processes that there are. Raises as
@@ -169,6 +178,7 @@ class _Copy:
     """The ranks that share one set of weights: asked together, ended together."""
 
     def __init__(self, model: str, settings: TeacherPoolSettings, deadline_s: float) -> None:
+        self.workload = Workload()
         self._settings = settings
         self._start_deadline_s = deadline_s
         self._ranks = [
@@ -197,6 +207,7 @@ class _Copy:
         wait_until_ready(ready, name, settings, ends_at - time.monotonic())
 
     def ask(self, method: str, sequences: Sequence[TokenSequence], how: Any) -> list[Any]:
+        self.workload.add(len(sequences))
         calls = [getattr(rank, method).remote(sequences, how) for rank in self._ranks]
         try:
             answers: list[list[Any]] = ray.get(calls, timeout=self._settings.deadline_s)
@@ -209,6 +220,8 @@ class _Copy:
                 f"a teacher did not answer within {self._settings.deadline_s:g} s "
                 "(resources.teacher.deadline_s)"
             ) from error
+        finally:
+            self.workload.add(-len(sequences))
         return answers[0]
 
     def stop(self) -> None:

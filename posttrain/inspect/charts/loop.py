@@ -35,6 +35,7 @@ AGE_MEASURES = {
     "k3": ("divergence by age", "k3 to the weights that wrote it (nats)", "~g", 1e-3),
 }
 """What the learner reports by age: title, axis, format, and the least that the axis spans."""
+ROLE_COLOURS = [VERMILION, BLUE, ORANGE, PURPLE]
 FATE_COLOURS = [BLUE, SKY, PURPLE, YELLOW, ORANGE, VERMILION, BLACK, GREY]
 
 
@@ -151,7 +152,13 @@ def idle_shares(run: Run) -> Any:
     idle = loop.idle(run.steps)
     if idle.is_empty():
         return nothing(title, "No step of RL was recorded in this run.")
-    roles = list(loop.ROLES.values())
+    measured = set(idle["role"])
+    colours = {
+        words: colour
+        for words, colour in zip(loop.ROLES.values(), ROLE_COLOURS, strict=True)
+        if words in measured
+    }
+    roles = list(colours)
     lines = (
         alt.Chart(idle)
         .mark_line(interpolate="step-after", strokeWidth=2)
@@ -160,7 +167,7 @@ def idle_shares(run: Run) -> Any:
             y=alt.Y("share:Q", **percent("share of the time")),
             color=alt.Color(
                 "role:N",
-                scale=alt.Scale(domain=roles, range=[VERMILION, BLUE]),
+                scale=alt.Scale(domain=roles, range=list(colours.values())),
                 legend=alt.Legend(title=None, orient="bottom"),
             ),
             strokeDash=alt.StrokeDash("role:N", scale=alt.Scale(domain=roles), legend=None),
