@@ -13,7 +13,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For `make test`, which has two processes: what starts engines takes its turn in one of them,
     and shares them; the other files go wherever there is time."""
     for item in items:
-        starts_engines = any(item.get_closest_marker(name) for name in ("engine", "e2e"))
+        marked = any(item.get_closest_marker(name) for name in ("engine", "e2e"))
+        starts_engines = marked or "cluster" in getattr(item, "fixturenames", ())
         group = "engines" if starts_engines else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
 

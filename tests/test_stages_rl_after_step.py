@@ -43,6 +43,8 @@ class Learner:
 class Beside:
     async def reached(self, version: PolicyVersion) -> None: ...
 
+    def make_up(self, step: int) -> None: ...
+
 
 @pytest.fixture
 def learner() -> Learner:

@@ -62,6 +62,7 @@ def beside(monkeypatch: pytest.MonkeyPatch, publisher: Publisher | None, **setti
         held_out=[make_prompt(i, "sums" if i < 6 else "words") for i in range(8)],
         instruction_mix=lambda salt: InstructionMix([], salt),
         metrics=SimpleNamespace(append=NOTED.append),
+        run=SimpleNamespace(metrics_path=None),
     )
     NOTED.clear()
     critic: Any = None if publisher is None else object()
@@ -181,4 +182,36 @@ async def test_held_out_prompts_of_every_domain_are_measured_while_steps_go_on(m
     found = NOTED[0]
     assert (found["event"], found["step"], found["until_step"]) == ("evaluation", 2, 4)
     assert found["all"]["pass@1"]["mean"] == 0.75
+    running.cancel()
+
+
+@pytest.mark.parametrize(
+    ("goes_on_from", "begun"),
+    [(0, []), (3, []), (4, []), (6, ["step-6"])],
+    ids=["anew", "none was due", "it was done", "it was left out"],
+)
+async def test_the_evaluation_that_a_kill_left_out_is_made_up(
+    monkeypatch, tmp_path, goes_on_from, begun
+):
+    evaluation = TrainingEvalSettings(every_steps=2, prompts=4, k=[1], num_samples=1)
+    beside_ = beside(monkeypatch, None, evaluation=evaluation)
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text(
+        '{"stage": "rl", "event": "evaluation", "step": 4}\n{"stage": "rl", "step": 6}\n'
+        '{"stage": "sft", "event": "evaluation", "step": 6}\n'
+    )
+    beside_._context.run.metrics_path = metrics
+    asked = []
+
+    async def measure(prompts: Any, *, label: str, **_: Any) -> list[PromptResult]:
+        asked.append(label)
+        return await asyncio.Future()
+
+    monkeypatch.setattr(rl_beside, "evaluate", measure)
+    evaluating, _ = beside_.loops
+    running = asyncio.create_task(evaluating())
+    beside_.make_up(goes_on_from)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert asked == begun
     running.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 import signal
@@ -195,12 +196,18 @@ def test_another_model_takes_the_processes_over(cluster, tiny_policy):
         assert pool._copies[0]._ranks == [rank]
         kill(rank)  # the process that takes its place loads the same
         again = pool.label_logprobs(asked, 1.0)
+        pool.idle_share()
+        scores = asyncio.run(pool.score(asked, 1.0))
+        assert 0 <= pool.idle_share() < 1
+        assert pool.tokens == sum(len(sequence.token_ids) for sequence in asked)
     finally:
         pool.stop()
     alone = CausalTeacher(str(POLICY_DIR), TeacherPoolSettings(), rank=0, address="127.0.0.1:1")
-    for answer, other, wanted in zip(answers, again, alone.label_logprobs(asked, 1.0), strict=True):
+    plain = alone.label_logprobs(asked, 1.0)
+    for answer, other, score, wanted in zip(answers, again, scores, plain, strict=True):
         np.testing.assert_allclose(answer, wanted, atol=1e-5)
         np.testing.assert_allclose(other, wanted, atol=1e-5)
+        np.testing.assert_allclose(score, wanted, atol=1e-5)
 
 
 @pytest.mark.slow

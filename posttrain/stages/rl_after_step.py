@@ -82,8 +82,9 @@ class AfterStep:
         await self._beside.reached(record.version)
 
     async def make_up(self) -> None:
-        """Before the first step: the export of the step that the stage goes on from, which a kill
-        between its checkpoint and its export left out."""
+        """Before the first step: what a kill left out after the checkpoint that the stage goes on
+        from, its export and its evaluation."""
+        self._beside.make_up(self._saved_step)
         if self._saved_step and not self._export_of(self._saved_step).exists():
             await self._export(self._saved_step)
 

@@ -10,6 +10,7 @@ from typing import Any
 from curricula.sampler import DifficultySampler, UniformSampler
 from posttrain.data.prompts import spread_over_domains
 from posttrain.evaluation import evaluate, summarise
+from posttrain.metrics import read_metrics
 from posttrain.online.periodic import Periodic
 from posttrain.online.rescreen import Rescreener
 from posttrain.progress import say
@@ -108,6 +109,20 @@ class Beside:
             idle_share=None if self._critic is None else self._critic.idle_share,
             tokens=lambda: rescreener.tokens,
         )
+
+    def make_up(self, step: int) -> None:
+        """Before the first step: the evaluation of `step`, which the stage goes on from, where a
+        kill left it out."""
+        self._step = step
+        if self._evaluating is None or not step:
+            return
+        done = {
+            record["step"]
+            for record in read_metrics(self._context.run.metrics_path)
+            if (record.get("stage"), record.get("event")) == ("rl", "evaluation")
+        }
+        if step not in done:
+            self._evaluating.reached(step)
 
     async def reached(self, version: PolicyVersion) -> None:
         """A step is done. The learner stands still until this returns."""
