@@ -172,6 +172,8 @@ def trl_trainer() -> tuple[Any, Any]:
     arguments = GRPOConfig(
         output_dir="/tmp/unused",
         use_cpu=True,
+        bf16=False,  # its default; slow on a CPU, and the learner computes in fp32
+        gradient_checkpointing=False,  # likewise: what the learner keeps would be computed twice
         report_to=[],
         loss_type="cispo",
         epsilon_high=5.0,
