@@ -5,8 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from posttrain.starter.tokenizer import END, PAD, VOCABULARY, build_tokenizer
+
+# An example has no time to keep: two processes share the machine with engines.
+settings.register_profile("beside-engines", deadline=None)
+settings.load_profile("beside-engines")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

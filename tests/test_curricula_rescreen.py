@@ -98,7 +98,7 @@ def test_without_dropped_prompts_a_slice_is_of_active_ones(size, share):
     assert len(slice_) == size
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.tuples(st.sampled_from(["drop", "restore", "observe"]), st.integers(0, 11))),
     st.integers(0, 5),

@@ -197,7 +197,7 @@ def test_unfinished_draws_hold_nothing_back():
     assert set(drawn) == set(range(20))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.integers(1, 9), min_size=2, max_size=4), st.sampled_from(["difficulty", "uniform"])
 )

@@ -2,7 +2,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from judges.labels import LabelSettings
@@ -129,7 +129,6 @@ rules = st.sampled_from(
 )
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.floats(0, 1), st.integers(0, 2)), max_size=40),
     rules,

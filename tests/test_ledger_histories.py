@@ -57,7 +57,7 @@ class Model:
         self.open, self.ended = map(dict, self.checkpoints[step])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(OPERATIONS)
 def test_any_history_agrees_with_a_simple_model(operations):
     with tempfile.TemporaryDirectory() as directory:

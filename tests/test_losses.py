@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from loss_sequences import denominators, gradients, random_sequence, share_of
 from pydantic import ValidationError
@@ -223,7 +223,6 @@ def test_k3_over_the_whole_distribution_is_the_divergence():
 
 
 @given(st.floats(-20, 0), st.floats(-20, 0))
-@settings(deadline=None)
 def test_k3_is_never_negative_and_its_gradient_is_one_minus_the_ratio(logprob, ref_logprob):
     logprobs = doubles(logprob, requires_grad=True)
     ref_logprobs = doubles(ref_logprob, requires_grad=True)

@@ -200,7 +200,7 @@ def test_the_functions_gradient_is_the_one_that_was_averaged(example):
 # --- split ---------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     cuts=st.lists(st.integers(0, 12), max_size=3).map(sorted),
     order=st.permutations(range(12)),

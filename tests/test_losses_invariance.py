@@ -74,7 +74,7 @@ def total(ranks, sequences, over, loss_settings):
 
 
 @pytest.mark.parametrize("kind", OBJECTIVES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     batch=batches(),
     seed=st.integers(0, 1000),

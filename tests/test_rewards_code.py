@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rewards_fakes import rollout
 from sandbox_helpers import FORBIDDEN, close_all, open_or_skip
@@ -161,13 +161,11 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(JSON)
 def test_a_value_equals_itself_after_its_way_through_json(value: Any) -> None:
     assert same_value(json.loads(json.dumps(value)), value)
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_an_output_equals_itself(text: str) -> None:
     assert same_output(text, text) and same_output(text + " \n\n", text)

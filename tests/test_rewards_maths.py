@@ -166,7 +166,7 @@ def forms(value: Fraction) -> dict[str, str]:
     }
 
 
-@settings(deadline=None, max_examples=25, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(numbers, numbers)
 def test_a_fraction_equals_itself_in_every_form_and_no_other(a: Fraction, b: Fraction) -> None:
     written = forms(a)
@@ -188,7 +188,7 @@ SOUP = r"""
 """
 
 
-@settings(deadline=None, max_examples=150, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(
     st.sampled_from(["5", "x+1", r"\{1,2\}", "x=5", "x>3", r"50\%", r"5\text{ cm}", "B"]),
     st.lists(st.sampled_from(SOUP.split()), min_size=1, max_size=9).map(" ".join),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from posttrain.data.prompts import make_prompt
@@ -87,14 +87,12 @@ def test_exact(reference: str, text: str, outcome: Outcome) -> None:
     assert len(result.explanation) < 300
 
 
-@settings(deadline=None)
 @given(st.integers(), st.integers(0, 5), st.sampled_from(["", "+"]))
 def test_integers_normalise_to_their_decimal(number: int, zeros: int, plus: str) -> None:
     sign = "-" if number < 0 else plus
     assert exact.normalise(f" {sign}{'0' * zeros}{abs(number)} ") == str(number)
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_normalise_is_idempotent(text: str) -> None:
     once = exact.normalise(text)
@@ -163,7 +161,6 @@ sources = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(sources, st.integers(-9, 9))
 def test_expressions_run_as_python_does(source: str, value: int) -> None:
     expected = eval(source, {"x": value})

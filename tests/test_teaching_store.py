@@ -63,7 +63,7 @@ def test_labels_say_what_is_learnt_and_the_first_token_never_is():
     assert row.num_labels == 2
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     ids=arrays.arrays(np.int64, st.integers(1, 30), elements=st.integers(0, 200_000)),
     data=st.data(),
