@@ -29,8 +29,9 @@ $(STAMP): requirements/cpu.lock pyproject.toml
 quickstart: $(STAMP)
 	$(BIN)/posttrain run configs/quickstart.yaml
 
+# Two processes, and in each of them one thread: more than there are cores hinder each other.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow
