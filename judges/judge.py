@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from judges.estimators import posterior
-from judges.labels import LabelSettings, confident_label, label
+from judges.labels import LabelSettings, decided_by, label
 from judges.sampling import Answers, Encode, JudgeUsage, Sampler, unscorable
 from judges.schedule import Schedule
 from judges.selection import SelectionSettings
@@ -192,14 +192,6 @@ class CriticJudge:
         settings = self._settings
         decided = label(n, c, cap=n, settings=settings.labels)
         assert decided is not None
-        if not settings.adaptive:
-            decided_by = "fixed n"
-        elif confident_label(n, c, settings.labels) is decided:
-            decided_by = "confidence"
-        elif n >= settings.max_samples:
-            decided_by = "cap"
-        else:
-            decided_by = "cut"
         return Verdict(
             prompt_id=prompt.prompt_id,
             judge="critic",
@@ -209,7 +201,9 @@ class CriticJudge:
             outcomes=dict(outcomes),
             posterior=posterior(n, c),
             label=decided,
-            decided_by=decided_by,
+            decided_by=decided_by(n, c, settings.max_samples, settings.labels)
+            if settings.adaptive
+            else "fixed n",
             sampling=self._sampled_with,
         )
 

@@ -53,6 +53,14 @@ def confident_label(n: int, c: int, settings: LabelSettings) -> Label | None:
     return None
 
 
+def decided_by(n: int, c: int, cap: int, settings: LabelSettings) -> str:
+    """Why sampling stopped after c of n right answers: the label holds with confidence, no more
+    could be had, or it was clear on which side of a cut the prompt lies."""
+    if confident_label(n, c, settings) is not None:
+        return "confidence"
+    return "cap" if n >= cap else "cut"
+
+
 def easy_from(settings: LabelSettings) -> int:
     """How many answers, all of them right, it takes at least until a prompt is easy; `MOST_ANSWERS`
     where fewer do not suffice."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from types import TracebackType
@@ -87,6 +87,48 @@ def read_metrics(
                 records = [r for r in records if r.get("stage") != record["stage"]]
             records.append(record)
     return records
+
+
+def surviving(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Records in order, without those that a resumed attempt did again or went back behind.
+
+    An attempt that resumes from step N records N+1 next: whatever the earlier attempt recorded of
+    its own steps beyond N is off the lineage, whether it has been reached again yet or not. So is
+    a re-screening that ended after step N was recorded: the checkpoint knows nothing of it.
+    """
+    kept: list[Mapping[str, Any]] = []
+    reached: dict[str, tuple[int, Any]] = {}
+    for record in records:
+        stage, step, attempt = record.get("stage"), record.get("step"), record.get("attempt")
+        if isinstance(stage, str) and step is not None and "event" not in record:
+            last_step, last_attempt = reached.get(stage, (0, attempt))
+            # A trainer may log twice at one step; an attempt never records a step twice.
+            if step < last_step or attempt != last_attempt:
+                kept = _upto(kept, stage, step - 1, attempt)
+            reached[stage] = step, attempt
+        kept.append(record)
+    return kept
+
+
+def _upto(
+    records: Iterable[Mapping[str, Any]], stage: str, last_step: int, attempt: Any
+) -> list[Mapping[str, Any]]:
+    """Without what `stage` recorded beyond its checkpoint of `last_step` before `attempt`, whose
+    own events may come before its first step."""
+    held: list[Mapping[str, Any]] = []
+    reached = 0
+    for record in records:
+        if record.get("stage") == stage and (
+            "event" not in record or record.get("attempt") != attempt
+        ):
+            step = record.get("step", 0)
+            late = record.get("event") == "rescreen" and reached >= last_step
+            if step > last_step or late:
+                continue
+            if "event" not in record:
+                reached = max(reached, step)
+        held.append(record)
+    return held
 
 
 def _record(line: str, place: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ settings.register_profile("beside-engines", deadline=None)
 settings.load_profile("beside-engines")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist looks for groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For `make test`, which has two processes: what starts engines takes its turn in one of them,
     and shares them; the other files go wherever there is time."""

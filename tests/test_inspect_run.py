@@ -18,8 +18,8 @@ from posttrain.inspect import Run, describe, load_run, load_runs, stacked
 from posttrain.inspect.columns import FRAMES
 from posttrain.inspect.difficulty import screened
 from posttrain.inspect.findings import gained
-from posttrain.inspect.metric_frames import surviving
 from posttrain.ledger import Ledger
+from posttrain.metrics import surviving
 from posttrain.pair_table import write_pairs
 from posttrain.prompt_table import write_prompts
 from posttrain.run_dir import RunDir

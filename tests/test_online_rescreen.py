@@ -108,11 +108,11 @@ def test_easy_prompts_leave_and_dropped_ones_come_back_when_they_are_not() -> No
     assert curriculum.dropped == {"p0", "p2"}  # p2 is still easy, p3 is back
     assert report == RescreenReport(
         prompts=4,
-        samples=51,
+        samples=64,
         discarded=0,
         dropped=1,
         restored=1,
-        labels={"easy": 2, "unsolved": 1, "medium": 1},
+        labels={"easy": 2, "medium": 2},
     )
     # What metrics.jsonl gets: asdict turns a Counter into nonsense.
     assert json.loads(json.dumps(asdict(report)))["labels"] == report.labels
@@ -136,7 +136,7 @@ def test_easy_prompts_leave_and_dropped_ones_come_back_when_they_are_not() -> No
     # The policy's posterior learns from the same answers, at the version that gave them.
     assert curriculum.observed == [
         ("p0", 16, 16, 7),
-        ("p1", 3, 0, 7),
+        ("p1", 16, 8, 7),
         ("p2", 16, 16, 7),
         ("p3", 16, 12, 7),
     ]
@@ -173,17 +173,28 @@ def test_answers_of_another_version_are_discarded() -> None:
     assert (verdict.critic, verdict.num_samples, verdict.num_correct) == ("rl:2.7", 13, 7)
 
 
-def test_only_a_prompt_that_can_still_be_easy_gives_more_than_its_first_answers() -> None:
-    curriculum = pool_of(4)
-    critic = Critic(["110" + "1" * 13, "1" * 16, "?11" + "1" * 13, "111" + "0" + "1" * 12])
-    report, ledger = rescreen(critic, curriculum)
+def test_the_first_answers_suffice_where_some_are_right_and_some_are_not() -> None:
+    curriculum = pool_of(5)
+    mixed, easy, unscored, late, unsolved = (
+        *("110" + "1" * 13, "1" * 16, "?11" + "1" * 13),
+        *("111" + "0" + "1" * 12, "0" * 16),
+    )
+    critic = Critic([mixed, easy, unscored, late, unsolved])
+    report, ledger = rescreen(critic, curriculum, prompts=5)
     sizes: dict[int, list[int]] = {}
     for request in critic.requests:
         sizes.setdefault(request.prompt_token_ids[0], []).append(request.num_rollouts)
-    assert sizes == {0: [3], 1: [3, 13], 2: [3, 13], 3: [3, 13]}
-    assert report.samples == 3 + 16 + 15 + 16
+    assert sizes == {0: [3], 1: [3, 13], 2: [3, 13], 3: [3, 13], 4: [3, 13]}
+    assert report.samples == 3 + 16 + 15 + 16 + 16
     assert curriculum.dropped == {"p1", "p2"}
-    assert {decision.verdict.decided_by for _, decision in ledger.recorded} == {"cut"}
+    verdicts = {d.prompt_id: d.verdict for _, d in ledger.recorded}
+    assert {p: (v.label.value, v.decided_by) for p, v in verdicts.items()} == {
+        "p0": ("medium", "cut"),
+        "p1": ("easy", "confidence"),
+        "p2": ("easy", "confidence"),
+        "p3": ("medium", "cap"),
+        "p4": ("unsolved", "cap"),
+    }
 
 
 def test_one_request_shows_that_a_prompt_is_easy_when_the_version_changed_before_it() -> None:

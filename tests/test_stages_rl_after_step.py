@@ -41,9 +41,13 @@ class Learner:
 
 
 class Beside:
+    def __init__(self) -> None:
+        self.made_up: list[int] = []
+
     async def reached(self, version: PolicyVersion) -> None: ...
 
-    def make_up(self, step: int) -> None: ...
+    def make_up(self, step: int) -> None:
+        self.made_up.append(step)
 
 
 @pytest.fixture
@@ -92,7 +96,9 @@ async def test_an_export_that_a_kill_left_out_is_made_up(tmp_path: Path, learner
         await after_step(tmp_path, learner, export_every=15)(record(30))
     learner.killed_at = None
     for _ in range(2):  # once
-        await after_step(tmp_path, learner, first_step=30, export_every=15).make_up()
+        after = after_step(tmp_path, learner, first_step=30, export_every=15)
+        await after.make_up()
+        assert after._beside.made_up == [30]
     assert learner.saved == ["checkpoint 30", "export-30"]
     assert (tmp_path / "export-30").is_dir()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -187,8 +188,8 @@ async def test_held_out_prompts_of_every_domain_are_measured_while_steps_go_on(m
 
 @pytest.mark.parametrize(
     ("goes_on_from", "begun"),
-    [(0, []), (3, []), (4, []), (6, ["step-6"])],
-    ids=["anew", "none was due", "it was done", "it was left out"],
+    [(0, []), (3, []), (4, []), (6, ["step-6"]), (100, [])],
+    ids=["anew", "none was due", "it was done", "it was left out", "it was the last"],
 )
 async def test_the_evaluation_that_a_kill_left_out_is_made_up(
     monkeypatch, tmp_path, goes_on_from, begun
@@ -196,10 +197,15 @@ async def test_the_evaluation_that_a_kill_left_out_is_made_up(
     evaluation = TrainingEvalSettings(every_steps=2, prompts=4, k=[1], num_samples=1)
     beside_ = beside(monkeypatch, None, evaluation=evaluation)
     metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text(
-        '{"stage": "rl", "event": "evaluation", "step": 4}\n{"stage": "rl", "step": 6}\n'
-        '{"stage": "sft", "event": "evaluation", "step": 6}\n'
-    )
+    records = [
+        *({"stage": "rl", "step": step, "attempt": 1} for step in (4, 5, 6)),
+        # The second attempt goes on from step 5: this one is of weights that are gone.
+        {"stage": "rl", "event": "evaluation", "step": 6, "attempt": 1},
+        {"stage": "rl", "event": "evaluation", "step": 4, "attempt": 1},
+        {"stage": "rl", "step": 6, "attempt": 2},
+        {"stage": "sft", "event": "evaluation", "step": 6},
+    ]
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
     beside_._context.run.metrics_path = metrics
     asked = []
 

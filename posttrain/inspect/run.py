@@ -28,10 +28,9 @@ from posttrain.inspect.metric_frames import (
     rescreens_frame,
     stages_frame,
     steps_frame,
-    surviving,
 )
 from posttrain.inspect.problems import OnError, Problem, Problems
-from posttrain.metrics import read_metrics
+from posttrain.metrics import read_metrics, surviving
 from posttrain.run_dir import RunDir, StageRecord, still_asked_for
 from posttrain.stage_order import START
 

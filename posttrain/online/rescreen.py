@@ -15,7 +15,7 @@ from typing import Literal, Protocol, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from judges.estimators import posterior
-from judges.labels import LabelSettings, confident_label, easy_from, label
+from judges.labels import LabelSettings, confident_label, decided_by, easy_from, label
 from posttrain.online.accounting import stable_seed
 from posttrain.types import (
     Action,
@@ -36,16 +36,17 @@ from posttrain.types import (
 
 RULE = "re-screening"
 FIRST = 3
-"""Answers that every prompt gives; the rest only if with these it can still be easy. Of prompts
-that are answered right half of the time, one in eight needs more."""
+"""Answers that every prompt gives; the rest only if these were all right, so that it may be easy,
+or all wrong. Of prompts that are answered right half of the time, one in four needs more."""
 
 
 class RescreenSettings(BaseModel):
     """When, what and by whom prompts are judged again while RL goes on.
 
     - `prompts`: how many in a slice, every `every_steps` steps.
-    - `samples`: answers to each at most: three first, and the others only where these leave open
-      whether it is easy. 13 right ones of 13 make it so by default.
+    - `samples`: answers to each at most: three first, and the others where these were all right
+      or all wrong. 13 right ones of 13 make a prompt easy by default, so that of 16 the others
+      suffice alone where new weights came in between.
     - `retest_share`: of a slice, on average, for prompts that were dropped.
     - `placement`: *shared* judges with the engines and weights that serve rollouts, *dedicated*
       with an engine of its own (`resources.judge`) whose weights stand still between slices: one
@@ -189,13 +190,14 @@ class Rescreener:
         for size in (FIRST, self._settings.samples - FIRST):
             request_id = f"rescreen-{step}-{prompt.prompt_id}-{len(rollouts)}"
             answers = await self._generator.generate(self._request(prompt, request_id, size))
-            scored = await self._scorer.score(prompt, answers, None)
-            rewards.update(zip((r.rollout_id for r in answers), scored, strict=True))
-            rollouts += answers
             self.tokens += sum(len(rollout.completion_token_ids) for rollout in answers)
+            rollouts += answers
             version, usable = of_one_version(rollouts)
+            new = [rollout for rollout in usable if rollout.rollout_id not in rewards]
+            scored = await self._scorer.score(prompt, new, None) if new else ()
+            rewards.update(zip((r.rollout_id for r in new), scored, strict=True))
             counted = [rewards[rollout.rollout_id] for rollout in usable]
-            if self._decides(counted):
+            if self._decides(counted, last=len(rollouts) == self._settings.samples):
                 return self._verdict(prompt, version, counted), len(rollouts) - len(usable)
         return None, len(rollouts) - len(usable)
 
@@ -208,12 +210,13 @@ class Rescreener:
             sampling=replace(self._sampling, seed=seed),
         )
 
-    def _decides(self, rewards: Sequence[Reward]) -> bool:
+    def _decides(self, rewards: Sequence[Reward], *, last: bool) -> bool:
         """Whether the answers that are lacking, all of them right, could not make the prompt easy;
-        or do not need to."""
+        or do not need to. Without a right one it is asked on: three say of no prompt that it is
+        unsolved."""
         n = sum(reward.correctness is not None for reward in rewards)
         c = sum(reward.correct for reward in rewards)
-        if n == 0:
+        if n == 0 or (c == 0 and not last):
             return False
         total, labels = self._settings.samples, self._settings.labels
         at_best = label(total, c + total - n, cap=total, settings=labels)
@@ -236,7 +239,7 @@ class Rescreener:
             outcomes=dict(outcomes),
             posterior=posterior(n, c),
             label=decided,
-            decided_by="cut",
+            decided_by=decided_by(n, c, self._settings.samples, self._settings.labels),
             sampling={
                 "temperature": self._sampling.temperature,
                 "max_tokens": self._sampling.max_tokens,
@@ -279,7 +282,7 @@ class Rescreener:
 def of_one_version(rollouts: Sequence[Rollout]) -> tuple[PolicyVersion, list[Rollout]]:
     """The version that wrote most of these alone (of two the later one), and those that it did.
 
-    A verdict is about one critic: what spans a publish was written by two. Answers to a prompt
+    A verdict is about one critic: what spans a publish was written by two. Answers of a request
     begin together, so where one of them spans, those that had ended are of the version before.
     """
     alone: dict[PolicyVersion, list[Rollout]] = {}

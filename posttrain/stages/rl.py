@@ -60,35 +60,37 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
         say(f"rl: goes on from step {state.step}, {len(reissue)} draws are drawn again")
     beside = await Beside.start(context, model, attempt, generators, curriculum, learner, probes)
     teacher, reading = _teacher(context, state)
-    roles = _roles(generators, beside, reading)
-    after_step = AfterStep(context, model, attempt, state.step, curriculum, learner, roles, beside)
-    await after_step.make_up()
-    stop = StopWithCheckpoint(learner, after_step, after_step.save_last)
-    controller = Controller(
-        settings,
-        curriculum=curriculum,
-        generator=generators,
-        scorer=context.pools.scorer,
-        learner=stop,
-        publisher=publisher,
-        ledger=context.ledger,
-        encode=context.chat.encode,
-        draw_system=context.instruction_mix(1).draw,
-        pad_token_id=context.chat.pad_token_id,
-        share_prompts=await learner.can_share_prompts(),
-        attempt=attempt,
-        seed=context.seed,
-        first_step=state.step,
-        first_draw=state.num_draws,
-        plans=state.plans,
-        reissue=reissue,
-        learned=state.learned,
-        on_step=stop.after_step,
-        on_group=after_step.rollouts.append,
-        beside=[*beside.loops, stop.run],
-        teacher=teacher,
-    )
     try:
+        roles = _roles(generators, beside, reading)
+        after_step = AfterStep(
+            context, model, attempt, state.step, curriculum, learner, roles, beside
+        )
+        await after_step.make_up()
+        stop = StopWithCheckpoint(learner, after_step, after_step.save_last)
+        controller = Controller(
+            settings,
+            curriculum=curriculum,
+            generator=generators,
+            scorer=context.pools.scorer,
+            learner=stop,
+            publisher=publisher,
+            ledger=context.ledger,
+            encode=context.chat.encode,
+            draw_system=context.instruction_mix(1).draw,
+            pad_token_id=context.chat.pad_token_id,
+            share_prompts=await learner.can_share_prompts(),
+            attempt=attempt,
+            seed=context.seed,
+            first_step=state.step,
+            first_draw=state.num_draws,
+            plans=state.plans,
+            reissue=reissue,
+            learned=state.learned,
+            on_step=stop.after_step,
+            on_group=after_step.rollouts.append,
+            beside=[*beside.loops, stop.run],
+            teacher=teacher,
+        )
         with stop.listening():
             summary = await controller.run()
     except DivergenceError as error:

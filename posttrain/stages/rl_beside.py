@@ -10,7 +10,7 @@ from typing import Any
 from curricula.sampler import DifficultySampler, UniformSampler
 from posttrain.data.prompts import spread_over_domains
 from posttrain.evaluation import evaluate, summarise
-from posttrain.metrics import read_metrics
+from posttrain.metrics import read_metrics, surviving
 from posttrain.online.periodic import Periodic
 from posttrain.online.rescreen import Rescreener
 from posttrain.progress import say
@@ -114,11 +114,11 @@ class Beside:
         """Before the first step: the evaluation of `step`, which the stage goes on from, where a
         kill left it out."""
         self._step = step
-        if self._evaluating is None or not step:
+        if self._evaluating is None or step in (0, self._context.settings.rl.num_steps):
             return
         done = {
             record["step"]
-            for record in read_metrics(self._context.run.metrics_path)
+            for record in surviving(read_metrics(self._context.run.metrics_path))
             if (record.get("stage"), record.get("event")) == ("rl", "evaluation")
         }
         if step not in done:

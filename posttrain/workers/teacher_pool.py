@@ -167,9 +167,8 @@ class TeacherPool:
                     if self._stopped or self._failures > self._settings.max_restarts:
                         raise
                     say(f"teacher: {error}; started again")
-                    self._copies.remove(copy)
-                    copy = self._start_copy()
-                    self._copies.append(copy)
+                    lost, copy = copy, self._start_copy()
+                    self._copies[self._copies.index(lost)] = copy
         finally:
             self._free.put(copy)
 
@@ -208,8 +207,8 @@ class _Copy:
 
     def ask(self, method: str, sequences: Sequence[TokenSequence], how: Any) -> list[Any]:
         self.workload.add(len(sequences))
-        calls = [getattr(rank, method).remote(sequences, how) for rank in self._ranks]
         try:
+            calls = [getattr(rank, method).remote(sequences, how) for rank in self._ranks]
             answers: list[list[Any]] = ray.get(calls, timeout=self._settings.deadline_s)
         except RayTaskError as error:
             raise error.cause from error

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/rescreen_cost.py DIR [rounds]
 
-RL on the starter as in configs/quickstart.yaml; with re-screening, 64 prompts are judged by 16
+RL on the starter as in configs/quickstart.yaml; with re-screening, 64 prompts are judged by up to 16
 answers each every ten steps, one prompt at a time, by the engine and weights that serve rollouts.
 Only the tokens of rollouts count.
 """

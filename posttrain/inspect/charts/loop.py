@@ -147,7 +147,7 @@ def _by_age(steps: pl.DataFrame) -> list[Any]:
 
 
 def idle_shares(run: Run) -> Any:
-    """Which role waited for the other."""
+    """Which roles waited for the others."""
     title = "Who waited: the learner for rollouts, or rollouts for the learner?"
     idle = loop.idle(run.steps)
     if idle.is_empty():
