@@ -14,17 +14,6 @@ settings.register_profile("beside-engines", deadline=None)
 settings.load_profile("beside-engines")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist looks for groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `make test`, which has two processes: what starts engines takes its turn in one of them,
-    and shares them; the other files go wherever there is time."""
-    for item in items:
-        marked = any(item.get_closest_marker(name) for name in ("engine", "e2e"))
-        starts_engines = marked or "cluster" in getattr(item, "fixturenames", ())
-        group = "engines" if starts_engines else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with random weights and the starter's tokenizer and chat template."""

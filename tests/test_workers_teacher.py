@@ -166,6 +166,7 @@ def kill(rank):
     os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.engine
 @pytest.mark.slow
 def test_copies_share_the_work_and_one_that_is_killed_is_replaced(cluster, tiny_policy, teacher):
     asked = [s for s in sequences(7) if s.num_labels]
@@ -186,6 +187,7 @@ def test_copies_share_the_work_and_one_that_is_killed_is_replaced(cluster, tiny_
         pool.stop()
 
 
+@pytest.mark.engine
 def test_another_model_takes_the_processes_over(cluster, tiny_policy):
     asked = [s for s in sequences(3) if s.num_labels]
     pool = TeacherPool(str(tiny_policy), TeacherPoolSettings(**TINY), 120)
@@ -210,6 +212,7 @@ def test_another_model_takes_the_processes_over(cluster, tiny_policy):
         np.testing.assert_allclose(score, wanted, atol=1e-5)
 
 
+@pytest.mark.engine
 @pytest.mark.slow
 def test_a_copy_that_cannot_be_divided_is_refused(cluster, tiny_policy):
     """Its one head of keys and values is no two."""
@@ -217,6 +220,7 @@ def test_a_copy_that_cannot_be_divided_is_refused(cluster, tiny_policy):
         TeacherPool(str(tiny_policy), TeacherPoolSettings(**TINY, tensor_parallel=2), 120)
 
 
+@pytest.mark.engine
 @pytest.mark.slow
 def test_two_ranks_of_a_copy_answer_as_one(cluster):
     asked = [s for s in sequences(7) if s.num_labels]
