@@ -164,7 +164,7 @@ class ScorerPool:
             return ()
         given = await self._given(prompt, rollouts, system)
         async with self._slots.here():
-            group = _Group(prompt, tuple(map(_without_logprobs, rollouts)), system, given)
+            group = _Group(prompt, tuple(map(without_logprobs, rollouts)), system, given)
             with self._lock:
                 if self._closed:
                     raise _closed_error()
@@ -294,7 +294,7 @@ def _deadline_s(prompt: Prompt, settings: RewardSettings) -> float:
     return sum(map(settings.deadline_of, local)) or settings.deadline_s
 
 
-def _without_logprobs(rollout: Rollout) -> Rollout:
+def without_logprobs(rollout: Rollout) -> Rollout:
     """What scoring does not read is not sent: it is most of a rollout's bytes."""
     return replace(rollout, prompt_token_ids=(), rollout_logprobs=(), version_spans=())
 

@@ -58,15 +58,18 @@ class WorkerProcess:
         )
         self._last_prompt = prompt
         self.num_answers += 1
-        slow = patience_s < deadline_s and not self._arrived(process, patience_s)
-        if slow:
+        first_s = min(patience_s, deadline_s)
+        if self._arrived(process, first_s):  # as nearly all are
+            quick: Reward = self._read(process)
+            return quick
+        if first_s < deadline_s:
             on_slow()
             with contextlib.suppress(ProcessLookupError):
                 os.setpriority(os.PRIO_PGRP, process.pid, LOW_PRIORITY)
         try:
-            reward: Reward = self._receive(process, deadline_s - patience_s if slow else deadline_s)
+            reward: Reward = self._receive(process, deadline_s - first_s)
         finally:
-            if slow and self._process is not None:
+            if self._process is not None:
                 self._restore_priority(process)
         return reward
 
@@ -106,6 +109,9 @@ class WorkerProcess:
         if not self._arrived(process, deadline_s):
             self.kill()
             raise DeadlineHit
+        return self._read(process)
+
+    def _read(self, process: Forked) -> Any:
         try:
             reply = process.connection.recv()
         except (EOFError, OSError) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -59,8 +61,7 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
     if checkpoint is not None:
         say(f"rl: goes on from step {state.step}, {len(reissue)} draws are drawn again")
     beside = await Beside.start(context, model, attempt, generators, curriculum, learner, probes)
-    teacher, reading = _teacher(context, state)
-    try:
+    with _teaching(context, state) as (teacher, reading):
         roles = _roles(generators, beside, reading)
         after_step = AfterStep(
             context, model, attempt, state.step, curriculum, learner, roles, beside
@@ -91,13 +92,11 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
             beside=[*beside.loops, stop.run],
             teacher=teacher,
         )
-        with stop.listening():
-            summary = await controller.run()
-    except DivergenceError as error:
-        raise DivergenceError(f"{error} {after_step.where_it_goes_on()}") from error
-    finally:
-        if reading is not None:
-            reading.stop()
+        try:
+            with stop.listening():
+                summary = await controller.run()
+        except DivergenceError as error:
+            raise DivergenceError(f"{error} {after_step.where_it_goes_on()}") from error
     _say_whether_the_teacher_kept_up(summary)
     after_step.rollouts.flush()
     beside.stop()
@@ -133,16 +132,23 @@ def _learner(context: StageContext, model: Path, checkpoint: Path | None) -> Rem
     )
 
 
-def _teacher(context: StageContext, state: LoopState) -> tuple[GroupTeacher, TeacherPool | None]:
-    """Who reads admitted groups, and its actors, which whoever asked for them stops."""
+@contextmanager
+def _teaching(
+    context: StageContext, state: LoopState
+) -> Iterator[tuple[GroupTeacher, TeacherPool | None]]:
+    """Who reads admitted groups, and its actors, if it has any."""
     settings = context.settings
     if settings.rl.distillation is None:
-        return REWARDS_ALONE, None
+        yield REWARDS_ALONE, None
+        return
     assert context.teacher is not None
     resources = settings.resources
     pool = TeacherPool(str(context.teacher), resources.teacher, resources.deadline_s)
     score = partial(pool.score, temperature=settings.rl.temperature)
-    return OnlineTeacher(settings.rl.distillation, score, state.teacher_lead), pool
+    try:
+        yield OnlineTeacher(settings.rl.distillation, score, state.teacher_lead), pool
+    finally:
+        pool.stop()
 
 
 def _roles(

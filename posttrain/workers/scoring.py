@@ -20,7 +20,7 @@ from posttrain.workers.heap import freeze_heap
 from posttrain.workers.settings import ActorResources, RolloutPoolSettings
 from posttrain.workers.transport import this_node
 from rewards.judge_access import engine_ask
-from rewards.pool import ScorerPool, longest_s
+from rewards.pool import ScorerPool, longest_s, without_logprobs
 from rewards.shaping import RewardSettings
 
 
@@ -122,8 +122,9 @@ class RewardWorkers:
         """Raises EngineError if the actor died, or is stuck: it has groups and answers none."""
         self._longest_s = max(self._longest_s, longest_s(prompt, len(rollouts), self._settings))
         asked_at = time.monotonic()
+        read = tuple(map(without_logprobs, rollouts))
         scoring: asyncio.Task[tuple[Reward, ...]] = asyncio.create_task(
-            answer(self._actor.score.remote(prompt, rollouts, system), "the reward actor")
+            answer(self._actor.score.remote(prompt, read, system), "the reward actor")
         )
         # Of a group that is given up meanwhile, too.
         scoring.add_done_callback(self._note_answer)
