@@ -38,7 +38,7 @@ ELSEWHERE = (
     *("rl.checkpoint_every", "rl.keep_checkpoints", "rl.export_every", "rl.evaluation"),
     *("teacher.model", "teacher.store", "rl.distillation.deadline_s"),
     *REWARDS_ELSEWHERE,
-    "rl.rescreen.concurrency",
+    *("rl.rescreen.concurrency", "rl.rescreen.share"),
     *("rl.draw_deadline_s", "rl.starvation_draws", "rl.publish."),
     *("rl.learner.step_deadline_s", "rl.learner.threads"),
 )

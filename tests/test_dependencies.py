@@ -114,6 +114,7 @@ CRITICS_DTYPE = "resources.judge.engine.dtype=bfloat16"
         (RATED, "rewards.reward_model.device=cuda", set()),
         (RATED, "rewards.reward_model.dtype=bfloat16", ALL | EVALUATIONS),
         (RESCREENED, "rl.rescreen.concurrency=3", set()),
+        (RESCREENED, "rl.rescreen.share=0.5", set()),
         (RESCREENED, "rl.rescreen.prompts=3", FROM_RL),
         # In another data type a model says something else.
         (SERVED, JUDGES_DTYPE, ALL | EVALUATIONS),

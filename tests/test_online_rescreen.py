@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -73,6 +73,7 @@ def rescreen(
     critic: Critic,
     curriculum: CountingCurriculum | DifficultySampler,
     seed: int | None = None,
+    written: Callable[[], int] | None = None,
     **settings: Any,
 ) -> tuple[RescreenReport, Decisions]:
     ledger = Decisions()
@@ -87,6 +88,7 @@ def rescreen(
         sampling=Sampling(max_tokens=8, temperature=0.5),
         seed=seed,
         template="abc",
+        written=written,
     )
     report = run_virtual(rescreener.slice(step=7))
     assert rescreener.tokens == 2 * sum(request.num_rollouts for request in critic.requests)
@@ -235,6 +237,22 @@ def test_prompts_in_flight_are_capped() -> None:
     critic = Critic(["1" * 16])
     rescreen(critic, pool_of(8), prompts=8, concurrency=3)
     assert (len(critic.requests), critic.most_running) == (16, 3)
+
+
+def test_on_shared_engines_judging_has_its_share_of_the_tokens() -> None:
+    """Rollouts write 100 tokens a second, judging 32 for an easy prompt: at most a tenth of all."""
+    critic = Critic(["1" * 16])
+    ended: list[float] = []
+
+    def written() -> int:
+        ended.append(asyncio.get_running_loop().time())
+        return int(100 * ended[-1]) + 32 * len(critic.requests) // 2
+
+    report, _ = rescreen(critic, pool_of(8), prompts=8, concurrency=2, share=0.1, written=written)
+    assert report.dropped == 8
+    # The last prompt begins when the tokens of six are a tenth: 192 of 1920, of them 1728 of
+    # rollouts. Without a share all would be judged in 8 s.
+    assert 17.2 <= max(ended) <= 17.6
 
 
 def test_samples_are_seeded_only_where_a_run_must_repeat_itself() -> None:

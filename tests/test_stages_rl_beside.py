@@ -68,7 +68,7 @@ def beside(monkeypatch: pytest.MonkeyPatch, publisher: Publisher | None, **setti
     NOTED.clear()
     critic: Any = None if publisher is None else object()
     curriculum = object.__new__(DifficultySampler)
-    engines: Any = object()
+    engines: Any = SimpleNamespace(tokens=0)
     to_critic: Any = publisher
     return Beside(context, 1, engines, curriculum, critic, to_critic)
 
@@ -133,6 +133,7 @@ async def test_it_is_said_once_that_a_slice_is_late(monkeypatch, capsys):
     await train(beside_, range(20, 41))
     said = capsys.readouterr().err
     assert said.count("rl: rl.rescreen is due at step 20 and still at work") == 1
+    assert "raise its every_steps or concurrency" in said  # it has an engine of its own
     assert said.count("still at work") == 1
     running.cancel()
 

@@ -40,6 +40,10 @@ FIRST = 3
 or all wrong. Of prompts that are answered right half of the time, one in four needs more."""
 
 
+PAUSE_S = 0.1
+"""Between two looks at whether judging has its share of tokens again."""
+
+
 class RescreenSettings(BaseModel):
     """When, what and by whom prompts are judged again while RL goes on.
 
@@ -51,8 +55,9 @@ class RescreenSettings(BaseModel):
     - `placement`: *shared* judges with the engines and weights that serve rollouts, *dedicated*
       with an engine of its own (`resources.judge`) whose weights stand still between slices: one
       that is due while another is judged is left out.
-    - `concurrency`: prompts in flight. On shared engines every answer of theirs takes room from a
-      rollout, so it is one at a time unless said otherwise; an engine of its own gets 16.
+    - `share`: of the tokens that shared engines write while rollouts go on, at most so many are
+      judging's: what it takes is taken from rollouts.
+    - `concurrency`: prompts in flight; 4 on shared engines, 16 on an engine of its own.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,12 +67,13 @@ class RescreenSettings(BaseModel):
     samples: int = Field(default=16, gt=FIRST)
     retest_share: float = Field(default=0.25, gt=0, le=1)
     placement: Literal["shared", "dedicated"] = "shared"
+    share: float = Field(default=0.04, gt=0, le=1)
     concurrency: int | None = Field(default=None, gt=0)
     labels: LabelSettings = LabelSettings()
 
     @property
     def in_flight(self) -> int:
-        return self.concurrency or (1 if self.placement == "shared" else 16)
+        return self.concurrency or (4 if self.placement == "shared" else 16)
 
     @model_validator(mode="after")
     def _a_prompt_can_be_found_easy(self) -> Self:
@@ -126,6 +132,8 @@ class Rescreener:
     Args:
         seed: of the samples; None leaves them to the engine.
         template: the chat template's hash: verdicts hold for one only.
+        written: tokens that the generator has written in all, for whomever, where judging gets a
+            share of them; None where it need not care.
     """
 
     def __init__(
@@ -141,6 +149,7 @@ class Rescreener:
         sampling: Sampling,
         seed: int | None,
         template: str,
+        written: Callable[[], int] | None = None,
     ) -> None:
         self._settings = settings
         self._stage = stage
@@ -152,6 +161,7 @@ class Rescreener:
         self._sampling = sampling
         self._seed = seed
         self._template = template
+        self._written = written
         self.tokens = 0
         """That the critic has written so far."""
 
@@ -162,9 +172,12 @@ class Rescreener:
             self._settings.prompts, self._settings.retest_share
         )
         gate = asyncio.Semaphore(self._settings.in_flight)
+        may_go_on = self._budget()
 
         async def judge(prompt: Prompt) -> tuple[Verdict | None, int]:
             async with gate:
+                while not may_go_on():
+                    await asyncio.sleep(PAUSE_S)
                 return await self._judge(prompt, step)
 
         async with asyncio.TaskGroup() as tasks:
@@ -182,6 +195,14 @@ class Rescreener:
             restored=moved[Action.KEEP],
             labels=dict(Counter(v.label.value for v in verdicts)),
         )
+
+    def _budget(self) -> Callable[[], bool]:
+        """Says whether judging has had no more than its share since now."""
+        written = self._written
+        if written is None:
+            return lambda: True
+        of_all, of_judging = written(), self.tokens
+        return lambda: self.tokens - of_judging <= self._settings.share * (written() - of_all)
 
     async def _judge(self, prompt: Prompt, step: int) -> tuple[Verdict | None, int]:
         """The verdict, None where the answers decide nothing; and how many were of no use."""

@@ -63,6 +63,7 @@ class Beside:
             sampling=Sampling(max_tokens=settings.max_tokens, temperature=settings.temperature),
             seed=context.seed if lock_step else None,
             template=context.chat.template_hash,
+            written=None if lock_step or critic is not None else lambda: generators.tokens,
         )
         self._rescreening = Periodic(settings.rescreen.every_steps, self._rescreen)
 
@@ -129,8 +130,9 @@ class Beside:
         self._step = version.step
         if version.step == self._context.settings.rl.num_steps:
             return  # nobody would wait for what begins now
-        self._say_if_late("rl.evaluation", self._evaluating)
-        self._say_if_late("rl.rescreen", self._rescreening)
+        self._say_if_late("rl.evaluation", self._evaluating, "concurrency")
+        shared = self._critic is None
+        self._say_if_late("rl.rescreen", self._rescreening, "share" if shared else "concurrency")
         if self._evaluating is not None:
             self._evaluating.reached(version.step)
         if self._rescreening is None or self._context.settings.rl.max_lag == 0:
@@ -168,14 +170,14 @@ class Beside:
                 "of its own (rl.rescreen.placement: dedicated)"
             )
 
-    def _say_if_late(self, key: str, loop: Periodic | None) -> None:
+    def _say_if_late(self, key: str, loop: Periodic | None, faster: str) -> None:
         """Once in a stage: it will be late again."""
         if loop is None or not (loop.busy and loop.is_due(self._step)) or key in self._told:
             return
         self._told.add(key)
         say(
             f"rl: {key} is due at step {self._step} and still at work on an earlier one: raise its "
-            "every_steps or concurrency, or lower its prompts or samples"
+            f"every_steps or {faster}, or lower its prompts or samples"
         )
 
     async def _evaluate(self, step: int) -> None:

@@ -45,6 +45,8 @@ class GeneratorPool:
         self._weights: PublishedWeights | None = None
         self._restarting: dict[str, asyncio.Task[None]] = {}
         self._replaced = 0
+        self.tokens = 0
+        """Written in all."""
 
     @classmethod
     async def start(
@@ -83,7 +85,9 @@ class GeneratorPool:
     async def generate(self, request: GenerationRequest) -> tuple[Rollout, ...]:
         """Raises EngineError if the engines that were given this request were lost one after
         another, more often than `max_restarts` allows."""
-        return await self._by_one(lambda replica: replica.generate(request), request.request_id)
+        rollouts = await self._by_one(lambda replica: replica.generate(request), request.request_id)
+        self.tokens += sum(len(rollout.completion_token_ids) for rollout in rollouts)
+        return rollouts
 
     async def score_tokens_once(
         self, sequences: Sequence[Sequence[int]], label: str

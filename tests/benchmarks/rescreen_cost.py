@@ -2,9 +2,10 @@
 
     python tests/benchmarks/rescreen_cost.py DIR [rounds]
 
-RL on the starter as in configs/quickstart.yaml; with re-screening, 64 prompts are judged by up to 16
-answers each every ten steps, one prompt at a time, by the engine and weights that serve rollouts.
-Only the tokens of rollouts count.
+RL on the starter as in configs/quickstart.yaml; with re-screening, 64 prompts are judged by up to
+16 answers each every ten steps, by the engine and weights that serve rollouts, as the defaults have
+it. The steps are too short for that, so that it is judged all the time. Only the tokens of rollouts
+count.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from posttrain.metrics import read_metrics
 STEPS, WARM_UP = 34, 4
 ARMS = {
     "without": (),
-    "with": ("rl.rescreen={every_steps: 10, prompts: 64, samples: 16, concurrency: 1}",),
+    "with": ("rl.rescreen={every_steps: 10, prompts: 64}",),
 }
 
 
