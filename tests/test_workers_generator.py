@@ -33,6 +33,12 @@ class Weights:
         self.retired = True
 
 
+class Answer(str):
+    """In place of a rollout."""
+
+    completion_token_ids = (1, 2)
+
+
 class FakeReplica:
     """Answers a request when the test says so; is lost when the test says so."""
 
@@ -65,7 +71,7 @@ class FakeReplica:
             self.outstanding -= asked.num_rollouts
 
     def answer(self, request_id, text):
-        self._open.pop(request_id).set_result((text,))
+        self._open.pop(request_id).set_result((Answer(text),))
 
     def lose(self):
         self.serving = False
@@ -132,6 +138,7 @@ async def test_a_request_goes_to_the_engine_with_least_to_do():
     for name in "bcd":
         second.answer(name, name)
     assert [(await task)[0] for task in tasks] == ["done", "b", "c", "d", "e"]
+    assert pool.tokens == 5 * 2
 
 
 async def test_open_requests_of_a_lost_engine_are_asked_once_more_elsewhere():
