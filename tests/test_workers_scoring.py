@@ -5,9 +5,11 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from online_fakes import make_rollout
 
 from posttrain.data.prompts import make_prompt
 from posttrain.errors import EngineError
+from posttrain.types import PolicyVersion
 from posttrain.workers import scoring
 from posttrain.workers.scoring import RewardWorkers
 from rewards.judged import JudgedSettings
@@ -24,27 +26,32 @@ def workers(monkeypatch):
     monkeypatch.setattr(scoring, "longest_s", lambda *_: 0.5)
 
     async def score(prompt, rollouts, system):
+        assert {rollout.rollout_logprobs for rollout in rollouts} == {()}  # nobody reads them
         await asyncio.sleep(len(rollouts) / 10)
-        return tuple(rollouts)
+        return tuple(rollout.text for rollout in rollouts)
 
     actor = SimpleNamespace(score=SimpleNamespace(remote=score))
     return RewardWorkers(actor, RewardSettings())
 
 
+def answers(texts):
+    return [make_rollout("d", i, text, PolicyVersion(1, 0)) for i, text in enumerate(texts)]
+
+
 async def test_a_reward_actor_that_answers_nothing_ends_the_run(workers):
     with pytest.raises(EngineError, match=r"scored nothing for 0\.5 s.*it is stuck"):
         async with asyncio.timeout(10):
-            await workers.score(PROMPT, range(6000), None)
+            await workers.score(PROMPT, answers("1" * 6000), None)
 
 
 async def test_a_group_waits_for_others_as_long_as_they_are_answered(workers):
     """Those that were given up meanwhile are among what the actor works on."""
-    last = asyncio.create_task(workers.score(PROMPT, range(9), None))
-    given_up = asyncio.create_task(workers.score(PROMPT, range(5), None))
+    last = asyncio.create_task(workers.score(PROMPT, answers("abcdefghi"), None))
+    given_up = asyncio.create_task(workers.score(PROMPT, answers("abcde"), None))
     await asyncio.sleep(0.1)
     given_up.cancel()
-    assert await workers.score(PROMPT, range(2), None) == (0, 1)
-    assert await last == tuple(range(9))
+    assert await workers.score(PROMPT, answers("ab"), None) == ("a", "b")
+    assert await last == tuple("abcdefghi")
 
 
 @pytest.mark.parametrize(
