@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from inspect_runs import write_known_run
 
@@ -147,6 +148,20 @@ def test_waiting_and_staleness_say_how_much_in_their_titles(run: Run) -> None:
     ]
     lags = next(rows for rows in drawn(charts.staleness(run)) if "lag" in rows[0])
     assert [(r["lag"], r["share"]) for r in lags] == [(0, 0.5), (1, 0.5)]
+
+
+def test_a_judge_that_was_measured_is_among_those_who_waited(run: Run) -> None:
+    steps = run.steps.with_columns(pl.lit(0.5).alias("judge_idle_share"))
+    chart = charts.idle_shares(replace(run, steps=steps)).to_dict()
+    assert chart["title"]["subtitle"] == [
+        "Of the whole time: learner waits for groups: 25%; engines without a request: 17%;",
+        "judge without a prompt: 50%",
+    ]
+    assert chart["encoding"]["color"]["scale"]["domain"] == [
+        "learner waits for groups",
+        "engines without a request",
+        "judge without a prompt",
+    ]
 
 
 def test_the_pool_adds_domains_up(run: Run) -> None:

@@ -168,7 +168,7 @@ def idle_shares(run: Run) -> Any:
             color=alt.Color(
                 "role:N",
                 scale=alt.Scale(domain=roles, range=list(colours.values())),
-                legend=alt.Legend(title=None, orient="bottom"),
+                legend=alt.Legend(title=None, orient="bottom", columns=2),
             ),
             strokeDash=alt.StrokeDash("role:N", scale=alt.Scale(domain=roles), legend=None),
             tooltip=["step_from", "role", alt.Tooltip("share", format=".0%")],
@@ -180,7 +180,9 @@ def idle_shares(run: Run) -> Any:
         for name, words in loop.ROLES.items()
         if (share := loop.over_time(run.steps, name)) is not None
     ]
-    return finish(lines, title, "Of the whole time: " + "; ".join(parts))
+    others = "; ".join(parts[2:])  # a line of its own, so that the chart grows no wider
+    said = "Of the whole time: " + "; ".join(parts[:2])
+    return finish(lines, title, *([f"{said};", others] if others else [said]))
 
 
 def where_prompts_went(run: Run) -> Any:
