@@ -125,9 +125,16 @@ def by_counts(
     """`figure(n, c)` for every element of two arrays `[N]`, computed once for each pair of counts
     that occurs: a million prompts have a few hundred."""
     base = int(n.max(initial=0)) + 1
-    codes, places = np.unique(n.astype(np.int64) * base + c, return_inverse=True)
+    codes, places = distinct(n.astype(np.int64) * base + c)
     values = np.array([figure(*divmod(int(code), base)) for code in codes], dtype=np.float64)
     return values[places]
+
+
+def distinct(codes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.intp]]:
+    """The different ones of N codes in order, and for each element which one it is: as
+    `np.unique`, in a third of its memory where few are different."""
+    found = np.unique(codes)
+    return found, np.searchsorted(found, codes)
 
 
 def beta_quantile(q: float, a: float, b: float) -> float:

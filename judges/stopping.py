@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from judges.estimators import beta_cdf, posterior, rate_at
+from judges.estimators import beta_cdf, distinct, posterior, rate_at
 from judges.labels import LabelSettings, confident_label
 from judges.selection import SelectionSettings, drops_unsolved, easiness_of, quantile_count
 
@@ -39,7 +39,7 @@ def cells_of(
 ) -> tuple[list[Cell], NDArray[np.intp]]:
     """The cells that are not empty, and for each prompt `[N]` the index of its own."""
     base = int(n.max(initial=0)) + 1
-    codes, places = np.unique((domain * base + n) * base + c, return_inverse=True)
+    codes, places = distinct((domain.astype(np.int64) * base + n) * base + c)
     cells = [Cell(code // base**2, code // base % base, code % base) for code in codes.tolist()]
     return cells, places
 

@@ -12,6 +12,7 @@ from judges.estimators import (
     beta_quantile,
     by_counts,
     credible_interval,
+    distinct,
     expected_no_signal_probability,
     expected_pass_at_k,
     no_signal_probability,
@@ -154,6 +155,13 @@ def test_predictive_interval_holds_what_it_promises(a, b, m):
     assert sum(map(probability, range(low, high + 1))) >= 0.95 - 1e-9
     assert sum(map(probability, range(low))) <= 0.025 + 1e-9
     assert sum(map(probability, range(high + 1, m + 1))) <= 0.025 + 1e-9
+
+
+@given(st.lists(st.integers(0, 9)))
+def test_distinct_is_unique_with_its_inverse(numbers):
+    codes = np.array(numbers, dtype=np.int64)
+    for ours, numpys in zip(distinct(codes), np.unique(codes, return_inverse=True), strict=True):
+        assert ours.tolist() == numpys.tolist()
 
 
 def test_by_counts_asks_once_for_each_pair():

@@ -54,7 +54,7 @@ def closed_tasks(store_path: Path, settings: PruneSettings) -> set[str]:
     with closing(Store(store_path)) as store:
         tasks = store.tasks()
         done = ~open_tasks(tasks, settings)
-        return {task_id.decode() for task_id in tasks.task_id[done]}
+        return set(store.task_ids(tasks.key[done]))
 
 
 def asked(log: Path) -> Counter[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from prune_fakes import BROKEN, FakeCritics, FakeEngine, model_of, question
 
 from posttrain.errors import DataError, RunDirError, StageError
 from posttrain.prune.critic import CriticModel
+from posttrain.prune.decisions import decide
 from posttrain.prune.estimate import estimate
 from posttrain.prune.history import history
 from posttrain.prune.judging import open_tasks
@@ -451,6 +453,20 @@ def test_a_quarantine_of_long_rows_stays_small(bench: Bench, kind: str) -> None:
         notes = row_table(store, store.tasks()).notes
     assert list(notes) == [1, 2, 3]
     assert len({id(reason) for reason in notes.values()}) == 1
+
+
+def test_tables_over_tasks_stay_narrow(bench: Bench) -> None:
+    """Sets of millions fit: 40 bytes a task for what is known and 13 for what is decided."""
+    bench.write(rows(10))
+    bench.prune()
+    with closing(Store(bench.out / "store.sqlite")) as store:
+        tasks = store.tasks()
+        ids = store.task_ids(tasks.key[::-1])
+    assert ids == [row["prune_id"] for row in bench.annotated()][::-1]
+    decided = decide(tasks, bench.settings())
+    for table, width in ((tasks, 40), (decided, 13)):
+        arrays = [getattr(table, field.name) for field in fields(table)]
+        assert sum(a.itemsize for a in arrays if isinstance(a, np.ndarray)) == width
 
 
 def test_a_turn_that_the_template_cannot_render_is_quarantined(bench: Bench) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from judges.estimators import by_counts, credible_interval, pass_at_k_interval, posterior
 from judges.labels import LabelSettings, label
-from judges.selection import RULES, choose, drops_unsolved, easiness_of, reason
+from judges.selection import RULES, SelectionSettings, choose, drops_unsolved, easiness_of, reason
 from judges.stopping import CutRule, FixedN, StoppingRule, open_prompts
 from posttrain.prune.settings import PruneSettings
 from posttrain.prune.store import TaskTable
@@ -25,14 +25,12 @@ LABELS = tuple(Label)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decisions:
-    """Arrays `[N]` over the tasks of a `TaskTable`. `value` is the metric, `low` and `high` its
-    95% interval (NaN for a judge that looks once); `label` is an index into `LABELS` (−1: none),
-    `rule` one into `judges.selection.RULES`. `undecided`: which side of the cut a task lies on is
-    not sure; `at_cap` of those have all samples that they may get."""
+    """Arrays `[N]` over the tasks of a `TaskTable`, of 13 bytes a task. `value` is the metric;
+    `label` is an index into `LABELS` (−1: none), `rule` one into `judges.selection.RULES`.
+    `undecided`: which side of the cut a task lies on is not sure; `at_cap` of those have all
+    samples that they may get."""
 
     value: NDArray[np.float64]
-    low: NDArray[np.float64]
-    high: NDArray[np.float64]
     label: NDArray[np.int8]
     kept: NDArray[np.bool_]
     rule: NDArray[np.int8]
@@ -61,7 +59,6 @@ def _by_rates(tasks: TaskTable, settings: PruneSettings) -> Decisions:
     ones = np.ones(len(tasks))
     unsolved_go = drops_unsolved(easiness, ones, selection)
     chosen = choose(easiness, (c == 0) & unsolved_go, tasks.domain, tasks.tie, selection)
-    low, high = (by_counts(n, c, partial(_end, selection.k or 1, end)) for end in (0, 1))
     labels = by_counts(n, c, partial(_label, settings.judge.labels))
     undecided = open_prompts(stopping_rule(settings), tasks.domain, n, c)
     at_cap = n >= settings.judge.max_samples
@@ -69,8 +66,6 @@ def _by_rates(tasks: TaskTable, settings: PruneSettings) -> Decisions:
         undecided &= ~at_cap
     return Decisions(
         value=easiness,
-        low=low,
-        high=high,
         label=labels.astype(np.int8),
         kept=chosen.kept,
         rule=chosen.rule,
@@ -84,12 +79,9 @@ def _by_scores(tasks: TaskTable, settings: PruneSettings) -> Decisions:
     assert not np.isnan(tasks.score).any(), "a task without a score has no place in a selection"
     excluded = (tasks.score > 1) & (settings.method == "ifd")
     chosen = choose(-tasks.score, excluded, tasks.domain, tasks.tie, settings.selection)
-    none = np.full(len(tasks), np.nan)
     no = np.zeros(len(tasks), dtype=bool)
     return Decisions(
         value=tasks.score,
-        low=none,
-        high=none,
         label=np.full(len(tasks), -1, dtype=np.int8),
         kept=chosen.kept,
         rule=chosen.rule,
@@ -99,6 +91,19 @@ def _by_scores(tasks: TaskTable, settings: PruneSettings) -> Decisions:
     )
 
 
+def interval(
+    n: NDArray[np.integer], c: NDArray[np.integer], selection: SelectionSettings
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Ends of the metric's 95% intervals after c of n (both `[M]`); NaN for a judge that looks
+    once."""
+    if not selection.is_rate:
+        none = np.full(len(n), np.nan)
+        return none, none
+    low, high = (by_counts(n, c, partial(_end, selection.k or 1, end)) for end in (0, 1))
+    return low, high
+
+
+@lru_cache(maxsize=1 << 16)
 def _end(k: int, end: int, n: int, c: int) -> float:
     a, b = posterior(n, c)
     return (credible_interval(a, b) if k == 1 else pass_at_k_interval(a, b, k))[end]

@@ -50,7 +50,7 @@ def figures(
             Counter(_kind(details["reason"]) for _, _, details in store.quarantined()).most_common()
         ),
         "overlaps": dict(Counter(other for _, other, _, _ in store.overlaps())),
-        "histogram": _histogram(decided, weight),
+        "histogram": _histogram(decided, weight, rates=settings.selection.is_rate),
         "domains": _domains(tasks, decided),
         "answers": int(tasks.asked.sum()),
     }
@@ -64,9 +64,10 @@ def _kind(reason: str) -> str:
     return reason.partition(":")[0].partition("(")[0].strip()
 
 
-def _histogram(decided: Decisions, weight: NDArray[np.int64]) -> list[dict[str, Any]]:
+def _histogram(
+    decided: Decisions, weight: NDArray[np.int32], *, rates: bool
+) -> list[dict[str, Any]]:
     """Rows by the metric, from its lowest to its highest; rates always from 0 to 1."""
-    rates = not np.isnan(decided.low).all()
     finite = decided.value[np.isfinite(decided.value)]
     low, high = (0.0, 1.0) if rates else (float(finite.min()), float(finite.max()))
     value = np.minimum(decided.value, high)  # an infinite IFD stands with the highest

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from judges.selection import RULES
 from posttrain.errors import DataError
-from posttrain.prune.decisions import LABELS, Decisions, Reasons
+from posttrain.prune.decisions import LABELS, Decisions, Reasons, interval
 from posttrain.prune.settings import PruneSettings
 from posttrain.prune.shards import LineShards, ParquetShards
 from posttrain.prune.source import Source
@@ -66,11 +66,18 @@ class Annotator:
     """The columns that say what was decided about rows."""
 
     def __init__(
-        self, tasks: TaskTable, rows: RowTable, decided: Decisions, settings: PruneSettings
+        self,
+        store: Store,
+        tasks: TaskTable,
+        rows: RowTable,
+        decided: Decisions,
+        settings: PruneSettings,
     ) -> None:
+        self._store = store
         self._tasks = tasks
         self._rows = rows
         self._decided = decided
+        self._selection = settings.selection
         self._reasons = Reasons(tasks, decided, settings)
 
     def columns(self, numbers: NDArray[np.int64]) -> dict[str, pa.Array]:
@@ -79,33 +86,35 @@ class Annotator:
 
         task = self._rows.task[numbers]
         judged = task >= 0
-        decided, tasks = self._decided, self._tasks
+        at = np.maximum(task, 0)
+        decided, scored, correct = self._decided, self._tasks.scored[at], self._tasks.correct[at]
 
-        def known(values: NDArray[Any], kind: Any = None) -> pa.Array:
-            taken = values[np.where(judged, task, 0)]
+        def known(values: Any, kind: Any = None) -> pa.Array:
+            """Of the judged; `values` `[M]` has something for the others too."""
             absent = ~judged
-            if taken.dtype.kind == "f":
-                absent = absent | np.isnan(taken)
-            return pa.array(taken, kind, mask=absent)
+            if isinstance(values, np.ndarray) and values.dtype.kind == "f":
+                absent = absent | np.isnan(values)
+            return pa.array(values, kind, mask=absent)
 
-        rule = np.where(judged, decided.rule[np.maximum(task, 0)], len(RULES) - 1 - task)
-        kept = judged & decided.kept[np.maximum(task, 0)]
-        label = decided.label[np.maximum(task, 0)]
+        rule = np.where(judged, decided.rule[at], len(RULES) - 1 - task)
+        kept = judged & decided.kept[at]
+        label = decided.label[at]
+        low, high = interval(scored, correct, self._selection)
         columns = {
             "row": pa.array(numbers + 1),
-            "id": known(tasks.task_id).cast(pa.string()),
+            "id": known(self._store.task_ids(self._tasks.key[at]), pa.string()),
             "action": _words(
                 ("keep", "drop", "quarantined"), np.select([kept, task != QUARANTINED], [0, 1], 2)
             ),
             "rule": _words((*RULES, "quarantined", "held_out"), rule),
             "reason": self._reason(numbers, task),
             "label": _words(LABELS, label, absent=~judged | (label < 0)),
-            "value": known(decided.value),
-            "low": known(decided.low),
-            "high": known(decided.high),
-            "samples": known(tasks.scored),
-            "correct": known(tasks.correct),
-            "undecided": known(decided.undecided),
+            "value": known(decided.value[at]),
+            "low": known(low),
+            "high": known(high),
+            "samples": known(scored, pa.int64()),
+            "correct": known(correct, pa.int64()),
+            "undecided": known(decided.undecided[at]),
         }
         return {PREFIX + name: values for name, values in columns.items()}
 

@@ -108,7 +108,7 @@ def _write(
     rows = row_table(store, tasks)
     say(f"prune: writing to {directory.path}")
     with staged_directory(directory.data_path) as staged:
-        annotator = Annotator(tasks, rows, decided, settings)
+        annotator = Annotator(store, tasks, rows, decided, settings)
         try:
             write_rows(staged, source, rows, annotator, decided.kept, form=settings.format)
         finally:  # whatever rows that are not those that were judged made of it

@@ -11,7 +11,7 @@ import numpy as np
 
 from judges.estimators import JEFFREYS
 from judges.selection import RULES
-from posttrain.prune.decisions import LABELS, Decisions, Reasons
+from posttrain.prune.decisions import LABELS, Decisions, Reasons, interval
 from posttrain.prune.settings import PruneSettings
 from posttrain.prune.shards import LineShards, ParquetShards, json_lines
 from posttrain.prune.store import Store, TaskTable
@@ -25,11 +25,11 @@ def write_verdicts(
     """Shards in the order in which the tasks first came into the store."""
     import pyarrow as pa
 
-    index_of = np.full(int(tasks.key.max()) + 1, -1, dtype=np.int64)
+    index_of = np.full(int(tasks.key.max()) + 1, -1, dtype=np.int32)
     index_of[tasks.key] = np.arange(len(tasks))
     known = (
-        (index_of[key], prompt_id, json.dumps({str(o): n for o, n in outcomes.items()}))
-        for key, prompt_id, outcomes in store.task_facts()
+        (index_of[key], *ids, json.dumps({str(o): n for o, n in outcomes.items()}))
+        for key, *ids, outcomes in store.task_facts()
         if key < len(index_of) and index_of[key] >= 0
     )
     reasons = Reasons(tasks, decided, settings)
@@ -37,10 +37,10 @@ def write_verdicts(
     as_lines = settings.format == "jsonl"
     with LineShards(directory) if as_lines else ParquetShards(directory, schema) as shards:
         while chunk := list(itertools.islice(known, CHUNK)):
-            indices, prompt_ids, outcomes = zip(*chunk, strict=True)
+            indices, task_ids, prompt_ids, outcomes = zip(*chunk, strict=True)
             at = np.array(indices)
             columns: dict[str, Any] = {
-                "id": pa.array(tasks.task_id[at]).cast(pa.string()),
+                "id": task_ids,
                 "prompt_id": prompt_ids,
                 "domain": np.array(tasks.domains)[tasks.domain[at]],
                 "num_rows": tasks.num_rows[at],
@@ -51,6 +51,7 @@ def write_verdicts(
                 "value": decided.value[at],
             }
             if settings.method == "critic":
+                low, high = interval(tasks.scored[at], tasks.correct[at], settings.selection)
                 columns |= {
                     "label": np.array(LABELS)[decided.label[at]],
                     "samples": tasks.scored[at],
@@ -58,8 +59,8 @@ def write_verdicts(
                     "outcomes": outcomes,
                     "posterior_a": JEFFREYS[0] + tasks.correct[at],
                     "posterior_b": JEFFREYS[1] + tasks.scored[at] - tasks.correct[at],
-                    "low": decided.low[at],
-                    "high": decided.high[at],
+                    "low": low,
+                    "high": high,
                 }
             arrays = [
                 pa.array(columns[field.name], field.type)

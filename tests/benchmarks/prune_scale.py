@@ -97,7 +97,7 @@ def measure(directory: Path) -> dict[str, float]:
     rows = row_table(store, tasks)
     source = open_source(settings.source.path)
     target = Path(tempfile.mkdtemp(dir=directory))
-    annotator = Annotator(tasks, rows, decided, settings)
+    annotator = Annotator(store, tasks, rows, decided, settings)
     write_rows(target, source, rows, annotator, decided.kept, form="parquet")
     write_verdicts(target / "verdicts", store, tasks, decided, settings)
     found = figures(store, tasks, rows, decided, settings)
