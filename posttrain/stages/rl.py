@@ -47,20 +47,15 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
     generators = await context.pools.serving(str(model))
     probes = await _probes(context, generators)
     learner = _learner(context, model, checkpoint)
-    publisher = WeightPublisher(
-        learner,
-        generators,
-        model=model,
-        scratch=context.pools.learner_scratch,
-        probes=probes,
-        settings=settings.publish,
+    publish_to = partial(
+        WeightPublisher, learner, model=model, probes=probes, settings=settings.publish
     )
     curriculum = _curriculum(context, state, critic)
     attempt = context.ledger.open_attempt(STAGE, from_step=state.step)
     reissue = _open_draws(context, attempt)
     if checkpoint is not None:
         say(f"rl: goes on from step {state.step}, {len(reissue)} draws are drawn again")
-    beside = await Beside.start(context, model, attempt, generators, curriculum, learner, probes)
+    beside = await Beside.start(context, model, attempt, generators, curriculum, publish_to)
     with _teaching(context, state) as (teacher, reading):
         roles = _roles(generators, beside, reading)
         after_step = AfterStep(
@@ -74,7 +69,7 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
             generator=generators,
             scorer=context.pools.scorer,
             learner=stop,
-            publisher=publisher,
+            publisher=publish_to(generators, scratch=context.pools.learner_scratch),
             ledger=context.ledger,
             encode=context.chat.encode,
             draw_system=context.instruction_mix(1).draw,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ from posttrain.stages.context import StageContext
 from posttrain.stages.rl_roles import Role
 from posttrain.types import PolicyVersion, Sampling
 from posttrain.workers.generator import GeneratorPool
-from posttrain.workers.probe import ProbeSequence
-from posttrain.workers.publisher import WeightPublisher, WeightSource
+from posttrain.workers.publisher import WeightPublisher
 
 
 class Beside:
@@ -75,21 +74,14 @@ class Beside:
         attempt: int,
         generators: GeneratorPool,
         curriculum: DifficultySampler | UniformSampler,
-        learner: WeightSource,
-        probes: Sequence[ProbeSequence],
+        publish_to: Callable[..., WeightPublisher],
     ) -> Beside:
+        """`publish_to(pool, scratch=…)` carries the learner's weights to a pool."""
         settings = context.settings.rl
         critic = to_critic = None
         if settings.rescreen is not None and settings.rescreen.placement == "dedicated":
             critic = await context.pools.start_critic(str(model))
-            to_critic = WeightPublisher(
-                learner,
-                critic,
-                model=model,
-                scratch=context.pools.learner_scratch / "critic",
-                probes=probes,
-                settings=settings.publish,
-            )
+            to_critic = publish_to(critic, scratch=context.pools.learner_scratch / "critic")
         return cls(context, attempt, generators, curriculum, critic, to_critic)
 
     @property
