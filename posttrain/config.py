@@ -287,7 +287,22 @@ class Settings(_Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as PyYAML reads it, but `1e-4` is a number as everywhere else, not a text."""
+    """YAML as PyYAML reads it, but `1e-4` is a number as everywhere else, not a text, and a key
+    that stands twice in a mapping is an error: the second would take the place of the first."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        first: dict[str, yaml.Node] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in first:
+                raise yaml.composer.ComposerError(
+                    f"{key.value} stands twice, first",
+                    first[key.value].start_mark,
+                    "and again",
+                    key.start_mark,
+                )
+            first[key.value] = key
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -361,12 +376,13 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     target = content
     for depth, part in enumerate(parents, start=1):
-        below = target.setdefault(part, {})
+        below = target.get(part, {})
         if not isinstance(below, dict):
             section = ".".join(parents[:depth])
             raise SettingsError(
                 f"{override!r}: {section} has no settings below it, it is {below!r}; "
                 f"override it as a whole: {section}=…"
             )
-        target = below
+        # A section that YAML's aliases share with another one is changed in this place alone.
+        target[part] = target = dict(below)
     target[last] = value

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from posttrain.config import Settings, load, resolved
+from posttrain.config import Settings, load, read_yaml, resolved
 from posttrain.errors import SettingsError
 
 MINIMAL: dict[str, Any] = {
@@ -265,6 +265,28 @@ def test_a_file_that_holds_no_settings(minimal: Path, content: bytes, said: str)
     message = complaint(minimal)
     assert str(minimal) in message
     assert said in message
+
+
+def test_a_key_that_stands_twice_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "twice.yaml"
+    file.write_text("rl:\n  num_steps: 500\nsft: {}\nrl:\n  group_size: 8\n")
+    with pytest.raises(SettingsError, match=r"(?s)rl stands twice, first.*line 1,.*line 4,"):
+        read_yaml(file)
+    # What is merged in from an anchor is no second time, however deep the anchor stands.
+    file.write_text("c: &c {x: 1}\na: {b: &b {<<: *c, x: 2}}\nd: {<<: *b, x: 3}\n")
+    assert read_yaml(file) == {"c": {"x": 1}, "a": {"b": {"x": 2}}, "d": {"x": 3}}
+
+
+def test_an_override_stays_out_of_sections_that_share_an_anchor(minimal: Path) -> None:
+    content = yaml.safe_load(minimal.read_text())
+    trl = content["sft"] | {"deepspeed": {"zero_optimization": {"stage": 3}}}
+    minimal.write_text(
+        yaml.safe_dump(content | {"sft": trl, "dpo": {"deepspeed": trl["deepspeed"]}})
+    )
+    assert "*" in minimal.read_text()  # one table in two places
+    settings = load(minimal, ["sft.deepspeed.zero_optimization.stage=2"])
+    stages = [s.deepspeed["zero_optimization"]["stage"] for s in (settings.sft, settings.dpo)]
+    assert stages == [2, 3]
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
