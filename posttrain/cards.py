@@ -21,9 +21,6 @@ TRAINED = {
 }
 """What a stage does, in words."""
 
-TABLES = ("evaluation", "history")
-"""Metrics of a stage that have a place of their own."""
-
 
 def write_policy_card(run: RunDir, stage: str) -> None:
     """Beside the policy after `stage`, and beside the run's if it is the last: README.md. Cards
@@ -150,7 +147,7 @@ def rollouts_card(metrics: Mapping[str, Any], settings: Mapping[str, Any]) -> st
 
 def _told(metrics: Mapping[str, Any]) -> str:
     """`rows 803, train_loss 0.202, …`"""
-    return ", ".join(_flat({k: v for k, v in metrics.items() if k not in TABLES})) or "done"
+    return ", ".join(_flat({k: v for k, v in metrics.items() if k != "evaluation"})) or "done"
 
 
 def _flat(metrics: Mapping[str, Any]) -> Iterator[str]:

@@ -56,11 +56,12 @@ class _Section(BaseModel):
 
 class RunSettings(_Section):
     """`dir` is where everything goes: a path, or a URL that fsspec knows (see
-    `posttrain.remote_run`), which is worked on in `work_dir` and copied there. `seed` is the only
-    source of randomness that is named."""
+    `posttrain.remote_run`), which is worked on in `work_dir` and copied there, each time within
+    `copy_deadline_s`. `seed` is the only source of randomness that is named."""
 
     dir: str = Field(min_length=1)
     work_dir: str | None = None
+    copy_deadline_s: float = Field(default=3600.0, gt=0)
     seed: int = Field(default=0, ge=0)
 
 

@@ -30,7 +30,17 @@ REWARDS_ELSEWHERE = (
 that a judge does not get to is unscored."""
 
 ELSEWHERE = (
-    *("stages", "run.dir", "run.work_dir", "log.", "eval.", "tasks.", "policy.model", "resources."),
+    *(
+        "stages",
+        "run.dir",
+        "run.work_dir",
+        "run.copy_deadline_s",
+        "log.",
+        "eval.",
+        "tasks.",
+        "policy.model",
+        "resources.",
+    ),
     "policy.merge_adapter",
     *(f"{stage}.model" for stage in STAGES),
     *("sft.data.", "dpo.data.", "sft.threads", "dpo.threads"),

@@ -114,6 +114,15 @@ class LedgerReader:
         )
         return set(rows.fetchall())
 
+    def snapshot(self, target: Path) -> None:
+        """Copies what has been flushed to a single new file."""
+        copy = sqlite3.connect(target)
+        try:
+            self._connection.backup(copy)
+            copy.execute("PRAGMA journal_mode = DELETE")
+        finally:
+            copy.close()
+
     def close(self) -> None:
         self._connection.close()
 
@@ -309,16 +318,6 @@ class Ledger(LedgerReader):
         self._unflushed = 0
         if self._connection.in_transaction:
             self._execute("COMMIT")
-
-    def snapshot(self, target: Path) -> None:
-        """Copy the ledger, flushed, to a single new file that belongs to a checkpoint."""
-        self.flush()
-        copy = sqlite3.connect(target)
-        try:
-            self._connection.backup(copy)
-            copy.execute("PRAGMA journal_mode = DELETE")
-        finally:
-            copy.close()
 
     def close(self) -> None:
         self.flush()

@@ -62,7 +62,11 @@ def run(settings: Settings, inputs: Inputs, *, fresh: bool) -> RunResult:
     """
     plan = Plan.of(settings, inputs)
     place = run_place(settings.run)
-    copy = RemoteCopy(place.url, place.path) if place.url is not None else None
+    copy = (
+        RemoteCopy(place.url, place.path, settings.run.copy_deadline_s)
+        if place.url is not None
+        else None
+    )
     with contextlib.ExitStack() as driving:
         if copy is not None:
             driving.enter_context(copy.driven(fresh=fresh))
@@ -80,11 +84,11 @@ def run(settings: Settings, inputs: Inputs, *, fresh: bool) -> RunResult:
         else:
             with _pools(run_dir.path, settings, inputs.rewards) as pools:
                 _run_stages(run_dir, settings, inputs, plan, pools, copy)
+        _hand_over(run_dir, settings, inputs)
         if not _has_report(run_dir):
             _report(run_dir)
-        _hand_over(run_dir, settings, inputs)
         if copy is not None:
-            copy.push(None)
+            asyncio.run(copy.push())
         return _result(run_dir, settings)
 
 
@@ -141,11 +145,11 @@ def _has_report(run_dir: RunDir) -> bool:
 
 
 def _report(run_dir: RunDir) -> None:
-    """A run that is done is not failed by its report."""
+    """A run that is done is not failed by its report, whatever is wrong with that."""
     try:
         write_report(load_run(run_dir.path), run_dir.report_path)
-    except PosttrainError as error:
-        say(f"no report: {error}")
+    except Exception as error:
+        say(f"no report ({type(error).__name__}: {error}); see `posttrain inspect {run_dir.path}`")
     else:
         say(f"report: {run_dir.report_path}")
 
@@ -180,6 +184,9 @@ class _Runner:
         else:
             self._make_way(name)
             run_dir.begin_stage(name, wanted)
+            # The copy is told before any file of the stage comes there: one that breaks off holds
+            # none that its manifest would call changed.
+            await self._context.keep()
             began = time.perf_counter()
             metrics, artifacts = await self._work(name)
             seconds = time.perf_counter() - began
@@ -251,6 +258,7 @@ class _Runner:
         summary = summarise(results, context.settings.eval.k)
         target.parent.mkdir(exist_ok=True)
         context.run.forget_evaluation(name, target)
+        await context.keep()  # as before a stage
         write_atomically(target, json.dumps([asdict(result) for result in results]))
         context.run.record_evaluation(
             name,

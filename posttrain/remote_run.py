@@ -8,12 +8,16 @@ breaks off leaves the older state whole. Started anywhere else, the run goes on 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +26,9 @@ from typing import Any
 from posttrain.atomic import PARTIAL, PREVIOUS, write_atomically
 from posttrain.config import RunSettings
 from posttrain.errors import RunDirError, SettingsError, StageError
+from posttrain.lease import Lease
+from posttrain.ledger import LedgerReader
+from posttrain.ledger_schema import connect_readonly
 from posttrain.progress import say
 from posttrain.run_dir import KIND, RunDir
 
@@ -34,7 +41,8 @@ COPIES = "copies.json"
 also what was copied (size and time of each file)."""
 CONFIG = "config.yaml"
 LOCK = "driver.json"
-STAYS = ("lock", "ledger.sqlite", "superseded", COPIES)
+LEDGER = "ledger.sqlite"
+STAYS = ("lock", LEDGER, "superseded", COPIES)
 HERE_ALONE = ("lock", "superseded")
 """What a newer copy does not replace: it never holds them."""
 
@@ -79,17 +87,18 @@ def check_place(settings: RunSettings) -> None:
     place = run_place(settings)
     RunDir(place.path).check_usable()
     if place.url is not None:
-        RemoteCopy(place.url, place.path).check_usable()
+        RemoteCopy(place.url, place.path, settings.copy_deadline_s).check_usable()
 
 
 class RemoteCopy:
-    """The copy of the run in `path` at `url`. One driver at a time may write there.
+    """The copy of the run in `path` at `url`. One driver at a time may write there. Bringing it up
+    to date may take `deadline_s`.
 
     Raises:
         SettingsError: no such file system, or its package is not installed.
     """
 
-    def __init__(self, url: str, path: Path) -> None:
+    def __init__(self, url: str, path: Path, deadline_s: float) -> None:
         import fsspec
 
         try:
@@ -99,10 +108,17 @@ class RemoteCopy:
         self._root = str(root).rstrip("/")
         self._url = url
         self._path = path
+        self._deadline_s = deadline_s
         self._copied: dict[str, list[int]] = {}
 
     def check_usable(self) -> None:
-        """RunDirError if something else is there, or nothing can be written; leaves no trace."""
+        """RunDirError if something else is there or here, or nothing can be written; leaves no
+        trace."""
+        worked_on = self._read_copies().get("url", self._url)
+        if worked_on != self._url:
+            raise RunDirError(
+                f"run.work_dir: {worked_on} is worked on in {self._path}; give {self._url} another"
+            )
         with self._named(RunDirError, "cannot be read"):
             names = {str(f).rstrip("/").rpartition("/")[2] for f in self._listed()} - {LOCK}
             settings = f"{self._root}/{CONFIG}"
@@ -120,8 +136,9 @@ class RemoteCopy:
     def driven(self, *, fresh: bool) -> Iterator[None]:
         """Keeps other drivers out, and brings the local state up to the copy's.
 
-        RunDirError if another driver has it. One that was killed leaves its mark: on its own
-        machine that is seen, elsewhere a person must say that it is gone.
+        RunDirError if another driver has it, or the local directory is another URL's. A driver
+        that was killed leaves its mark: on its own machine that is seen, elsewhere a person must
+        say that it is gone.
         """
         self.check_usable()
         self._take()
@@ -135,18 +152,32 @@ class RemoteCopy:
             with self._named(StageError, "cannot be given back"):
                 self._fs.rm_file(f"{self._root}/{LOCK}")
 
-    def push(self, ledger: Path | None) -> None:
-        """Copies what is new since the last time; `ledger` is a snapshot, None if it is unchanged.
+    async def push(self) -> None:
+        """Copies what is new since the last time.
 
-        StageError if it cannot be written: what is on the local disk is whole.
+        StageError if it cannot be written, or not in time: what is on the local disk is whole.
         """
-        with self._named(StageError, "could not be brought up to date"):
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                await _in_a_daemon(self._push)
+        except TimeoutError as error:
+            raise StageError(
+                f"run.dir: {self._url} was not up to date after {self._deadline_s:g} s; the run is "
+                f"worked on in {self._path}. If the copy only needs longer, raise "
+                "run.copy_deadline_s"
+            ) from error
+
+    def _push(self) -> None:
+        with (
+            self._named(StageError, "could not be brought up to date"),
+            _ledger_snapshot(self._path) as ledger,
+        ):
             files = self._files()
             pointers = [name for name in POINTERS if name in files]
             for name in sorted(files.keys() - pointers, key=lambda n: (n != CONFIG, n)):
                 self._put(name, files[name])
             if ledger is not None:
-                self._fs.put_file(str(ledger), f"{self._root}/ledger.sqlite")
+                self._fs.put_file(str(ledger), f"{self._root}/{LEDGER}")
             for name in pointers:
                 self._put(name, files[name])
             for name in [name for name in self._copied if name not in files]:
@@ -184,25 +215,35 @@ class RemoteCopy:
         if there < self._count_here():
             return  # the copy was deleted or restored from a backup: all of it is copied anew
         say(f"{self._url} is newer than {self._path} and is brought here")
-        for entry in list(self._path.iterdir()) if self._path.exists() else []:
+        self._path.mkdir(parents=True, exist_ok=True)
+        lease = Lease(self._path / "lock")
+        try:
+            self._bring(there)
+        finally:
+            lease.release()
+
+    def _bring(self, count: int) -> None:
+        for entry in list(self._path.iterdir()):
             if entry.name not in HERE_ALONE:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         with self._named(StageError, "cannot be read"):
             for file in self._fs.find(self._root):
                 name = str(file)[len(self._root) + 1 :]
-                if name != LOCK:
+                # Our own count is written last: until then nothing here counts as whole.
+                if name not in (LOCK, COPIES):
                     target = self._path / name
                     target.parent.mkdir(parents=True, exist_ok=True)
                     self._fs.get_file(file, str(target))
         self._copied = {name: _state(file) for name, file in self._files().items()}
-        self._write_copies(there)
+        self._write_copies(count)
 
     def _read_copies(self) -> dict[str, Any]:
         file = self._path / COPIES
         return dict(json.loads(file.read_text())) if file.exists() else {}
 
     def _write_copies(self, count: int) -> None:
-        write_atomically(self._path / COPIES, json.dumps({"count": count, "files": self._copied}))
+        content = {"url": self._url, "count": count, "files": self._copied}
+        write_atomically(self._path / COPIES, json.dumps(content))
 
     def _count_here(self) -> int:
         return int(self._read_copies().get("count", 0))
@@ -249,6 +290,48 @@ class RemoteCopy:
                 f"run.dir: {self._url} {what} ({type(error).__name__}: {error}); the run is worked "
                 f"on in {self._path}"
             ) from error
+
+
+@contextmanager
+def _ledger_snapshot(path: Path) -> Iterator[Path | None]:
+    """Of the run's ledger as far as it is flushed; None if there is none."""
+    ledger = path / LEDGER
+    if not ledger.exists():
+        yield None
+        return
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        LedgerReader(connect_readonly(ledger)) as reader,
+    ):
+        snapshot = Path(directory) / LEDGER
+        reader.snapshot(snapshot)
+        yield snapshot
+
+
+async def _in_a_daemon(work: Callable[[], None]) -> None:
+    """`work` in a thread that nobody waits for when the process ends, however long it hangs."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def settle(error: Exception | None) -> None:
+        if done.done():  # given up
+            return
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
+
+    def run() -> None:
+        error: Exception | None = None
+        try:
+            work()
+        except Exception as raised:
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop is closed: given up, too
+            loop.call_soon_threadsafe(settle, error)
+
+    threading.Thread(target=run, daemon=True, name="copy").start()
+    await done
 
 
 def _state(file: Path) -> list[int]:

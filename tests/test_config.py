@@ -100,7 +100,10 @@ def test_resolved_settings_read_back_as_the_same(minimal: Path, tmp_path: Path) 
         ("rl.dtype=float32", "Did you mean rl.learner.dtype?"),
         ("sft.data.sorce=x", "Did you mean sft.data.source?"),
         ("tasks.train=[{source: x, sise: 3}]", "tasks.train.0.sise: unknown setting. Did you mean"),
-        ("run.zzz=1", "run.zzz: unknown setting. Known here: dir, seed, work_dir."),
+        (
+            "run.zzz=1",
+            "run.zzz: unknown setting. Known here: copy_deadline_s, dir, seed, work_dir.",
+        ),
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one(

@@ -300,16 +300,6 @@ def test_pairs_know_their_prompts(fresh: RunDir, tmp_path: Path) -> None:
 
 
 def test_what_trl_logged_becomes_steps(fresh: RunDir) -> None:
-    manifest = json.loads(fresh.manifest_path.read_text())
-    history = [{"loss": 0.5, "step": 10}, {"train_loss": 0.4, "step": 26, "note": "text"}]
-    manifest["stages"]["dpo"]["metrics"] = {"history": history}
-    fresh.manifest_path.write_text(json.dumps(manifest))
-    steps = load_run(fresh.path).steps.filter(pl.col("stage") == "dpo")
-    assert column(steps, "step", "trainer/loss", "trainer/train_loss") == [
-        (10, 0.5, None),
-        (26, None, 0.4),
-    ]
-    # A run that logged them as they came does not count them twice.
     with fresh.metrics_path.open("a") as file:
         for logged in ({"loss": 0.25}, {"train_loss": 0.125}):
             file.write(json.dumps({"stage": "dpo", "step": 10, **logged}) + "\n")

@@ -272,6 +272,7 @@ class TestFile:
         attempt = ledger.open_attempt("rl", 0)
         draw(ledger, "1-0", attempt, at=0)
         (tmp_path / "checkpoint-1").mkdir()
+        ledger.flush()
         ledger.snapshot(tmp_path / "checkpoint-1" / "ledger.sqlite")
         end(ledger, "1-0", 1)
         assert [p.name for p in (tmp_path / "checkpoint-1").iterdir()] == ["ledger.sqlite"]

@@ -75,6 +75,7 @@ class Engine:
 
     async def score_tokens_once(self, sequences: Any, label: str) -> Any:
         self.scored += len(sequences)
+        assert max(map(len, sequences)) < 64  # vLLM refuses a sequence that leaves no room
         return [[-5.0 if t == self.nine else -1.0 for t in ids[1:]] for ids in sequences]
 
 
@@ -82,6 +83,7 @@ class Engine:
 def context(tmp_path: Path, tiny_policy: Path) -> Any:
     return SimpleNamespace(
         run=RunDir(tmp_path),
+        settings=SimpleNamespace(policy=SimpleNamespace(max_length=64)),
         ledger=SimpleNamespace(surviving_ends=lambda: {(draw, 1) for draw in "abcd"}),
         chat=ChatFormat(str(tiny_policy)),
         train=PROMPTS[:3],
@@ -184,6 +186,23 @@ async def test_groups_of_steps_that_never_happened_teach_nothing(context: Any) -
         fresh = [group(PROMPTS[2], *answers, draw="new")]
         pairs = await stored_pairs(context, engine, settings, fresh)
     assert [pair.prompt for pair in pairs] == [PROMPTS[1]]
+
+
+async def test_what_fills_the_whole_context_is_not_scored(context: Any) -> None:
+    answers = ("#1", Outcome.CORRECT), ("#2", Outcome.WRONG)
+    prompt = context.chat.length([{"role": "user", "content": "0+1=?"}])
+    log = RolloutLog(context.run.rollouts_dir, attempt=1)
+    log.append(group(PROMPTS[0], *answers, draw="a"), DrawOutcome.TRAINED)
+    too_long = ("#1", Outcome.CORRECT), ("#" + "2" * (64 - prompt), Outcome.WRONG)
+    log.append(group(PROMPTS[1], *too_long, draw="b"), DrawOutcome.TRAINED)
+    log.flush()
+    engine = Engine(context.chat.tokenizer.convert_tokens_to_ids("9"))
+    settings = MiningSettings(stored_groups=8, cases=["wrong"])
+    fresh = [group(PROMPTS[2], ("#3", Outcome.CORRECT), ("3" * 61, Outcome.WRONG), draw="new")]
+    pairs = await stored_pairs(context, engine, settings, fresh)
+    assert [pair.prompt for pair in pairs] == [PROMPTS[0]]
+    assert engine.scored == 1 + 2
+    assert await stored_pairs(context, engine, settings, []) == []
 
 
 def test_the_newest_groups_come_first(tmp_path: Path) -> None:

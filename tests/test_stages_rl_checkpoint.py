@@ -11,6 +11,8 @@ import pytest
 from posttrain.atomic import recover
 from posttrain.errors import RunDirError
 from posttrain.stages.rl_checkpoint import LoopState, RLCheckpoints, read_state
+from posttrain.workers.checkpoints import MANIFEST, Layout, Manifest, check_ranks
+from posttrain.workers.settings import LearnerSettings
 
 
 def state(step: int) -> LoopState:
@@ -95,6 +97,19 @@ def test_a_checkpoint_that_was_not_finished_is_none(tmp_path: Path, failure: str
     assert checkpoints.latest() == tmp_path / "checkpoint-5"
     save(checkpoints, 10)
     assert checkpoints.latest() == tmp_path / "checkpoint-10"
+
+
+def test_a_checkpoint_of_other_ranks_is_refused_before_engines_start(tmp_path: Path) -> None:
+    learner = tmp_path / "rl" / "checkpoint-5" / "learner"
+    learner.mkdir(parents=True)
+    layout = Layout.of(LearnerSettings(), None, fingerprint="f", ranks=2)
+    manifest = Manifest(version="1.5", layout=layout, files={})
+    (learner / MANIFEST).write_text(manifest.model_dump_json())
+    check_ranks(learner, 2)
+    with pytest.raises(
+        RunDirError, match=rf"learner.ranks = 2, now .* 3: .* delete {tmp_path}/rl "
+    ):
+        check_ranks(learner, 3)
 
 
 def test_a_checkpoint_that_is_named_and_cut_short_is_refused(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from posttrain.data.chat import sft_record
 from posttrain.errors import SettingsError, StageError
-from posttrain.stages.trl_job import keep_checkpoint, run_job
+from posttrain.stages.trl_job import _prepare, keep_checkpoint, run_job
 from posttrain.stages.trl_rank import RankJob
 from posttrain.starter.tasks import starter_sft_rows
 from posttrain.workers.settings import LearnerResources, LoraSettings
@@ -245,6 +245,11 @@ def test_policies_are_saved_on_the_way_and_one_is_kept(cluster, tiny_policy, tmp
     kept = load_file(tmp_path / "policy" / "model.safetensors")
     assert largest_difference(kept, weights[14]) == 0
     assert not (tmp_path / "checkpoints").exists()
+    # Killed from here on, the stage starts anew: a trainer that resumes at its last step, whose
+    # own checkpoint `trainer.save_strategy` may have left, would save nothing.
+    (tmp_path / "trainer" / "checkpoint-20").mkdir()
+    _prepare(job, [])
+    assert not (tmp_path / "trainer").exists()
 
 
 def test_what_trl_refuses_is_said_in_its_words(cluster, tiny_policy, tmp_path):

@@ -15,14 +15,9 @@ Record = Mapping[str, Any]
 TRAINED_BY_TRL = ("sft", "dpo")
 
 
-def steps_frame(records: Iterable[Record], stages: Mapping[str, StageRecord]) -> pl.DataFrame:
-    """`steps` from surviving records, or where there are none for sft and dpo from what the
-    manifest holds of TRL's log."""
+def steps_frame(records: Iterable[Record]) -> pl.DataFrame:
+    """`steps` from surviving records."""
     rows = [_row(r) for r in records if "event" not in r and r.get("step") is not None]
-    recorded = {row["stage"] for row in rows}
-    for stage in set(TRAINED_BY_TRL) - recorded:
-        history = stages[stage].metrics.get("history", ()) if stage in stages else ()
-        rows += [_row({"stage": stage, **log}) for log in history if log.get("step") is not None]
     by_step: dict[tuple[str, int], dict[str, Any]] = {}
     for row in rows:
         by_step.setdefault((row["stage"], row["step"]), {}).update(row)
@@ -55,9 +50,7 @@ def stages_frame(stages: Mapping[str, StageRecord], steps: pl.DataFrame) -> pl.D
             "state": record.state,
             "seconds": _seconds(name, record, steps),
             "pass@1": _summary(record).get("all", {}).get("pass@1", {}).get("mean"),
-            "metrics": json.dumps(
-                {k: v for k, v in record.metrics.items() if k not in ("evaluation", "history")}
-            ),
+            "metrics": json.dumps({k: v for k, v in record.metrics.items() if k != "evaluation"}),
         }
         for name, record in stages.items()
     ]

@@ -106,7 +106,7 @@ def load_run(path: str | Path, *, on_error: OnError = "raise") -> Run:
         lambda: read_ledger(run_dir.ledger_path),
         (DRAWS.empty(), VERDICTS.empty()),
     )
-    steps = steps_frame(records, stages)
+    steps = steps_frame(records)
     evals = _evals(run_dir.evals_dir, stages if begun else None, problems)
     known = problems.reading(
         run_dir.prompts_path,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,12 +47,9 @@ class StageContext:
 
     async def keep(self) -> None:
         """Whatever is on disk by now goes to the run's URL, if it has one."""
-        if self.copy is None:
-            return
-        with tempfile.TemporaryDirectory() as directory:
-            snapshot = Path(directory) / "ledger.sqlite"
-            self.ledger.snapshot(snapshot)
-            await asyncio.to_thread(self.copy.push, snapshot)
+        if self.copy is not None:
+            self.ledger.flush()
+            await self.copy.push()
 
     def policy_of(self, stage: str) -> Path:
         """Where a stage leaves its policy."""

@@ -18,7 +18,7 @@ from posttrain.run_dir import CARD_NAME
 from posttrain.stages.context import StageContext
 from posttrain.stages.held_out import measure_policy
 from posttrain.stages.pair_mining import mine
-from posttrain.stages.trl_job import keep_checkpoint
+from posttrain.stages.trl_job import keep_checkpoint, remove_checkpoints
 from posttrain.stages.trl_stage import train
 
 STAGE: Final = "dpo"
@@ -84,6 +84,6 @@ def _keep_what_came_in(context: StageContext, model: Path, change: Estimate) -> 
     target = context.policy_of(STAGE)
     with staged_directory(target) as staged:
         shutil.copytree(model, staged, dirs_exist_ok=True)
-    shutil.rmtree(context.run.stage_dir(STAGE) / "checkpoints")
+    remove_checkpoints(context.run.stage_dir(STAGE))
     shutil.rmtree(context.adapter_of(STAGE), ignore_errors=True)  # of an interrupted attempt
     context.evaluations[target] = context.evaluations[model]

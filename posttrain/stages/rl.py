@@ -25,6 +25,7 @@ from posttrain.stages.rl_checkpoint import BEGINNING, LoopState, RLCheckpoints, 
 from posttrain.stages.rl_roles import Role
 from posttrain.stages.rl_stop import StopWithCheckpoint
 from posttrain.types import GenerationRequest, Sampling
+from posttrain.workers.checkpoints import check_ranks
 from posttrain.workers.generator import GeneratorPool
 from posttrain.workers.learner_ranks import RemoteLearner
 from posttrain.workers.probe import ProbeSequence
@@ -42,8 +43,7 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
     The curriculum starts from the ledger's verdicts by `critic`; None: nothing was screened.
     """
     settings = context.settings.rl
-    checkpoint = RLCheckpoints(context.run.stage_dir(STAGE), settings.keep_checkpoints).latest()
-    state = read_state(checkpoint) if checkpoint is not None else BEGINNING
+    checkpoint, state = _beginning(context)
     generators = await context.pools.serving(str(model))
     probes = await _probes(context, generators)
     learner = _learner(context, model, checkpoint)
@@ -99,6 +99,16 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
     metrics = _metrics(summary, context.ledger)
     write_rollouts_card(context.run, metrics, settings.model_dump())
     return metrics
+
+
+def _beginning(context: StageContext) -> tuple[Path | None, LoopState]:
+    """The checkpoint to go on from, and what it says."""
+    directory = context.run.stage_dir(STAGE)
+    checkpoint = RLCheckpoints(directory, context.settings.rl.keep_checkpoints).latest()
+    if checkpoint is None:
+        return None, BEGINNING
+    check_ranks(checkpoint / "learner", context.settings.resources.learner.ranks)
+    return checkpoint, read_state(checkpoint)
 
 
 async def _hand_on(context: StageContext, learner: RemoteLearner, model: Path) -> None:

@@ -30,6 +30,9 @@ FRESH_ANSWERS = 256
 """Of the policy's own, how many say what is likely."""
 BATCH = 64
 
+_Sequence = tuple[Sequence[int], Sequence[int]]
+"""Token ids of a prompt and of its completion."""
+
 
 async def stored_pairs(
     context: StageContext,
@@ -39,21 +42,33 @@ async def stored_pairs(
     done: Collection[str] = (),
 ) -> list[PreferencePair]:
     """`generators` serve the policy that DPO starts from, which has just written `fresh`; prompts
-    that are `done` (by id) need no pairs from here."""
+    that are `done` (by id) need no pairs from here. None comes from answers that an engine cannot
+    score, or without fresh ones to compare with."""
     groups = _stored_groups(context, settings.stored_groups)
     wanted = [group for group in groups if group.prompt.prompt_id not in done]
-    pairs = [pair for group in wanted for pair in mine_pairs(group, settings)]
-    if not pairs:
+    # An engine scores a sequence only with room for one more token.
+    most = context.settings.policy.max_length - 1
+
+    def fits(sequence: _Sequence) -> bool:
+        return sum(map(len, sequence)) <= most
+
+    pairs = [
+        (pair, chosen, rejected)
+        for group in wanted
+        for pair in mine_pairs(group, settings)
+        if fits(chosen := _tokens(context, pair, pair.chosen))
+        and fits(rejected := _tokens(context, pair, pair.rejected))
+    ]
+    rollouts = [rollout for group in fresh for rollout in group.rollouts]
+    own = [(r.prompt_token_ids, r.completion_token_ids) for r in rollouts]
+    comparable = [sequence for sequence in own if fits(sequence)][:FRESH_ANSWERS]
+    if not pairs or not comparable:
         return []
-    own = [rollout for group in fresh for rollout in group.rollouts][:FRESH_ANSWERS]
-    usual = await _likelihoods(
-        generators, [(r.prompt_token_ids, r.completion_token_ids) for r in own]
-    )
-    least = float(np.quantile(usual, settings.unlikely))
-    chosen = await _likelihoods(generators, [_tokens(context, p, p.chosen) for p in pairs])
-    rejected = await _likelihoods(generators, [_tokens(context, p, p.rejected) for p in pairs])
-    both = zip(pairs, chosen, rejected, strict=True)
-    likely = [pair for pair, *found in both if min(found) >= least]
+    least = float(np.quantile(await _likelihoods(generators, comparable), settings.unlikely))
+    chosen_at = await _likelihoods(generators, [chosen for _, chosen, _ in pairs])
+    rejected_at = await _likelihoods(generators, [rejected for _, _, rejected in pairs])
+    both = zip(pairs, chosen_at, rejected_at, strict=True)
+    likely = [pair for (pair, _, _), *found in both if min(found) >= least]
     say(
         f"dpo: of {len(pairs)} pairs that RL left {len(likely)} are likely now (both answers at "
         f"least {least:.2f} nats a token)"
@@ -117,16 +132,12 @@ def _answer_tokens(context: StageContext, text: str) -> tuple[int, ...]:
     return (*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
 
 
-def _tokens(
-    context: StageContext, pair: PreferencePair, answer: str
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _tokens(context: StageContext, pair: PreferencePair, answer: str) -> _Sequence:
     system = context.instruction_mix(0).resolve(pair.system)
     return context.chat.encode(pair.prompt, system), _answer_tokens(context, answer)
 
 
-async def _likelihoods(
-    generators: GeneratorPool, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]
-) -> list[float]:
+async def _likelihoods(generators: GeneratorPool, sequences: Sequence[_Sequence]) -> list[float]:
     """Mean log-probability (nats) of a completion's tokens behind its prompt, one a sequence."""
     means: list[float] = []
     for start in range(0, len(sequences), BATCH):

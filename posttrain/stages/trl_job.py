@@ -108,11 +108,29 @@ def run_job(
 def keep_checkpoint(job: RankJob, step: int) -> None:
     """Makes that checkpoint the stage's result, and removes the others."""
     directory = Path(job.directory)
+    _not_gone_on_with(directory)
     for part in (directory / "checkpoints" / f"step-{step}").iterdir():
         target = directory / part.name
         shutil.rmtree(target, ignore_errors=True)  # left by an interrupted attempt
         part.rename(target)
     shutil.rmtree(directory / "checkpoints")
+
+
+def remove_checkpoints(directory: Path) -> None:
+    """Where none of them is the stage's result."""
+    _not_gone_on_with(directory)
+    shutil.rmtree(directory / "checkpoints")
+
+
+def _not_gone_on_with(directory: Path) -> None:
+    """An attempt that is killed from here on starts anew: behind its last step a trainer saves no
+    policy any more."""
+    _marker(directory).unlink(missing_ok=True)
+
+
+def _marker(directory: Path) -> Path:
+    """Names the job that the other files in the directory are of."""
+    return directory / "data" / "job.sha256"
 
 
 def _prepare(job: RankJob, records: Sequence[Mapping[str, Any]]) -> None:
@@ -125,7 +143,7 @@ def _prepare(job: RankJob, records: Sequence[Mapping[str, Any]]) -> None:
     directory = Path(job.directory)
     content = json.dumps([asdict(job), records], sort_keys=True, default=repr)
     fingerprint = hashlib.sha256(content.encode()).hexdigest()
-    marker = directory / "data" / "job.sha256"
+    marker = _marker(directory)
     if marker.is_file() and marker.read_text() == fingerprint:
         return
     for part in ("data", "trainer", "checkpoints"):

@@ -30,6 +30,9 @@ NOT_OF_THE_DISK = (torch.OutOfMemoryError, dist.DistError)
 """RuntimeErrors as well, which say best themselves what went wrong."""
 
 
+RANKS = "resources.learner.ranks"
+
+
 class Layout(BaseModel):
     """What must be equal where a checkpoint is written and where it is read."""
 
@@ -125,6 +128,11 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
+def check_ranks(directory: Path, ranks: int) -> None:
+    """What of `check` can be said before a learner is there. Raises RunDirError."""
+    _refuse_other(directory, RANKS, read_manifest(directory).layout.ranks, ranks)
+
+
 def check(directory: Path, layout: Layout) -> None:
     """Refuses a checkpoint that this learner cannot go on from.
 
@@ -136,24 +144,28 @@ def check(directory: Path, layout: Layout) -> None:
     manifest = read_manifest(directory)
     old, new = manifest.layout.model_dump(), layout.model_dump()
     settings = {
-        "ranks": "resources.learner.ranks",
+        "ranks": RANKS,
         "zero_stage": "rl.learner.zero_stage",
         "expert_parallel": "rl.learner.expert_parallel",
         "dtype": "rl.learner.dtype",
         "lora": "policy.lora",
     }
     for field, setting in settings.items():
-        if old[field] != new[field]:
-            raise RunDirError(
-                f"{directory} was written with {setting} = {old[field]}, now it is {new[field]}: "
-                "DeepSpeed's checkpoints are divided accordingly; set it back, or start the stage "
-                "over"
-            )
+        _refuse_other(directory, setting, old[field], new[field])
     if manifest.layout.fingerprint != layout.fingerprint:
         raise ModelError(
             f"{directory} was made from another model than the one that enters the stage now "
             f"(fingerprint {manifest.layout.fingerprint[:12]}, now {layout.fingerprint[:12]}): "
             "resume with the model that the run began with, or start the stage over"
+        )
+
+
+def _refuse_other(directory: Path, setting: str, old: object, new: object) -> None:
+    if old != new:
+        raise RunDirError(
+            f"{directory} was written with {setting} = {old}, now it is {new}: DeepSpeed's "
+            "checkpoints are divided accordingly; set it back, or delete "
+            f"{directory.parent.parent} to start the stage over"
         )
 
 
