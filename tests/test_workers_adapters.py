@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from engine_models import save_policy
+from engine_models import save_moe_policy, save_policy
 from huggingface_hub import constants
 from learner_hosts import largest_difference
 from peft import PeftModel
@@ -165,3 +166,14 @@ def test_layers_to_adapt_are_checked_without_weights(base, tmp_path):
     wrong = LoraSettings(target_modules=("attention",))
     with pytest.raises(SettingsError, match=r"policy\.lora\.target_modules = \('attention',\)"):
         check_targets(tmp_path, wrong)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "gate_proj", "up_proj", "down_proj")])
+def test_an_adapter_that_would_reach_routed_experts_is_refused(
+    tmp_path: Path, targets: Any
+) -> None:
+    """PEFT would wrap their tensors, and what is published would lack them."""
+    policy = save_moe_policy(tmp_path / "policy")
+    with pytest.raises(SettingsError, match=r"reaches routed experts.*other layers: .*'q_proj'"):
+        check_targets(policy, LoraSettings(target_modules=targets))
+    check_targets(policy, LoraSettings(target_modules=("q_proj", "v_proj")))

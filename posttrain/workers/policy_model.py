@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -250,13 +251,18 @@ def add_adapter(model: Any, settings: LoraSettings) -> Any:
     """Puts PEFT's layers into `model` itself, and returns PEFT's view of it.
 
     Raises:
-        SettingsError: `target_modules` names nothing, or an embedding.
+        SettingsError: `target_modules` names nothing, an embedding, or routed experts.
     """
     from peft import get_peft_model
+    from peft.tuners.lora.layer import ParamWrapper
 
     targets = settings.target_modules
     try:
-        adapted = get_peft_model(model, adapter_config(settings))
+        with warnings.catch_warnings():
+            # Said of routed experts, which are refused below.
+            message = "The following (rank|alpha)_pattern keys"
+            warnings.filterwarnings("ignore", message, RuntimeWarning)
+            adapted = get_peft_model(model, adapter_config(settings))
     except ValueError as error:
         raise SettingsError(f"policy.lora.target_modules = {targets!r}: {error}") from error
     for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -265,6 +271,17 @@ def add_adapter(model: Any, settings: LoraSettings) -> Any:
                 f"policy.lora.target_modules = {targets!r} names an embedding or the head; "
                 "name layers between them"
             )
+    layers = {n: m for n, m in model.named_modules() if hasattr(m, "get_delta_weight")}
+    if any(isinstance(layer, ParamWrapper) for layer in layers.values()):
+        others = {
+            name.rpartition(".")[2]
+            for name, layer in layers.items()
+            if not isinstance(layer, ParamWrapper)
+        }
+        raise SettingsError(
+            f"policy.lora.target_modules = {targets!r} reaches routed experts, to which PEFT would "
+            f"add in another way than engines can be given; name other layers: {sorted(others)}"
+        )
     return adapted
 
 

@@ -122,8 +122,9 @@ class TeacherPoolSettings(ActorResources):
 
 class LoraSettings(BaseModel):
     """A low-rank adapter by PEFT. `target_modules` names linear layers (the ends of their names);
-    `all-linear` takes all of them but the head. Routed experts, which transformers keep in one
-    tensor a layer, stay as they are. Merged into bf16 weights an adapter is rounded with them."""
+    `all-linear` takes all of them but the head. Routed experts take no adapter: where PEFT would
+    count them among these, other layers have to be named. Merged into bf16 weights an adapter is
+    rounded with them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
