@@ -163,6 +163,11 @@ class ResourceSettings(_Section):
     deadline_s: float = Field(default=300.0, gt=0)
     gpu_gib: float | None = Field(default=None, gt=0)
 
+    @field_validator("rollout", "judge")
+    @classmethod
+    def _as_long_as_the_policy(cls, pool: RolloutPoolSettings) -> RolloutPoolSettings:
+        return pool.without_own_length()
+
 
 class Settings(_Section):
     """Everything that `posttrain run` reads."""

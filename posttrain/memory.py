@@ -68,7 +68,8 @@ def role_memory(settings: Settings, shape: ModelShape, gpu_gib: float | None) ->
                 settings.rl.learner,
                 settings.policy.lora,
                 ranks=learner.ranks,
-                tokens=settings.rl.micro_tokens,
+                # A sequence is never cut.
+                tokens=max(settings.rl.micro_tokens, max_length),
             )
             if stage == "rl"
             else _trainer_parts(stage, settings, shape)
@@ -96,7 +97,10 @@ def other_memory(
         pool, shape, ranks = resources.teacher, shapes["teacher"], resources.teacher.tensor_parallel
         parts = {
             "weights": shape.parameters * BYTES[pool.dtype] / ranks / GIB,
-            "logits": _logits(shape, min(pool.batch_tokens, pool.chunk_tokens)),
+            # Those of one sequence are made together.
+            "logits": _logits(
+                shape, max(min(pool.batch_tokens, pool.chunk_tokens), settings.policy.max_length)
+            ),
         }
         if pool.gpus:
             parts |= {"framework": FRAMEWORK_GIB}
@@ -125,11 +129,10 @@ def learner_parts(
 ) -> dict[str, float]:
     """Of one rank of the online learner; `tokens` are those of a micro-batch."""
     width = BYTES[settings.dtype]
-    stage = settings.deepspeed.get("zero_optimization", {}).get("stage", settings.zero_stage)
     held = shape.parameters - shape.expert_parameters * (1 - 1 / settings.expert_parallel)
     # An adapter that is switched off is the reference.
     copies = 1 if lora is not None or not settings.loss.kl_coefficient else 2
-    states = _states(shape, width, stage, ranks, held=held, copies=copies, lora=lora)
+    states = _states(shape, width, settings.zero_stage, ranks, held=held, copies=copies, lora=lora)
     return {
         **states,
         "activations": _activations(shape, tokens, width, settings.gradient_checkpointing),

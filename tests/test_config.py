@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,30 @@ def test_a_file_that_holds_no_settings(minimal: Path, content: bytes, said: str)
     message = complaint(minimal)
     assert str(minimal) in message
     assert said in message
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("zero_optimization={stage: 3}", "zero_optimization.stage cannot .* rl.learner.zero_stage"),
+        ("optimizer.params.lr=7", "optimizer cannot be set here: set rl.learner.learning_rate"),
+        ("scheduler={type: x}", "scheduler cannot be set here: set rl.learner.schedule"),
+        ("gradient_accumulation_steps=4", "cut by rl.micro_tokens"),
+    ],
+)
+def test_what_has_a_setting_is_not_set_behind_its_back(
+    minimal: Path, override: str, said: str
+) -> None:
+    assert re.search(said, complaint(minimal, f"rl.learner.deepspeed.{override}"))
+    tuned = load(minimal, ["rl.learner.deepspeed.zero_optimization.reduce_bucket_size=1000"])
+    assert tuned.rl.learner.deepspeed == {"zero_optimization": {"reduce_bucket_size": 1000}}
+
+
+@pytest.mark.parametrize("pool", ["rollout", "judge"])
+def test_an_engine_of_the_policy_takes_no_length_of_its_own(minimal: Path, pool: str) -> None:
+    said = complaint(minimal, f"resources.{pool}.engine.max_model_len=4096")
+    assert f"resources.{pool}: engine.max_model_len = 4096 would change nothing" in said
+    assert load(minimal, ["resources.rewards.judge.engine.max_model_len=8192"])
 
 
 def test_a_key_that_stands_twice_is_an_error(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from teaching_fakes import IDENTITY, CountingTeacher, record_of, sequence
 
 from posttrain.errors import StoreError
 from posttrain.teaching import acquire as acquire_module
+from posttrain.teaching import store as store_module
 from posttrain.teaching.acquire import acquire, wait_for
 from posttrain.teaching.identity import Teaching
 from posttrain.teaching.records import Record, TokenSequence, padded_targets
@@ -234,6 +235,24 @@ def test_a_damaged_shard_is_made_anew(tmp_path, small_shards, harm):
     assert healed.damaged == []
     for s in MANY:
         same(healed.read(s.key), record_of(s))
+
+
+def test_a_damaged_shard_that_another_writer_removes_meanwhile_is_no_error(
+    tmp_path, small_shards, monkeypatch
+):
+    acquire(MANY, TargetStore(tmp_path, IDENTITY), CountingTeacher().load, "teacher")
+    first, second, *others = sorted(tmp_path.glob("*.safetensors"))
+    digest_of = store_module._digest_of
+
+    def meanwhile(path):
+        if path == first:
+            second.unlink()
+        return digest_of(path)
+
+    monkeypatch.setattr(store_module, "_digest_of", meanwhile)
+    store = TargetStore(tmp_path, IDENTITY)
+    assert store.damaged == []
+    assert set(store._shards) == {first, *others}
 
 
 @pytest.mark.parametrize(

@@ -79,3 +79,19 @@ def test_restarts_are_bounded(pool_of: Any) -> None:
     with pytest.raises(EngineError, match="died"):
         pool._ask("targets", [], None)
     pool.stop()
+
+
+def test_one_that_comes_up_while_the_pool_is_stopped_is_stopped_too(pool_of: Any) -> None:
+    pool, _ = pool_of("dies", "answers")
+    stopped: list[str] = []
+
+    def start(*_: Any) -> Copy:
+        pool.stop()  # from the driver's thread, while the new copy loads its model
+        copy = Copy("answers")
+        copy.stop = lambda: stopped.append("the new one")  # type: ignore[method-assign]
+        return copy
+
+    pool._start_copy = start
+    with pytest.raises(EngineError, match="died"):
+        pool._ask("targets", [], None)
+    assert stopped == ["the new one"]

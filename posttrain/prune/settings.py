@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from judges.judge import JudgeSettings
 from judges.selection import SelectionSettings
@@ -90,6 +90,11 @@ class PruneResources(_Section):
     rollout: RolloutPoolSettings = RolloutPoolSettings()
     rewards: RewardPoolSettings = RewardPoolSettings()
     deadline_s: float = Field(default=300.0, gt=0)
+
+    @field_validator("rollout")
+    @classmethod
+    def _as_long_as_the_critic(cls, pool: RolloutPoolSettings) -> RolloutPoolSettings:
+        return pool.without_own_length()
 
 
 class PruneSettings(_Section):

@@ -90,7 +90,11 @@ class TargetStore:
         for path in sorted(self.directory.glob(f"*{SUFFIX}")):
             if path in known:
                 continue
-            if _digest_of(path) == path.stem:
+            try:
+                whole = _digest_of(path) == path.stem
+            except FileNotFoundError:  # damaged, and just written anew by another writer
+                continue
+            if whole:
                 self._index(path)
             else:
                 self.damaged.append(path)

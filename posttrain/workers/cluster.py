@@ -134,10 +134,16 @@ def create_actor(
             num_gpus=resources.gpus,
             scheduling_strategy=place,
             max_concurrency=calls_at_once,
-            runtime_env={"env_vars": dict(environment)},
+            runtime_env={"env_vars": {**devices_seen(resources), **environment}},
         )
         .remote(*arguments, **keywords)
     )
+
+
+def devices_seen(resources: ActorResources) -> dict[str, str]:
+    """In an actor's environment: Ray hides no GPU from one that asked for none, and all of these
+    would meet on the first."""
+    return {} if resources.gpus else {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def wait_until_ready(

@@ -84,7 +84,7 @@ def training_config(settings: LearnerSettings, model_type: str) -> dict[str, Any
 
 def common_config(settings: LearnerSettings) -> dict[str, Any]:
     """What holds for a policy that is only loaded or scored too: how its weights are divided."""
-    zero = {"stage": settings.zero_stage} | settings.deepspeed.get("zero_optimization", {})
+    zero = settings.deepspeed.get("zero_optimization", {}) | {"stage": settings.zero_stage}
     return {
         "train_micro_batch_size_per_gpu": 1,
         # Boundaries are set by hand: micro-batches are cut by tokens, their number varies, and the

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from posttrain.losses.settings import LossSettings
 
@@ -95,6 +95,16 @@ class RolloutPoolSettings(BaseModel):
             )
         return self
 
+    def without_own_length(self) -> Self:
+        """Itself. ValueError if it sets what `as_long_as` will."""
+        given = self.engine.max_model_len
+        if given != EngineSettings().max_model_len:
+            raise ValueError(
+                f"engine.max_model_len = {given} would change nothing: these engines take what the "
+                "model is given, policy.max_length in a run and critic.max_length in pruning"
+            )
+        return self
+
     def as_long_as(self, max_length: int) -> RolloutPoolSettings:
         """The same, its engines taking sequences of `max_length` tokens, as the policy does."""
         engine = self.engine.model_copy(update={"max_model_len": max_length})
@@ -106,8 +116,9 @@ class TeacherPoolSettings(ActorResources):
     these resources.
 
     A forward pass takes up to `batch_tokens` tokens, padding included, and makes the distributions
-    of `chunk_tokens` tokens at a time. An answer that takes longer than `deadline_s` counts as
-    lost, as one of an actor that died: the copy is started again, up to `max_restarts` times.
+    of up to `chunk_tokens` tokens at a time; of one sequence it makes all. An answer that takes
+    longer than `deadline_s` counts as lost, as one of an actor that died: the copy is started
+    again, up to `max_restarts` times.
     """
 
     replicas: int = Field(default=1, gt=0)
@@ -134,8 +145,23 @@ class LoraSettings(BaseModel):
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
 
 
+OWNED = {
+    "zero_optimization.stage": "set rl.learner.zero_stage",
+    "optimizer": "set rl.learner.learning_rate, betas and weight_decay",
+    "scheduler": "set rl.learner.schedule and warmup_steps",
+    "bf16": "set rl.learner.dtype",
+    "fp16": "set rl.learner.dtype",
+    "gradient_clipping": "set rl.learner.max_grad_norm",
+    "gradient_accumulation_steps": "micro-batches are cut by rl.micro_tokens",
+    "train_batch_size": "set rl.groups_per_step and rl.group_size",
+    "train_micro_batch_size_per_gpu": "micro-batches are cut by rl.micro_tokens",
+}
+"""Of DeepSpeed's settings, those that would reach a part of what has to know them, or nothing."""
+
+
 class LearnerSettings(BaseModel):
-    """How the policy is trained online. `deepspeed` is merged over the configuration made here.
+    """How the policy is trained online. `deepspeed` is merged over the configuration made here, but
+    for what has a setting of its own.
 
     `schedule` runs over rl.num_steps after the warm-up. Together `expert_parallel` ranks hold a
     mixture's experts once; 1 leaves them to ZeRO. `step_deadline_s` bounds whatever all ranks do
@@ -160,6 +186,15 @@ class LearnerSettings(BaseModel):
     max_skipped_steps: int = Field(default=3, gt=0)
     step_deadline_s: float = Field(default=1800.0, gt=0)
     deepspeed: dict[str, Any] = {}
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _not_what_has_a_setting(cls, deepspeed: dict[str, Any]) -> dict[str, Any]:
+        for key, instead in OWNED.items():
+            table, _, leaf = key.rpartition(".")
+            if leaf in (deepspeed.get(table, {}) if table else deepspeed):
+                raise ValueError(f"{key} cannot be set here: {instead}")
+        return deepspeed
 
 
 class PublishSettings(BaseModel):

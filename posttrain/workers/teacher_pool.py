@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import queue
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -90,7 +91,7 @@ class TeacherPool:
         self._deadline_s = deadline_s
         self._copies: list[_Copy] = []
         self._free: queue.SimpleQueue[_Copy] = queue.SimpleQueue()
-        self._stopped = False
+        self._stopped = threading.Event()
         self._failures = 0
         self.tokens = 0
         """Read for `score` so far."""
@@ -138,7 +139,7 @@ class TeacherPool:
             copy.load(model)
 
     def stop(self) -> None:
-        self._stopped = True
+        self._stopped.set()
         self._threads.shutdown(wait=False, cancel_futures=True)
         for copy in self._copies:
             copy.stop()
@@ -164,11 +165,14 @@ class TeacherPool:
                 except EngineError as error:
                     copy.stop()
                     self._failures += 1
-                    if self._stopped or self._failures > self._settings.max_restarts:
+                    if self._stopped.is_set() or self._failures > self._settings.max_restarts:
                         raise
                     say(f"teacher: {error}; started again")
                     lost, copy = copy, self._start_copy()
                     self._copies[self._copies.index(lost)] = copy
+                    if self._stopped.is_set():  # meanwhile, and without this copy
+                        copy.stop()
+                        raise
         finally:
             self._free.put(copy)
 
