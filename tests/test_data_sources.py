@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from posttrain.data.prompts import Split, check_disjoint, make_prompt
+from posttrain.data.prompts import make_prompt
 from posttrain.data.sources import SourceSettings, load_prompts, load_sft_rows
 from posttrain.errors import DataError
 from posttrain.types import Prompt, SFTRow
-from rewards.shaping import RewardSettings
-from rewards.verifiers import check_references, verifier_of
-
-SPLITS: tuple[Split, Split] = ("train", "held_out")
 
 
 def write(path: Path, *records: object) -> Path:
@@ -274,68 +269,3 @@ def test_a_name_on_the_hub_is_loaded_with_its_subset(
 def test_a_file_that_is_missing_is_no_name_on_the_hub(name: str) -> None:
     with pytest.raises(DataError, match=f"{name} is no file"):
         load_prompts([SourceSettings(source=name)], "train")
-
-
-def gym(family: str, split: Split, *, size: int = 20, **settings: object) -> list[Prompt]:
-    source = SourceSettings(
-        source="reasoning_gym", family=family, size=size, seed=3, settings=dict(settings)
-    )
-    return load_prompts([source], split)
-
-
-@pytest.mark.parametrize("family", ["chain_sum", "leg_counting", "simple_equations"])
-def test_reasoning_gym_tasks_are_scored_by_their_own_family(family: str) -> None:
-    prompts = gym(family, "train")
-    check_references(prompts, RewardSettings())
-    assert len({prompt.prompt_id for prompt in prompts}) == 20
-    assert {prompt.domain for prompt in prompts} == {family}
-    for prompt in prompts:
-        right = str(prompt.reference["entry"]["answer"])
-        verify = verifier_of(prompt, RewardSettings())
-        assert verify(prompt, f"<answer>{right}</answer>").correctness == 1.0
-        assert verify(prompt, "<answer>no</answer>").correctness == 0.0
-
-
-def test_reasoning_gym_settings_and_splits() -> None:
-    train, held_out = (gym("chain_sum", split, min_terms=2, max_terms=2) for split in SPLITS)
-    check_disjoint(train, held_out)
-    assert train == gym("chain_sum", "train", min_terms=2, max_terms=2)
-    assert {len(p.reference["entry"]["metadata"]["expression"].split()) for p in train} == {3}
-
-
-@pytest.mark.parametrize(
-    ("family", "settings", "named"),
-    [
-        ("chain_sums", {}, "no family 'chain_sums'; there are ab, "),
-        ("chain_sum", {"terms": 2}, "does not take the settings {'terms': 2}: TypeError"),
-        ("chain_sum", {"min_terms": 9, "max_terms": 2}, "does not take the settings"),
-    ],
-)
-def test_reasoning_gym_that_cannot_be_made(family: str, settings: Any, named: str) -> None:
-    with pytest.raises(DataError, match=re.escape(named)):
-        gym(family, "train", **settings)
-
-
-def test_a_family_that_is_used_up_is_named() -> None:
-    few = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
-    with pytest.raises(DataError, match=r"'chain_sum' .* has only \d+ train prompts, 999 were"):
-        gym("chain_sum", "train", size=999, **few)
-
-
-@pytest.mark.parametrize(
-    ("record", "named"),
-    [
-        ({"source": "reasoning_gym"}, "needs a family"),
-        ({"source": "starter", "family": "chain_sum"}, "are reasoning_gym's"),
-        ({"source": "x.jsonl", "settings": {"a": 1}}, "are reasoning_gym's"),
-    ],
-)
-def test_families_belong_to_reasoning_gym(record: Any, named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        SourceSettings(**record)
-
-
-def test_reasoning_gym_has_no_supervised_rows() -> None:
-    settings = SourceSettings(source="reasoning_gym", family="chain_sum", size=1)
-    with pytest.raises(DataError, match="no completions"):
-        load_sft_rows(settings)
