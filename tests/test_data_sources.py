@@ -65,6 +65,14 @@ def test_rows_have_ids_of_their_own_and_may_share_a_prompt(tmp_path: Path) -> No
     assert (third.prompt.reference, third.system) == (None, None)
 
 
+def test_blank_lines_and_a_byte_order_mark_are_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"question": "a", "answer": "1"}\r\n \n{"question": ""}\n\n')
+    assert tasks(path, size=1) == [make_prompt("a", reference="1", domain="t")]
+    with pytest.raises(DataError, match="line 3: column 'answer' is missing"):
+        tasks(path)
+
+
 def test_size_cuts_before_it_reads_on(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", task("a"), task("b"), b"not reached")
     assert [p.messages[0].content for p in tasks(path, size=2)] == ["a", "b"]
@@ -93,10 +101,16 @@ GOOD = task("fine")
     ("record", "said"),
     [
         (b"{", "no JSON (Expecting property name enclosed in double quotes at character 2)"),
-        (b"", "no JSON (Expecting value at character 1)"),
         (b'{"question": "caf\xe9"}', "no UTF-8 text"),
         (b"[1]", "a JSON object was expected"),
         (b"null", "a JSON object was expected"),
+        (b'{"question": "\\ud800", "answer": "1"}', "no usable JSON ('utf-8' codec can't encode"),
+        (b'{"question": "x", "answer": ' + b"9" * 5000 + b"}", "no usable JSON (Exceeds the limit"),
+        (b"[" * 100_000, "no usable JSON (maximum recursion depth exceeded"),
+        (
+            b'{"question": "x", "answer": "1", "answer": "2"}',
+            "no usable JSON ('answer' stands there twice)",
+        ),
         ({"answer": "1"}, "column 'question' is missing. Columns there: ['answer']"),
         ({"question": "x"}, "column 'answer' is missing. Columns there: ['question']"),
         (task(""), "column 'question' must be a text that is not empty, got ''"),
