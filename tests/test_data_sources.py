@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from posttrain.data.prompts import make_prompt
 from posttrain.data.sources import SourceSettings, load_prompts, load_sft_rows
 from posttrain.errors import DataError
 from posttrain.types import Prompt, SFTRow
+from rewards.shaping import RewardSettings
+from rewards.verifiers import check_references
 
 
 def write(path: Path, *records: object) -> Path:
@@ -230,6 +233,57 @@ def test_what_is_shaped_like_gsm8k_is_read_from_any_kind_of_file(
     first, _ = load_sft_rows(same)
     assert first.completion == GSM8K[0]["answer"]
     assert first.prompt.reference == "12"
+
+
+def test_csv_is_text_as_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes(
+        b"\xef\xbb\xbfquestion,answer,domain\r\na,0101,\r\nb,1.50,None\r\n\r\n"
+        b'"c, ""d""\r\ne",NA,' + b"x" * 200_000
+    )
+    assert tasks(path) == [
+        make_prompt("a", reference="0101", domain="t"),
+        make_prompt("b", reference="1.50", domain="None"),
+        make_prompt('c, "d"\r\ne', reference="NA", domain="x" * 200_000),
+    ]
+    check_references(tasks(path)[:2], RewardSettings(default_verifier="maths"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (b"a,1\nb,\n", "row 2: column 'answer' is missing"),
+        (b"a,1\nb\n", "row 2: column 'answer' is missing"),
+        (b"a,1\nb,2,3\n", "row 2: more fields than the header's 2"),
+        (b'a,1\n"b,2\nc,3\n', "row 2: no CSV (unexpected end of data)"),
+        (b"a,1\nb,caf\xe9\n", "row 2: no UTF-8 text"),
+    ],
+)
+def test_malformed_csv_is_named_by_file_and_row(tmp_path: Path, rows: bytes, said: str) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes(b"question,answer\n" + rows)
+    with pytest.raises(DataError, match=re.escape(f"{path}, {said}")):
+        tasks(path)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes(b"question,question\na,b\n")
+    with pytest.raises(DataError, match="two columns have one name: question, question"):
+        tasks(path)
+
+
+def test_whole_numbers_of_a_table_are_answers(tmp_path: Path) -> None:
+    import datasets
+
+    path = tmp_path / "t.parquet"
+    table = [{"question": "a", "answer": 42, "n": 7}, {"question": "b", "answer": -1, "n": 8}]
+    datasets.Dataset.from_list(table).to_parquet(path)
+    assert [prompt.reference for prompt in tasks(path)] == ["42", "-1"]
+    for verifier in ("exact", "maths"):
+        check_references(tasks(path), RewardSettings(default_verifier=verifier))
+    other = SourceSettings(source=str(path), columns={"answer": "n"})
+    assert [p.reference for p in load_prompts([other], "train")] == ["7", "8"]
 
 
 def test_one_of_several_splits_is_named(tmp_path: Path) -> None:

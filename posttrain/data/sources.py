@@ -153,6 +153,8 @@ def read_records(settings: SourceSettings) -> Iterator[tuple[int, Mapping[str, A
                     f"missing. Columns there: {sorted(row)}"
                 )
             renamed[ours] = row[theirs]
+        if table and isinstance(renamed.get("answer"), int):
+            renamed["answer"] = str(renamed["answer"])  # a column's type is nobody's choice
         if settings.answer_after is not None and renamed.get("answer") is not None:
             renamed["answer"] = _answer(
                 renamed["answer"], settings.answer_after, _place(settings, number)
