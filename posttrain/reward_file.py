@@ -18,10 +18,10 @@ from statistics import fmean
 from typing import Any
 
 from posttrain.atomic import write_atomically
+from posttrain.data.json_lines import MalformedLine, parse_object, read_lines
 from posttrain.data.prompts import content_hash
 from posttrain.errors import DataError, StageError
 from posttrain.progress import Progress
-from posttrain.prune.lines import read_lines
 from posttrain.types import Message, Outcome, Prompt, Reward, Rollout, SystemInstruction
 from rewards.code import require_sandbox
 from rewards.pool import ScorerPool
@@ -164,31 +164,17 @@ def _read(
     rows: list[Row] = []
     rejected: list[Rejected] = []
     for line in read_lines(file):
-        content = b"" if line.content is None else line.content
         try:
-            if line.content is None:
-                raise _Unusable(f"a line of {line.length:,} bytes is too long")
-            row = _row(line.number, _record(content), file.stem, forced=forced)
+            _, record = parse_object(line)
+            row = _row(line.number, record, file.stem, forced=forced)
             check_reference(row.prompt, settings)
             rows.append(row)
-        except (_Unusable, DataError) as error:
+        except (MalformedLine, _Unusable, DataError) as error:
             if strict:
                 raise DataError(f"{file}, row {line.number}: {error}") from error
-            shown = content.decode(errors="backslashreplace")
+            shown = (line.content or b"").decode(errors="backslashreplace")
             rejected.append(Rejected(number=line.number, reason=str(error), content=shown))
     return rows, rejected
-
-
-def _record(content: bytes) -> Mapping[str, Any]:
-    try:
-        record = json.loads(content.decode())
-    except UnicodeDecodeError as error:
-        raise _Unusable(f"no UTF-8 text ({error.reason} at byte {error.start + 1})") from error
-    except (ValueError, RecursionError) as error:
-        raise _Unusable(f"no JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise _Unusable("a JSON object was expected")
-    return record
 
 
 def _row(number: int, record: Mapping[str, Any], stem: str, *, forced: bool) -> Row:

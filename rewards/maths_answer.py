@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 
 from rewards.answer import extract_answer
+from rewards.maths_number_words import FACTOR_WORD
 from rewards.reasoning_section import after_reasoning
 
 SEARCHED = 2000
@@ -46,8 +47,10 @@ _ANOTHER = re.compile(r"[\s,;]*(?:(?:or|and)\b|\$|\\[(\[]|```)")
 _NUMBER = re.compile(
     r"[-+−–]?\$?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
     r"(?:[eE][-+]?[0-9]+|[⁰¹²³⁴-⁹]+|\s?[¼-¾⅐-⅞]|/[0-9]+|\s?%|!|\^\S*[0-9])?"
+    rf"(?:\s{FACTOR_WORD})*"
 )
 _WORD = re.compile(r"(?<![A-Za-z\\])(?!(?:sin|cos|tan|log|ln|exp|sqrt|pi)\b)[A-Za-z]{2,}")
+_FACTOR = re.compile(rf"(?:\s{FACTOR_WORD})+")
 _BULLET = re.compile(r"^\s*[-*•]\s+")
 
 
@@ -135,7 +138,9 @@ def _at_the_end(text: str) -> str | None:
     behind = text[formulas[-1].end() :] if formulas else text
     numbers = _NUMBER.findall(behind)
     if formulas and not numbers:
-        return next(part for part in formulas[-1].groups() if part is not None).strip() or None
+        formula = next(part for part in formulas[-1].groups() if part is not None).strip()
+        factor = _FACTOR.match(behind)  # $5$ million
+        return (formula + factor[0] if factor else formula) or None
     *_, line = behind.rstrip().split("\n")
     if not _WORD.search(line):
         return _BULLET.sub("", line).strip(" *.") or None

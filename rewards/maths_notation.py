@@ -1,8 +1,9 @@
 r"""One notation for mathematics: LaTeX as math-verify's grammar reads it.
 
 Its grammar is made for LaTeX. Unicode (`x²`, `−5`, `√2`, `½`), plain notation (`2**10`, `1e3`,
-`2 1/2`), repeating decimals and grouped digits are rewritten here, each to the value that a reader
-gives it; compatibility folding (NFKC) would make 52 of 5² and 1/2 of a digit and a half.
+`2 1/2`), repeating decimals, grouped digits and number words (`5 million`) are rewritten here, each
+to the value that a reader gives it; compatibility folding (NFKC) would make 52 of 5² and 1/2 of a
+digit and a half.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable
+
+from rewards.maths_number_words import calculated
 
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200d\u2060\ufeff]")
 # Full-width forms and the alphabets and digits of mathematical fonts: ASCII in another dress.
@@ -63,7 +66,7 @@ def to_latex(text: str) -> str | None:
     text = text.replace(r"\%", "%").replace("%", r"\%").replace(r"\bmod", r"\mod")
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    return text.strip().rstrip(" .,;")
+    return calculated(text).strip().rstrip(" .,;")
 
 
 def num_ors(text: str) -> int:

@@ -41,8 +41,14 @@ _WHOLE_TEXT = re.compile(
 )
 _ATTACHED = re.compile(r"(?<=[0-9)}])(?P<name>[A-Za-z/]+)(?:\^\{?(?P<power>[0-9])\}?)?$")
 _PLAIN = re.compile(r"\s+(?P<name>[A-Za-z]+(?:[ /][A-Za-z]+)*)(?:\^\{?(?P<power>[0-9])\}?)?$")
-# What is counted, or a unit that is not in the table; `2 pi` and `5 or x` are no such things.
-_NOUN = re.compile(r"(?!.*\b(?:or|and|not|pi|infinity)\b).*[A-Za-z]{3}.*", re.IGNORECASE)
+# What is counted, or a unit that is not in the table; `2 pi`, `5 or x` and `5 hundredths` are no
+# such things.
+_NOUN = re.compile(
+    r"(?!.*\b(?:or|and|not|pi|infinity)\b)"
+    r"(?!\s*(?:squared|cubed|factorial|(?:hundred|thousand|million|billion|trillion)ths?)\b)"
+    r".*[A-Za-z]{3}.*",
+    re.IGNORECASE,
+)
 _NUMERIC = re.compile(
     r"(?:[0-9.,\s+\-*/^(){}]|\\(?:[dtc]?frac|sqrt|cdot|times|pi|[,;:! ])(?![A-Za-z]))+"
 )
@@ -98,11 +104,14 @@ def split(latex: str, expected: str | None = None) -> Value:
 
 
 def _canonical(name: str, power: str | None) -> str | None:
-    """One name for a known unit, with its power; `square cm` is `cm^2`."""
+    """One name for a known unit, with its power; `square cm` and `cm squared` are `cm^2`."""
     words = name.casefold().split()
     if words[:1] in (["square"], ["sq"], ["cubic"]):
         power = "3" if words[0] == "cubic" else "2"
         words = words[1:]
+    elif words[-1:] in (["squared"], ["cubed"]):
+        power = "3" if words[-1] == "cubed" else "2"
+        words = words[:-1]
     word = " ".join(words)
     unit = _CANONICAL.get(word) or _CANONICAL.get(word.removesuffix("s"))
     return None if unit is None else f"{unit}^{power or '1'}"

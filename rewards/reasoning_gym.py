@@ -32,6 +32,7 @@ MAX_NUMBER_EXPONENT = 4
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _HUGE = re.compile(rf"[0-9]\.?[eE][-+]?[0-9]{{{MAX_NUMBER_EXPONENT + 1},}}")
+_HEX = re.compile(r"(?<![0-9A-Za-z_.])0[xX][0-9a-fA-F]+")  # has no exponent, but e among its digits
 
 
 def score(prompt: Prompt, text: str) -> Score:
@@ -55,7 +56,7 @@ def _score_best(candidates: list[str], reference: Mapping[str, Any]) -> Score:
     family, score_answer = _scorer(reference)
     _check_data(family, reference["entry"])
     answer, entry = candidates[0], _own_entry(family, reference["entry"])
-    if _HUGE.search(answer):
+    if _HUGE.search(_HEX.sub(" ", answer)):
         return failed(Outcome.LIMIT, f"{quote(answer)} has a number with a huge exponent")
     if family in ANSWERS:
         candidates = list(filter(ANSWERS[family], candidates))

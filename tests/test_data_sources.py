@@ -9,14 +9,12 @@ from typing import Any
 
 import pytest
 
-from posttrain.data.prompts import Split, check_disjoint, make_prompt
+from posttrain.data.prompts import make_prompt
 from posttrain.data.sources import SourceSettings, load_prompts, load_sft_rows
 from posttrain.errors import DataError
 from posttrain.types import Prompt, SFTRow
 from rewards.shaping import RewardSettings
-from rewards.verifiers import check_references, verifier_of
-
-SPLITS: tuple[Split, Split] = ("train", "held_out")
+from rewards.verifiers import check_references
 
 
 def write(path: Path, *records: object) -> Path:
@@ -70,6 +68,14 @@ def test_rows_have_ids_of_their_own_and_may_share_a_prompt(tmp_path: Path) -> No
     assert (third.prompt.reference, third.system) == (None, None)
 
 
+def test_blank_lines_and_a_byte_order_mark_are_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"question": "a", "answer": "1"}\r\n \n{"question": ""}\n\n')
+    assert tasks(path, size=1) == [make_prompt("a", reference="1", domain="t")]
+    with pytest.raises(DataError, match="line 3: column 'answer' is missing"):
+        tasks(path)
+
+
 def test_size_cuts_before_it_reads_on(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", task("a"), task("b"), b"not reached")
     assert [p.messages[0].content for p in tasks(path, size=2)] == ["a", "b"]
@@ -98,10 +104,16 @@ GOOD = task("fine")
     ("record", "said"),
     [
         (b"{", "no JSON (Expecting property name enclosed in double quotes at character 2)"),
-        (b"", "no JSON (Expecting value at character 1)"),
         (b'{"question": "caf\xe9"}', "no UTF-8 text"),
         (b"[1]", "a JSON object was expected"),
         (b"null", "a JSON object was expected"),
+        (b'{"question": "\\ud800", "answer": "1"}', "no usable JSON ('utf-8' codec can't encode"),
+        (b'{"question": "x", "answer": ' + b"9" * 5000 + b"}", "no usable JSON (Exceeds the limit"),
+        (b"[" * 100_000, "no usable JSON (maximum recursion depth exceeded"),
+        (
+            b'{"question": "x", "answer": "1", "answer": "2"}',
+            "no usable JSON ('answer' stands there twice)",
+        ),
         ({"answer": "1"}, "column 'question' is missing. Columns there: ['answer']"),
         ({"question": "x"}, "column 'answer' is missing. Columns there: ['question']"),
         (task(""), "column 'question' must be a text that is not empty, got ''"),
@@ -223,6 +235,57 @@ def test_what_is_shaped_like_gsm8k_is_read_from_any_kind_of_file(
     assert first.prompt.reference == "12"
 
 
+def test_csv_is_text_as_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes(
+        b"\xef\xbb\xbfquestion,answer,domain\r\na,0101,\r\nb,1.50,None\r\n\r\n"
+        b'"c, ""d""\r\ne",NA,' + b"x" * 200_000
+    )
+    assert tasks(path) == [
+        make_prompt("a", reference="0101", domain="t"),
+        make_prompt("b", reference="1.50", domain="None"),
+        make_prompt('c, "d"\r\ne', reference="NA", domain="x" * 200_000),
+    ]
+    check_references(tasks(path)[:2], RewardSettings(default_verifier="maths"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (b"a,1\nb,\n", "row 2: column 'answer' is missing"),
+        (b"a,1\nb\n", "row 2: column 'answer' is missing"),
+        (b"a,1\nb,2,3\n", "row 2: more fields than the header's 2"),
+        (b'a,1\n"b,2\nc,3\n', "row 2: no CSV (unexpected end of data)"),
+        (b"a,1\nb,caf\xe9\n", "row 2: no UTF-8 text"),
+    ],
+)
+def test_malformed_csv_is_named_by_file_and_row(tmp_path: Path, rows: bytes, said: str) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes(b"question,answer\n" + rows)
+    with pytest.raises(DataError, match=re.escape(f"{path}, {said}")):
+        tasks(path)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes(b"question,question\na,b\n")
+    with pytest.raises(DataError, match="two columns have one name: question, question"):
+        tasks(path)
+
+
+def test_whole_numbers_of_a_table_are_answers(tmp_path: Path) -> None:
+    import datasets
+
+    path = tmp_path / "t.parquet"
+    table = [{"question": "a", "answer": 42, "n": 7}, {"question": "b", "answer": -1, "n": 8}]
+    datasets.Dataset.from_list(table).to_parquet(path)
+    assert [prompt.reference for prompt in tasks(path)] == ["42", "-1"]
+    for verifier in ("exact", "maths"):
+        check_references(tasks(path), RewardSettings(default_verifier=verifier))
+    other = SourceSettings(source=str(path), columns={"answer": "n"})
+    assert [p.reference for p in load_prompts([other], "train")] == ["7", "8"]
+
+
 def test_one_of_several_splits_is_named(tmp_path: Path) -> None:
     import datasets
 
@@ -274,68 +337,3 @@ def test_a_name_on_the_hub_is_loaded_with_its_subset(
 def test_a_file_that_is_missing_is_no_name_on_the_hub(name: str) -> None:
     with pytest.raises(DataError, match=f"{name} is no file"):
         load_prompts([SourceSettings(source=name)], "train")
-
-
-def gym(family: str, split: Split, *, size: int = 20, **settings: object) -> list[Prompt]:
-    source = SourceSettings(
-        source="reasoning_gym", family=family, size=size, seed=3, settings=dict(settings)
-    )
-    return load_prompts([source], split)
-
-
-@pytest.mark.parametrize("family", ["chain_sum", "leg_counting", "simple_equations"])
-def test_reasoning_gym_tasks_are_scored_by_their_own_family(family: str) -> None:
-    prompts = gym(family, "train")
-    check_references(prompts, RewardSettings())
-    assert len({prompt.prompt_id for prompt in prompts}) == 20
-    assert {prompt.domain for prompt in prompts} == {family}
-    for prompt in prompts:
-        right = str(prompt.reference["entry"]["answer"])
-        verify = verifier_of(prompt, RewardSettings())
-        assert verify(prompt, f"<answer>{right}</answer>").correctness == 1.0
-        assert verify(prompt, "<answer>no</answer>").correctness == 0.0
-
-
-def test_reasoning_gym_settings_and_splits() -> None:
-    train, held_out = (gym("chain_sum", split, min_terms=2, max_terms=2) for split in SPLITS)
-    check_disjoint(train, held_out)
-    assert train == gym("chain_sum", "train", min_terms=2, max_terms=2)
-    assert {len(p.reference["entry"]["metadata"]["expression"].split()) for p in train} == {3}
-
-
-@pytest.mark.parametrize(
-    ("family", "settings", "named"),
-    [
-        ("chain_sums", {}, "no family 'chain_sums'; there are ab, "),
-        ("chain_sum", {"terms": 2}, "does not take the settings {'terms': 2}: TypeError"),
-        ("chain_sum", {"min_terms": 9, "max_terms": 2}, "does not take the settings"),
-    ],
-)
-def test_reasoning_gym_that_cannot_be_made(family: str, settings: Any, named: str) -> None:
-    with pytest.raises(DataError, match=re.escape(named)):
-        gym(family, "train", **settings)
-
-
-def test_a_family_that_is_used_up_is_named() -> None:
-    few = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
-    with pytest.raises(DataError, match=r"'chain_sum' .* has only \d+ train prompts, 999 were"):
-        gym("chain_sum", "train", size=999, **few)
-
-
-@pytest.mark.parametrize(
-    ("record", "named"),
-    [
-        ({"source": "reasoning_gym"}, "needs a family"),
-        ({"source": "starter", "family": "chain_sum"}, "are reasoning_gym's"),
-        ({"source": "x.jsonl", "settings": {"a": 1}}, "are reasoning_gym's"),
-    ],
-)
-def test_families_belong_to_reasoning_gym(record: Any, named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        SourceSettings(**record)
-
-
-def test_reasoning_gym_has_no_supervised_rows() -> None:
-    settings = SourceSettings(source="reasoning_gym", family="chain_sum", size=1)
-    with pytest.raises(DataError, match="no completions"):
-        load_sft_rows(settings)

@@ -22,11 +22,12 @@ LAYERS = [
     for layer in (
         "posttrain.types posttrain.errors",
         # What is computed and what stands on disk, each on its own.
-        "judges rewards curricula posttrain.losses posttrain.data"
+        "judges rewards curricula posttrain.losses"
         " posttrain.advantages posttrain.packing posttrain.progress posttrain.stage_order"
         " posttrain.atomic posttrain.metrics posttrain.ledger_schema posttrain.lease"
         " posttrain.settings_errors",
-        "posttrain.teaching",
+        # Tasks that are made are checked by the verifier that will score them.
+        "posttrain.data posttrain.teaching",
         "posttrain.online posttrain.evaluation posttrain.report posttrain.starter"
         " posttrain.ledger posttrain.audit posttrain.run_dir"
         " posttrain.rollout_log posttrain.prompt_table posttrain.pair_table"

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from posttrain.data import json_lines as lines
 from posttrain.errors import DataError
-from posttrain.prune import lines
 from posttrain.prune.schema import JsonSchema
 from posttrain.prune.source import Source, open_source, open_splits
 

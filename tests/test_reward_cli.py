@@ -23,6 +23,8 @@ BAD = [
     b"{nonsense",
     b'["a list"]',
     b"\xff\xfe",
+    b'{"question": "\\ud800", "answer": "2", "completion": "#2"}',
+    b'{"question": "?", "answer": "2", "answer": "3", "completion": "#2"}',
     b'{"question": "?", "answer": "2"}',
     b'{"answer": "2", "completion": "#2"}',
     b'{"question": 5, "answer": "2", "completion": "#2"}',
@@ -71,15 +73,17 @@ def test_outcomes_and_what_is_left_out(
         "correct",
     ]
     assert found["rewards"][1]["explanation"] == "'3' is not the reference"
-    assert [entry["row"] for entry in found["rejected"]] == list(range(6, 15))
+    assert [entry["row"] for entry in found["rejected"]] == list(range(6, 17))
     kept = [json.loads(line) for line in Path(found["quarantine"]).read_text().splitlines()]
-    assert [(row["file"], row["row"]) for row in kept] == [(str(file), n) for n in range(6, 15)]
+    assert [(row["file"], row["row"]) for row in kept] == [(str(file), n) for n in range(6, 17)]
     for row, message in zip(
         kept,
         [
             "no JSON",
             "a JSON object was expected",
             "no UTF-8 text",
+            "no usable JSON ('utf-8' codec can't encode",
+            "no usable JSON ('answer' stands there twice)",
             "'completion' is missing",
             "neither 'question' nor 'messages'",
             "'question' must be a text, got 5",
@@ -90,7 +94,7 @@ def test_outcomes_and_what_is_left_out(
         strict=True,
     ):
         assert message in row["reason"]
-    assert kept[3]["content"] == BAD[3].decode()
+    assert kept[5]["content"] == BAD[5].decode()
 
 
 def test_what_a_person_reads(

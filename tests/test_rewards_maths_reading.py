@@ -65,6 +65,9 @@ def test_the_answer_begins_where_the_reasoning_ends(opening: str, closing: str) 
         ("x = 5", "x = 5"),
         ("it costs $1,200.50 in all", "$1,200.50"),
         ("it is 3/4 of it", "3/4"),
+        ("it is 5 hundred million in all", "5 hundred million"),
+        ("it is $5$ thousand in all", "5 thousand"),
+        ("there are 5 millionaires", "5"),
         ("nothing", None),
         ("", None),
     ],
@@ -105,6 +108,13 @@ def test_final_answer(text: str, answer: str | None) -> None:
         (r"\(5\)", "5"),
         (r"5 \text{ or } 6", r"5 \text{ },\text{ } 6"),
         ("5\u200b0", "50"),
+        ("5,000 million", r"5000 \cdot 10^{6}"),
+        (r"5\text{ Million people}", r"5 \cdot 10^{6}\text{ people}"),
+        (r"\text{2 hundred thousand}", r"2 \cdot 10^{2} \cdot 10^{3}"),
+        (r"\text{5 million is wrong}", r"\text{5 \cdot 10^{6} is wrong}"),
+        ("3 dozens", r"3 \cdot 12"),
+        ("(x+1) squared", "(x+1)^{2}"),
+        (r"\frac{2}{3} squared", r"\frac{2}{3} squared"),
     ],
 )
 def test_one_notation(text: str, latex: str | None) -> None:

@@ -343,6 +343,16 @@ def test_a_number_with_a_huge_exponent_is_not_written_out() -> None:
         assert outcome(prompt, answer) is LIMIT
 
 
+@pytest.mark.parametrize("gold", ["0x176b9e643680", "0x153e12964", "-0x9E12345"])
+def test_the_digits_of_a_hexadecimal_number_are_no_exponent(gold: str) -> None:
+    entry = {"question": "", "answer": gold, "metadata": {"problem": gold}}
+    prompt = task("bitwise_arithmetic", entry)
+    reasoning_gym.check_reference(prompt)
+    assert outcome(prompt, gold) is CORRECT
+    assert outcome(prompt, gold.replace("0x", "00x")) is LIMIT
+    assert outcome(prompt, f"{gold} 9e99999") is LIMIT
+
+
 def test_an_answer_that_breaks_its_scorer_is_unparsable() -> None:
     prompt = task("prime_factorization", entry_of("prime_factorization"))
     assert outcome(prompt, "two") is UNPARSABLE

@@ -2,55 +2,88 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from posttrain.data.prompts import Split, make_prompt, split_of
 from posttrain.errors import DataError
+from posttrain.progress import say
 from posttrain.types import Prompt
+from rewards.reasoning_gym import check_reference
+
+SIZE = 20_000
+"""Of every data set, however many tasks are asked for, since the entries of acre depend on it. Most
+families make entries beyond it; word_ladder takes no larger one."""
 
 MAX_MISSES = 2000
-"""So many entries in a row that are known or of the other split: the family is used up."""
+"""So many entries in a row that are known, unusable or of the other split: it is used up."""
+
+
+class _Unusable(Exception):
+    """An entry that cannot be made, written as JSON, or scored."""
 
 
 def gym_prompts(
     family: str, settings: Mapping[str, Any], split: Split, size: int, seed: int
 ) -> list[Prompt]:
-    """`size` different prompts of a split; the domain is the family's name.
+    """`size` different prompts of a split; the domain is the family's name. Unusable entries are
+    left out and counted on stderr: they come from the library, so nobody could mend them.
 
     Raises:
         DataError: no such family, settings that it does not take, fewer prompts than asked for.
     """
     entries = _data_set(family, settings, seed)
     prompts: dict[str, Prompt] = {}
-    index = misses = 0
-    while len(prompts) < size:
-        # References travel as JSON, to files and to other processes; so they start as JSON.
-        entry = json.loads(json.dumps(entries[index]))
-        index += 1
-        prompt = make_prompt(
-            entry["question"],
-            reference={"family": family, "settings": dict(settings), "entry": entry},
-            domain=family,
-            metadata={"verifier": "reasoning_gym"},
-        )
-        if prompt.prompt_id not in prompts and split_of(prompt.prompt_id) == split:
-            prompts[prompt.prompt_id] = prompt
-            misses = 0
-            continue
+    misses = num_unusable = 0
+    unusable = ""
+    for index in itertools.count():
         misses += 1
+        try:
+            prompt = _prompt(entries, index, family, settings)
+        except _Unusable as error:
+            num_unusable += 1
+            unusable = f"{num_unusable} of {index + 1} entries cannot be used, the last: {error}"
+        else:
+            if prompt.prompt_id not in prompts and split_of(prompt.prompt_id) == split:
+                prompts[prompt.prompt_id] = prompt
+                misses = 0
+        if len(prompts) == size:
+            break
         if misses == MAX_MISSES:
             raise DataError(
                 f"the reasoning-gym family {family!r} with settings {dict(settings)} has only "
                 f"{len(prompts)} {split} prompts, {size} were asked for; lower the size or widen "
-                "its settings"
+                f"its settings{unusable and '. '}{unusable}"
             )
+    if unusable:
+        say(f"the reasoning-gym family {family!r}, left out: {unusable}")
     return list(prompts.values())
 
 
+def _prompt(entries: Any, index: int, family: str, settings: Mapping[str, Any]) -> Prompt:
+    """Raises _Unusable."""
+    try:
+        # References travel as JSON, to files and to other processes; so they start as JSON.
+        entry = json.loads(json.dumps(entries[index]))
+    except Exception as error:  # each family has bugs of its own
+        raise _Unusable(f"{type(error).__name__}: {error}") from error
+    prompt = make_prompt(
+        entry["question"],
+        reference={"family": family, "settings": dict(settings), "entry": entry},
+        domain=family,
+        metadata={"verifier": "reasoning_gym"},
+    )
+    try:
+        check_reference(prompt)
+    except DataError as error:
+        raise _Unusable(str(error)) from error
+    return prompt
+
+
 def _data_set(family: str, settings: Mapping[str, Any], seed: int) -> Any:
-    """Entry i depends on seed + i alone, so it may be asked for beyond the data set's size."""
+    """Entry i depends on the settings, `seed` and i alone."""
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
@@ -58,8 +91,13 @@ def _data_set(family: str, settings: Mapping[str, Any], seed: int) -> Any:
         raise DataError(
             f"reasoning-gym has no family {family!r}; there are {', '.join(sorted(DATASETS))}"
         )
+    if family == "composite":
+        raise DataError(
+            "the reasoning-gym family 'composite' is a mixture of others; make each of them a "
+            "source of its own"
+        )
     try:
-        return reasoning_gym.create_dataset(family, seed=seed, size=1, **settings)
+        return reasoning_gym.create_dataset(family, seed=seed, size=SIZE, **settings)
     except Exception as error:  # each family checks its settings in its own way
         raise DataError(
             f"the reasoning-gym family {family!r} does not take the settings {dict(settings)}: "

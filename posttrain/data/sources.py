@@ -8,7 +8,6 @@ called otherwise are named in `columns`.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -16,6 +15,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from posttrain.data.gym import gym_prompts
+from posttrain.data.json_lines import MalformedLine, parse_object, read_lines
 from posttrain.data.prompts import Split, make_prompt
 from posttrain.data.tables import is_table, read_table
 from posttrain.errors import DataError
@@ -153,6 +153,8 @@ def read_records(settings: SourceSettings) -> Iterator[tuple[int, Mapping[str, A
                     f"missing. Columns there: {sorted(row)}"
                 )
             renamed[ours] = row[theirs]
+        if table and isinstance(renamed.get("answer"), int):
+            renamed["answer"] = str(renamed["answer"])  # a column's type is nobody's choice
         if settings.answer_after is not None and renamed.get("answer") is not None:
             renamed["answer"] = _answer(
                 renamed["answer"], settings.answer_after, _place(settings, number)
@@ -178,19 +180,12 @@ def _read_lines(source: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
             f"{source} is no file. A source is 'starter', 'reasoning_gym', a file (JSON lines, "
             "Parquet, CSV), the directory of a data set, or a name on the hub."
         )
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line.decode("utf-8").rstrip())
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}, line {number}: no UTF-8 text ({error})") from error
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}, line {number}: no JSON ({error.msg} at character {error.colno})"
-                ) from error
-            if not isinstance(record, dict):
-                raise DataError(f"{path}, line {number}: a JSON object was expected")
-            yield number, record
+    for line in read_lines(path):
+        try:
+            _, record = parse_object(line)
+        except MalformedLine as error:
+            raise DataError(f"{path}, line {line.number}: {error}") from error
+        yield line.number, record
 
 
 def _prompt(record: Mapping[str, Any], source: str, place: str) -> Prompt:

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from posttrain.data.json_lines import Line, MalformedLine, parse_object, read_lines
 from posttrain.errors import DataError
-from posttrain.prune.lines import MAX_LINE_BYTES, Line, read_lines
 from posttrain.prune.schema import JsonSchema
 from posttrain.prune.source import CHUNK_ROWS, Row, hash_files, is_wanted
 
@@ -112,34 +112,12 @@ def _parse(number: int, file: Path, line: Line) -> Row:
         offset=line.offset,
         length=line.length,
     )
-    if line.content is None:
-        limit = f"a line of {line.length:,} bytes; the limit is {MAX_LINE_BYTES:,}"
-        return row(record=None, problem=limit)
     try:
-        text = line.content.decode()
-        record = json.loads(text, object_pairs_hook=_once_each)
-        if "\\ud" in text.lower():  # half of a surrogate pair is no text that could be written
-            json.dumps(record, ensure_ascii=False).encode()
-        if isinstance(record, dict):
-            return row(record=record, content=text)
-        problem = "a JSON object was expected"
-    except UnicodeDecodeError as error:
-        problem = f"no UTF-8 text ({error.reason} at byte {error.start + 1})"
-    except json.JSONDecodeError as error:
-        problem = f"no JSON ({error.msg} at character {error.colno})"
-    except (ValueError, RecursionError) as error:
-        problem = f"no usable JSON ({error})"
-    shown = line.content[:SHOWN_BYTES].decode(errors="backslashreplace")
-    return row(record=None, problem=problem, content=shown)
-
-
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} stands there twice")
-    return record
+        text, record = parse_object(line)
+    except MalformedLine as error:
+        shown = (line.content or b"")[:SHOWN_BYTES].decode(errors="backslashreplace")
+        return row(record=None, problem=str(error), content=shown)
+    return row(record=record, content=text)
 
 
 def _chunks(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:

@@ -1,0 +1,80 @@
+r"""Words that calculate with the number before them: `5 million`, `3 dozen`, `5 squared`.
+
+They are no nouns: who takes them for what is counted finds 5 million equal to 5 thousand. Rewritten
+are `5 million`, `5 \text{ million people}` and `\text{5 million people}`, in text that is in one
+notation otherwise (see `maths_notation`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+_FACTORS = {
+    "hundred": r" \cdot 10^{2}",
+    "thousand": r" \cdot 10^{3}",
+    "million": r" \cdot 10^{6}",
+    "billion": r" \cdot 10^{9}",
+    "trillion": r" \cdot 10^{12}",
+    "dozen": r" \cdot 12",
+}
+_OPERATIONS = {"squared": "^{2}", "cubed": "^{3}", "factorial": "!"}
+
+FACTOR_WORD = rf"(?i:(?:{'|'.join(_FACTORS)})s?(?![A-Za-z]))"
+_FACTOR_WORDS = rf"{FACTOR_WORD}(?: {FACTOR_WORD})*"
+_OPERATION = rf"(?i:{'|'.join(_OPERATIONS)})(?![A-Za-z])"
+
+_SPACES = r"(?:\\[,;:! ]|\s)*"
+_TEXT = r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s*\{\s*"
+_WORDS = rf"(?P<words>{_FACTOR_WORDS}|{_OPERATION})"
+_NUMBER = r"[0-9][0-9,]*(?:\.[0-9]+)?"
+_UNIT = r" (?:(?:square|sq|cubic) )?[A-Za-z/]+"
+
+
+def _out_of_text(match: re.Match[str]) -> str:
+    r"""`\text{5 million people}` → `5 million\text{ people}`."""
+    rest = match["rest"].strip()
+    return f"{match['number']} {match['words']}" + (rest and rf"\text{{ {rest}}}")
+
+
+def _multiplied(match: re.Match[str]) -> str:
+    r"""`5,000 million` → `5000 \cdot 10^{6}`; in a product math-verify takes the comma for a
+    list's."""
+    factors = [_FACTORS[word.removesuffix("s")] for word in match["words"].casefold().split()]
+    return re.sub(r",(?=[0-9]{3}(?![0-9]))", "", match["number"]) + "".join(factors)
+
+
+def _operated(match: re.Match[str]) -> str:
+    return match["number"] + _OPERATIONS[match["operation"].casefold()]
+
+
+_REWRITES: list[tuple[re.Pattern[str], Callable[[re.Match[str]], str]]] = [
+    (
+        re.compile(rf"(?P<number>(?<=[0-9)}}])){_SPACES}{_TEXT}{_WORDS}(?P<rest>[^{{}}]*)\}}"),
+        _out_of_text,
+    ),
+    (
+        re.compile(
+            rf"{_TEXT}(?P<number>[-+]?(?:\\\$)?{_NUMBER}) {_WORDS}(?P<rest>(?:{_UNIT})?\s*)\}}"
+        ),
+        _out_of_text,
+    ),
+    (
+        re.compile(rf"(?P<number>{_NUMBER}|(?<=[)}}])){_SPACES}(?P<words>{_FACTOR_WORDS})"),
+        _multiplied,
+    ),
+    # Not 2/3 squared, which is read in two ways.
+    (
+        re.compile(
+            rf"(?P<number>(?<![\w.,/^]){_NUMBER}|(?<=\))){_SPACES}(?P<operation>{_OPERATION})"
+        ),
+        _operated,
+    ),
+]
+
+
+def calculated(latex: str) -> str:
+    """`latex` with signs in the place of the words."""
+    for pattern, replacement in _REWRITES:
+        latex = pattern.sub(replacement, latex)
+    return latex
