@@ -5,7 +5,7 @@ from __future__ import annotations
 import polars as pl
 
 from curricula.buckets import BUCKETS
-from posttrain.inspect.windows import add_windows, share_within
+from posttrain.inspect.windows import COLUMNS, add_windows, share_within
 
 RATE_BINS = ("0", *(f".{i}–{f'.{i + 1}' if i < 9 else '1'}" for i in range(10)), "1")
 """Never right, ten open intervals, always right."""
@@ -66,7 +66,7 @@ def pruned(verdicts: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def drawn_difficulty(draws: pl.DataFrame, columns: int = 40) -> pl.DataFrame:
+def drawn_difficulty(draws: pl.DataFrame, columns: int = COLUMNS) -> pl.DataFrame:
     """How hard what was drawn proved to be: `step_from`, `step_to`, `place` in BUCKETS, `bucket`,
     `groups`, `share` of the answered groups of these steps."""
     rate = pl.col("num_correct") / pl.col("num_scored")

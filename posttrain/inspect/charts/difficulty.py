@@ -26,6 +26,7 @@ from posttrain.inspect.charts.look import (
     steps_axis,
 )
 from posttrain.inspect.run import Run
+from posttrain.inspect.windows import last_of_windows
 from posttrain.types import Action
 
 ACTIONS = {"keep": BLUE, "drop": ORANGE, "retest": SKY, difficulty.UNDECIDED: GREY}
@@ -197,7 +198,7 @@ def bucket_moves(run: Run) -> Any:
 def pool_by_bucket(run: Run) -> Any:
     """The curriculum's pool by difficulty over the steps, all domains together."""
     title = "Prompts of the curriculum by difficulty"
-    cells = difficulty.pool(run.steps)
+    cells = last_of_windows(difficulty.pool(run.steps))
     if cells.is_empty():
         return nothing(title, "The curriculum of this run keeps no track of difficulty.")
     total = cells.group_by("step", "place", "bucket").agg(pl.col("prompts").sum())
