@@ -165,6 +165,17 @@ def test_calibration_takes_first_draws_of_the_first_and_the_last_third() -> None
     assert (late["period"], late["later"], late["prompts"]) == ("last third", 0.75, 1)
 
 
+def test_the_last_third_is_of_all_steps_not_of_those_that_drew_a_prompt_first() -> None:
+    found = difficulty.calibration(
+        verdicts(judged("a", 2, 8), judged("b", 2, 8)),
+        draws(
+            *(drawn("a", 1, 1), drawn("b", 3, 2)),  # then all were known
+            *(drawn("a", step, 4) for step in range(4, 10)),
+        ),
+    )
+    assert found.select("period", "later", "prompts").rows() == [("first third", 0.375, 2)]
+
+
 def test_calibration_has_intervals_where_there_are_enough_prompts() -> None:
     rights = [0, 1, 2, 2, 3]
     found = difficulty.calibration(

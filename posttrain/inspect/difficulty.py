@@ -130,17 +130,17 @@ def calibration(verdicts: pl.DataFrame, draws: pl.DataFrame) -> pl.DataFrame:
     late in RL: `period` (`first third`, `last third` of the steps), `place` and `bucket` of the
     estimate, `judged` and `later` (mean pass rates), `low`, `high` (95% interval of `later`,
     normal, over prompts; null for fewer than ENOUGH), `prompts`."""
+    answered = draws.filter((pl.col("num_scored") > 0) & pl.col("step").is_not_null())
+    last = answered["step"].max()  # of RL: most prompts are first drawn long before
     first = (
-        draws.filter((pl.col("num_scored") > 0) & pl.col("step").is_not_null())
-        .unique("prompt_id", keep="first", maintain_order=True)
+        answered.unique("prompt_id", keep="first", maintain_order=True)
         .with_columns((pl.col("num_correct") / pl.col("num_scored")).alias("rate"))
         .select("prompt_id", "step", "rate")
     )
-    last = pl.col("step").max()
     period = (
-        pl.when(pl.col("step") * 3 <= last)
+        pl.when(pl.col("step") * 3 <= pl.lit(last))
         .then(pl.lit("first third"))
-        .when(pl.col("step") * 3 > last * 2)
+        .when(pl.col("step") * 3 > pl.lit(last) * 2)
         .then(pl.lit("last third"))
     )
     error = 1.96 * pl.col("rate").std() / pl.when(pl.len() >= ENOUGH).then(pl.len()).sqrt()
