@@ -17,15 +17,19 @@ UNDECIDED = "no selection"
 """Screened for RL's curriculum alone, which drops nothing beforehand."""
 
 
-def screened(verdicts: pl.DataFrame) -> pl.DataFrame:
+def screened(verdicts: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
     """The last verdict of each prompt that a checkpoint gave before RL, with scored answers: the
-    one that the curriculum starts from. Earlier ones are of a screening that was done again."""
+    one that the curriculum starts from. Earlier ones are of a screening that was done again, as are
+    those of `prompts` that are in no set that is screened."""
     before_rl = verdicts.filter(pl.col("step").is_null())
     last = before_rl.unique("prompt_id", keep="last", maintain_order=True)
-    return last.filter(pl.col("pass_rate").is_not_null())
+    return last.filter(
+        pl.col("pass_rate").is_not_null()
+        & _is_among(prompts, pl.col("in_train") | pl.col("in_sft"))
+    )
 
 
-def pass_rate_bins(verdicts: pl.DataFrame) -> pl.DataFrame:
+def pass_rate_bins(verdicts: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
     """Screened prompts by pass rate and what selection did: `place` in RATE_BINS, `bin`, `action`,
     `prompts`. A rate between two bins counts in the upper one."""
     rate = pl.col("pass_rate")
@@ -33,7 +37,7 @@ def pass_rate_bins(verdicts: pl.DataFrame) -> pl.DataFrame:
     inner = (rate * 10).round(9).floor().cast(pl.Int64) + 1
     place = pl.when(rate == 0).then(0).when(rate == 1).then(11).otherwise(inner)
     return (
-        screened(verdicts)
+        screened(verdicts, prompts)
         .group_by(place.alias("place"), pl.col("action").fill_null(UNDECIDED))
         .agg(pl.len().alias("prompts"))
         .with_columns(_name("place", RATE_BINS).alias("bin"))
@@ -42,12 +46,14 @@ def pass_rate_bins(verdicts: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def pruned(verdicts: pl.DataFrame) -> pl.DataFrame:
+def pruned(verdicts: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
     """What was decided, by whom and about what: `stage`, `rule`, `domain`, `place` and `bucket` of
     the pass rate, `action`, `prompts`, `lowest` and `highest` pass rate of theirs. Of several
-    decisions of a stage on a prompt the last one counts; stages in the order of their first."""
+    decisions of a stage on a prompt the last one counts; stages in the order of their first. What
+    was decided for SFT on prompts that are not in its set is of a screening of other data."""
+    counts = (pl.col("stage") != "sft") | _is_among(prompts, pl.col("in_sft"))
     return (
-        verdicts.filter(pl.col("action").is_not_null() & pl.col("pass_rate").is_not_null())
+        verdicts.filter(pl.col("action").is_not_null() & pl.col("pass_rate").is_not_null() & counts)
         .with_row_index("first")
         .with_columns(pl.col("first").min().over("stage", "rule"))
         .unique(["stage", "prompt_id"], keep="last", maintain_order=True)
@@ -125,7 +131,7 @@ def pool(steps: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def calibration(verdicts: pl.DataFrame, draws: pl.DataFrame) -> pl.DataFrame:
+def calibration(verdicts: pl.DataFrame, prompts: pl.DataFrame, draws: pl.DataFrame) -> pl.DataFrame:
     """The judge's estimate against what the policy did when it first drew the prompt, early and
     late in RL: `period` (`first third`, `last third` of the steps), `place` and `bucket` of the
     estimate, `judged` and `later` (mean pass rates), `low`, `high` (95% interval of `later`,
@@ -145,7 +151,7 @@ def calibration(verdicts: pl.DataFrame, draws: pl.DataFrame) -> pl.DataFrame:
     )
     error = 1.96 * pl.col("rate").std() / pl.when(pl.len() >= ENOUGH).then(pl.len()).sqrt()
     return (
-        screened(verdicts)
+        screened(verdicts, prompts)
         .select("prompt_id", "pass_rate")
         .join(first.with_columns(period.alias("period")).drop_nulls("period"), on="prompt_id")
         .group_by("period", bucket_place(pl.col("pass_rate")).alias("place"))
@@ -171,6 +177,14 @@ def bucket_place(rate: pl.Expr) -> pl.Expr:
         .otherwise((rate * 4).ceil().clip(1, 4))
         .cast(pl.Int64)
     )
+
+
+def _is_among(prompts: pl.DataFrame, wanted: pl.Expr) -> pl.Expr:
+    """Whether the prompt of a row is one of those `wanted`; true for a run that did not keep its
+    prompts. Where it did, a prompt that only the ledger knows is not in its data any more."""
+    if prompts["in_train"].is_null().all():
+        return pl.lit(value=True)
+    return pl.col("prompt_id").is_in(prompts.filter(wanted)["prompt_id"].implode())
 
 
 def _name(place: str, names: tuple[str, ...]) -> pl.Expr:
