@@ -287,6 +287,63 @@ def test_parquet_files_with_other_columns_become_one_table(tmp_path: Path) -> No
         opened(tmp_path / "s")
 
 
+BIG = 2**60 + 1
+"""No fraction is exactly this."""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ({"x": BIG}, {"x": 0.5}, "a.parquet: column 'x' is int64, and in one table .* double,"),
+        ({"x": [BIG]}, {"x": [0.5]}, "a.parquet: column 'x' is list<"),
+        ({"x": {"a": 1}}, {"x": {"b": 1}}, "a.parquet: column 'x' is struct<a: int64>"),
+        ({"x": {"a": 1}}, {"x": {"a": 1, "b": 1}}, "a.parquet: column 'x' is struct<a: int64>"),
+    ],
+)
+def test_parquet_files_whose_values_would_change_in_one_table(
+    tmp_path: Path, first: dict[str, Any], second: dict[str, Any], said: str
+) -> None:
+    (tmp_path / "s").mkdir()
+    parquet(tmp_path / "s" / "a.parquet", [first])
+    parquet(tmp_path / "s" / "b.parquet", [second])
+    with pytest.raises(DataError, match=f"{said}.*Write the files with one type, or ask for JSON"):
+        opened(tmp_path / "s")
+    source = opened(tmp_path / "s", one_table=False)
+    assert [row.record for row in source.rows(None, ["x"])] == [first, second]
+    found = [json.loads(line) for _, lines_ in source.lines(np.ones(2, bool)) for line in lines_]
+    assert found == [first, second]
+
+
+def test_types_that_hold_the_same_values_go_together(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    for name, kind in {
+        "a": pa.schema({"n": pa.int32(), "t": pa.string(), "l": pa.list_(pa.null())}),
+        "b": pa.schema({"n": pa.int64(), "t": pa.large_string(), "l": pa.list_(pa.string())}),
+    }.items():
+        table = pa.Table.from_pylist([{"n": 7, "t": name, "l": []}], schema=kind)
+        pq.write_table(table, tmp_path / "s" / f"{name}.parquet")
+    source = opened(tmp_path / "s")
+    assert tables(source, [0, 1], total=2) == [{"n": 7, "t": t, "l": []} for t in "ab"]
+
+
+def test_a_damaged_page_is_named_as_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "s.parquet"
+    table = pa.table({"n": range(4000), "fine": range(4000)})
+    pq.write_table(table, path, row_group_size=2000, use_dictionary=False)
+    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    with path.open("r+b") as file:
+        file.seek(column.data_page_offset)
+        file.write(b"\xff" * 100)
+    source = opened(path)
+    assert len(list(source.rows(None, ["fine"]))) == 4000
+    with pytest.raises(
+        DataError, match=r"s\.parquet: after row 2,000 it cannot be read on \(.*anew"
+    ):
+        list(source.rows(None, ["n"]))
+    with pytest.raises(DataError, match=r"s\.parquet: after row 2,000"):
+        list(source.tables(np.ones(4000, bool)))
+
+
 def test_what_is_not_there_or_no_source(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no\.jsonl: there is no such file"):
         opened(tmp_path / "no.jsonl")
