@@ -95,7 +95,8 @@ class PruneResources(_Section):
 class PruneSettings(_Section):
     """`method` is how rows are judged: by the critic's own answers (`critic`), by the grade that it
     gives to the row's answer (`grade`), or by how much the prompt helps it to predict that answer
-    (`ifd`); the last two are experimental."""
+    (`ifd`); the last two are experimental. `format` is what rows are written as: one table of
+    Parquet shards, or JSON lines, which stay as they stand."""
 
     source: SourceChoice
     critic: CriticSettings

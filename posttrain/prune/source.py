@@ -94,7 +94,7 @@ def open_source(
     """A JSON lines or Parquet file, a directory of either, or whatever `datasets` can load.
 
     With `one_table`, a JSON row that does not fit into one table with the others cannot be read,
-    and Parquet files whose values would change in one table are refused.
+    and what would change in one table is refused: Parquet files at once, JSON as it is read.
 
     Raises:
         DataError: nothing there, nothing in it, no split of that name, or files that are refused.
