@@ -217,8 +217,10 @@ def test_objects_of_other_keys_stay_as_they_are_or_are_refused(
 def test_what_a_format_cannot_hold_is_said(tmp_path: Path, tiny_policy: Path) -> None:
     rows = [{"question": question(1, 0.5), "answer": "1", "meta": {}}]
     source = write_jsonl(tmp_path / "s.jsonl", rows)
+    engine = FakeEngine(model_of(tiny_policy).chat)
     with pytest.raises(DataError, match=r"Cannot write struct type 'meta'.*--format jsonl"):
-        pruned(source, tiny_policy)
+        pruned(source, tiny_policy, engine)
+    assert engine.samples == 0
     out = pruned(source, tiny_policy, format="jsonl")
     assert json.loads((out / "data/annotated/part-00000.jsonl").read_text())["meta"] == {}
     dates = pa.table(
