@@ -343,6 +343,27 @@ def test_nothing_is_written_into_the_source(bench: Bench, tmp_path: Path) -> Non
     assert [path.name for path in inside.iterdir()] == ["a.jsonl"]
 
 
+def test_what_is_read_is_not_deleted(bench: Bench, tmp_path: Path) -> None:
+    bench.prune()
+    (part,) = (bench.out / "data" / "kept").iterdir()
+    (tmp_path / "link").symlink_to(part.parent)
+    before = part.read_bytes()
+    given = bench.source
+    said = r"kept.* lies in --out .*out, where it would be replaced or deleted; give another --out"
+    for source in (part, part.parent):
+        bench.source = source
+        for fresh in (False, True):
+            with pytest.raises(RunDirError, match=said):
+                bench.prune(fresh=fresh)
+        with pytest.raises(RunDirError, match=said):
+            estimate(bench.settings(), bench.out, bench.model, FakeCritics(bench.engine))
+    bench.source = given
+    for kind in ("held_out", "compare"):
+        with pytest.raises(RunDirError, match="link lies in --out"):
+            bench.prune(overlap={kind: [str(tmp_path / "link")]}, fresh=True)
+    assert part.read_bytes() == before
+
+
 def test_a_fixed_number_must_suffice_for_its_metric(bench: Bench) -> None:
     few = {"selection": {"metric": "pass@k", "k": 32, "drop_easiest": 0.5}}
     with pytest.raises(ValueError, match="pass@32 cannot be estimated from the fixed number"):

@@ -66,6 +66,10 @@ class OverlapSettings(_Section):
     compare: list[OtherChoice] = []
     words: int = Field(default=WORDS, gt=0)
 
+    @property
+    def paths(self) -> list[str]:
+        return [other.path for other in (*self.held_out, *self.compare)]
+
     @model_validator(mode="after")
     def _each_once(self) -> Self:
         names = Counter(other.name for other in (*self.held_out, *self.compare))
