@@ -78,7 +78,8 @@ def prune_command(
     from posttrain.stages.prune import critic_model, critic_opener, with_located_models
 
     settings = with_located_models(asked)
-    critic, opener = critic_model(model, settings.critic.max_length), critic_opener(settings, out)
+    critic = critic_model(settings.critic.model, settings.critic.max_length)
+    opener = critic_opener(settings, out)
     if dry_run:
         guess = estimate(settings, out, critic, opener, fresh=fresh, top_up=top_up)
         _show(guess, as_json, is_estimate=True)

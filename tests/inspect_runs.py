@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -31,6 +33,7 @@ from posttrain.types import (
     Verdict,
 )
 
+RECORDED = Path(__file__).parents[1] / "curricula" / "recorded_run"
 DOMAINS = {"a1": "sums", "a2": "sums", "s1": "words", "s2": "words", "h1": "sums", "h2": "words"}
 SETTINGS = {
     "stages": ["screen", "rl", "dpo"],
@@ -101,6 +104,20 @@ def write_known_run(path: Path) -> RunDir:
         write_evaluation(run, stage, {"h1": right, "h2": 1})
     write_manifest(run, start_evaluation=_summary(0.25), rl_evaluation=_summary(0.5))
     return run
+
+
+def write_long_run(path: Path, last_step: int) -> Path:
+    """The recorded run with its steps of RL over and over, up to `last_step`; a teacher's weight
+    falls from 1 to 0 meanwhile."""
+    shutil.copytree(RECORDED, path)
+    metrics = RunDir(path).metrics_path
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    steps = [r for r in records if r["stage"] == "rl" and "event" not in r]
+    others = [r for r in records if r not in steps]
+    repeated = zip(range(1, last_step + 1), itertools.cycle(steps), strict=False)
+    long = [r | {"step": n, "teacher/lambda": 1 - n / last_step} for n, r in repeated]
+    metrics.write_text("".join(f"{json.dumps(r)}\n" for r in [*long, *others]))
+    return path
 
 
 def write_manifest(

@@ -10,7 +10,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from inspect_runs import write_known_run
+from inspect_runs import write_known_run, write_long_run
 
 from posttrain.inspect import Run, charts, load_run
 from posttrain.inspect.charts import look
@@ -23,6 +23,11 @@ ALL: list[Chart] = [getattr(charts, name) for name in charts.__all__]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return load_run(write_known_run(tmp_path_factory.mktemp("charts") / "known").path)
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return load_run(write_long_run(tmp_path_factory.mktemp("charts") / "long", last_step=750))
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +176,27 @@ def test_the_pool_adds_domains_up(run: Run) -> None:
         (2, "1", 1),
         (2, "dropped", 1),
     ]
+
+
+@pytest.mark.parametrize("chart", ALL, ids=lambda c: c.__name__)
+def test_a_long_run_draws_no_more_than_a_short_one(chart: Chart, long_run: Run) -> None:
+    assert len(long_run.steps.filter(pl.col("stage") == "rl")) == 750
+    assert sum(map(len, drawn(chart(long_run)))) <= 400  # of data that a page holds
+
+
+def test_the_pool_of_a_long_run_is_that_at_the_end_of_each_window(long_run: Run) -> None:
+    (rows,) = drawn(charts.pool_by_bucket(long_run))
+    steps = sorted({r["step"] for r in rows})
+    assert steps == [*range(19, 750, 19), 750]
+    cells = long_run.steps.filter((pl.col("stage") == "rl") & (pl.col("step") == 38))
+    solved = cells.select(pl.sum_horizontal("^pool/.*/1$")).item()
+    assert [r["prompts"] for r in rows if r["step"] == 38 and r["bucket"] == "1"] == [solved]
+
+
+def test_what_a_long_run_measured_in_each_step_is_averaged(long_run: Run) -> None:
+    (rows,) = drawn(charts.distillation_weights(long_run))
+    weights = {r["step_from"]: r["value"] for r in rows}
+    assert list(weights) == list(range(1, 750, 19))
+    assert weights[1] == pytest.approx(1 - 10 / 750)  # of steps 1 to 19
+    by_age = next(rows for rows in drawn(charts.staleness(long_run)) if "age" in rows[0])
+    assert {r["step_from"] for r in by_age} <= set(weights)

@@ -12,7 +12,7 @@ from inspect_runs import write_known_run
 
 from curricula.buckets import BUCKETS, bucket_of
 from posttrain.inspect import Run, difficulty, load_run, loop
-from posttrain.inspect.columns import DRAWS, STEPS, VERDICTS
+from posttrain.inspect.columns import DRAWS, PROMPTS, STEPS, VERDICTS
 from posttrain.inspect.findings import Finding, bound, findings
 from posttrain.inspect.windows import add_windows
 
@@ -20,6 +20,10 @@ from posttrain.inspect.windows import add_windows
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return load_run(write_known_run(tmp_path_factory.mktemp("figures") / "known").path)
+
+
+NOT_KEPT = PROMPTS.empty()
+"""Prompts of a run without a table of them."""
 
 
 def verdicts(*rows: dict[str, Any]) -> pl.DataFrame:
@@ -57,7 +61,8 @@ def test_the_ends_of_the_histogram_stand_apart() -> None:
             judged("p5", 8, 8, action="drop"),
             judged("p6", 0, 8, step=10),  # re-screening
             judged("p7", 0, 0),  # nothing was scored
-        )
+        ),
+        NOT_KEPT,
     )
     assert bins.rows() == [
         (0, "0", "keep", 1),
@@ -85,7 +90,8 @@ def test_what_was_pruned_by_stage_rule_and_pass_rate() -> None:
             judged("p3", 0, 8, **drop | {"action": "keep"}),
             judged("p2", 8, 8, step=5, stage="rl", rule="re-screening", action="drop"),
             judged("p2", 3, 8, step=9, stage="rl", rule="re-screening", action="keep"),
-        )
+        ),
+        NOT_KEPT,
     )
     names = ("stage", "domain", "bucket", "action", "prompts", "lowest", "highest")
     assert found.select(names).rows() == [
@@ -95,6 +101,39 @@ def test_what_was_pruned_by_stage_rule_and_pass_rate() -> None:
         ("sft", "a", "1", "drop", 1, 1.0, 1.0),
         ("rl", None, "(.25, .5]", "keep", 1, 0.375, 0.375),
     ]
+
+
+def kept(**sets: str) -> pl.DataFrame:
+    """A run's prompts, each with the names of its sets; `none`: known to the ledger alone."""
+    rows = [
+        {"prompt_id": p} | {name: name in words for name in ("in_train", "in_held_out", "in_sft")}
+        if words != "none"
+        else {"prompt_id": p}
+        for p, words in sets.items()
+    ]
+    return pl.DataFrame(rows, schema=PROMPTS.schema)
+
+
+def test_what_a_screening_of_other_data_found_does_not_count() -> None:
+    drop = {"stage": "sft", "rule": "easy", "action": "drop"}
+    found = verdicts(
+        judged("both", 8, 8, **drop),
+        judged("now only train", 6, 8, **drop),
+        judged("gone", 4, 8, **drop),
+        judged("gone", 4, 8, step=5, stage="rl", rule="re-screening", action="drop"),
+        judged("held out", 8, 8, **drop),
+        judged("train", 0, 8),
+    )
+    now = kept(
+        **{"both": "in_train in_sft", "now only train": "in_train", "train": "in_train"},
+        **{"gone": "none", "held out": "in_held_out"},
+    )
+    names = ("stage", "lowest", "prompts")
+    assert difficulty.pruned(found, now).select(names).rows() == [("sft", 1.0, 1), ("rl", 0.5, 1)]
+    judged_now = difficulty.screened(found, now)["prompt_id"].to_list()
+    assert judged_now == ["both", "now only train", "train"]
+    assert difficulty.pruned(found, NOT_KEPT)["prompts"].sum() == 5
+    assert len(difficulty.screened(found, NOT_KEPT)) == 5
 
 
 def test_steps_share_windows_when_there_are_many() -> None:
@@ -152,6 +191,7 @@ def test_calibration_takes_first_draws_of_the_first_and_the_last_third() -> None
     judgements = verdicts(*(judged(p, 2, 8) for p in "abcd"), judged("e", 8, 8))
     found = difficulty.calibration(
         judgements,
+        NOT_KEPT,
         draws(
             *(drawn("a", 1, 0), drawn("b", 3, 2), drawn("c", 4, 4), drawn("d", 9, 3)),
             *(drawn("a", 9, 4), drawn("unjudged", 1, 4), drawn("e", 2, 4)),
@@ -165,10 +205,23 @@ def test_calibration_takes_first_draws_of_the_first_and_the_last_third() -> None
     assert (late["period"], late["later"], late["prompts"]) == ("last third", 0.75, 1)
 
 
+def test_the_last_third_is_of_all_steps_not_of_those_that_drew_a_prompt_first() -> None:
+    found = difficulty.calibration(
+        verdicts(judged("a", 2, 8), judged("b", 2, 8)),
+        NOT_KEPT,
+        draws(
+            *(drawn("a", 1, 1), drawn("b", 3, 2)),  # then all were known
+            *(drawn("a", step, 4) for step in range(4, 10)),
+        ),
+    )
+    assert found.select("period", "later", "prompts").rows() == [("first third", 0.375, 2)]
+
+
 def test_calibration_has_intervals_where_there_are_enough_prompts() -> None:
     rights = [0, 1, 2, 2, 3]
     found = difficulty.calibration(
         verdicts(*(judged(f"p{i}", 2, 8) for i in range(5)), judged("late", 2, 8)),
+        NOT_KEPT,
         draws(*(drawn(f"p{i}", 1, right) for i, right in enumerate(rights)), drawn("late", 9, 4)),
     ).row(0, named=True)
     half = 1.96 * np.std(np.array(rights) / 4, ddof=1) / np.sqrt(5)

@@ -9,8 +9,10 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import altair as alt
+import polars as pl
 import pytest
-from inspect_runs import write_known_run
+from inspect_runs import write_known_run, write_long_run
 
 from posttrain.errors import SettingsError
 from posttrain.inspect import Problem, Run, charts, load_run
@@ -61,6 +63,24 @@ def test_without_the_package_of_the_javascript_it_is_named(
     with pytest.raises(SettingsError, match="pip install vl-convert-python"):
         write_report(run, tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_long_run_has_a_page_of_the_usual_size(run: Run, report: str, tmp_path: Path) -> None:
+    long = load_run(write_long_run(tmp_path / "long", last_step=750))
+    write_report(long, tmp_path / "long.html")
+    assert (tmp_path / "long.html").stat().st_size < len(report) + 300_000
+
+
+def test_a_chart_of_more_rows_than_altair_lets_into_a_notebook(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("vl_convert")
+    drawable = run.prompts.drop_nulls("fate")
+    many = pl.concat([drawable[:1]] * 6000).with_row_index("n")
+    domains = many.with_columns(pl.format("domain {}", "n").alias("domain")).drop("n")
+    crowded = replace(run, prompts=domains)
+    with pytest.raises(alt.MaxRowsError):
+        charts.where_prompts_went(crowded).to_dict()
+    write_report(crowded, tmp_path / "report.html")
+    assert "domain 5999" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -112,7 +112,7 @@ def test_a_screening_that_was_done_again_counts_as_the_curriculum_read_it(fresh:
     rates = dict(column(run.prompts, "prompt_id", "screened_rate"))
     assert (rates["a2"], rates["h1"], rates["a1"]) == (0.125, None, 1.0)
     assert dict(column(run.prompts, "prompt_id", "label"))["a2"] == "easy"
-    judged = column(screened(run.verdicts), "prompt_id", "pass_rate", "action")
+    judged = column(screened(run.verdicts, run.prompts), "prompt_id", "pass_rate", "action")
     assert sorted(judged)[:2] == [("a1", 1.0, "drop"), ("a2", 0.125, "keep")]
 
 

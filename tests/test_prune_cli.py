@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from prune_fakes import FakeCritics, FakeEngine, question
 from posttrain.cli import main
 from posttrain.cli_prune import _content
 from posttrain.prune.settings import OtherChoice, PruneSettings
+from posttrain.run_dir import fingerprint_directory
 
 
 class Done(NamedTuple):
@@ -232,6 +234,23 @@ def test_a_cut_that_is_given_as_a_setting_stands_alone(
     assert done.code == 0, done.err
     cuts = seen[0].selection.model_dump(include={"drop_easiest", "easy_above", "drop_below"})
     assert {name: value for name, value in cuts.items() if value is not None} == cut
+
+
+def test_a_critic_that_is_given_as_a_setting_is_the_one_that_is_named(
+    call: Callable[..., Done],
+    engines: list[FakeEngine],
+    source: Path,
+    tiny_policy: Path,
+    tmp_path: Path,
+) -> None:
+    other = shutil.copytree(tiny_policy, tmp_path / "other")
+    (other / "config.json").write_text((other / "config.json").read_text() + "\n")
+    arguments = usual(source, tiny_policy, tmp_path / "out")
+    done = call("prune", *arguments, f"critic.model={other}", "--json")
+    assert done.code == 0, done.err
+    critic = json.loads(done.out)["judged_with"]["critic"]
+    assert critic == {"model": str(other), "fingerprint": fingerprint_directory(other)}
+    assert critic["fingerprint"] != fingerprint_directory(tiny_policy)
 
 
 def _given_names() -> list[str]:

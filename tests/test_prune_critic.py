@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from posttrain.errors import ModelError
-from posttrain.stages.prune import critic_model, locate_critic
+from posttrain.prune.settings import PruneSettings
+from posttrain.stages.prune import critic_model, demands, locate_critic
 from posttrain.workers.adapters import merge_adapter
 
 
@@ -91,3 +93,23 @@ def test_an_adapter_that_names_no_base_or_does_not_fit(
     (tmp_path / "adapter_model.safetensors").write_bytes(weights.read_bytes())
     with pytest.raises(ModelError, match="does not fit"):
         merge_adapter(tiny_policy, tmp_path, tmp_path / "merged", tiny_policy)
+
+
+def test_a_judge_that_is_a_model_counts_among_those_that_are_up() -> None:
+    content: dict[str, Any] = {
+        "source": {"path": "s.jsonl"},
+        "critic": {"model": "m"},
+        "resources": {
+            "rollout": {"replicas": 2},
+            "rewards": {"judge": {"replicas": 3, "actor": {"gpus": 1}}},
+        },
+    }
+
+    def roles(**rewards: Any) -> list[tuple[str, int, float]]:
+        found = demands(PruneSettings.model_validate({**content, "rewards": rewards}))
+        return [(d.role, d.count, d.each.gpus) for d in found]
+
+    alone = [("critic", 2, 0), ("rewards", 1, 0)]
+    assert roles() == alone
+    assert roles(judge={"endpoint": {"url": "http://here/v1", "model": "m"}}) == alone
+    assert roles(judge={"model": "m"}) == [*alone, ("rewards.judge", 3, 1)]

@@ -35,7 +35,7 @@ def conversations() -> list[dict[str, Any]]:
     ]
 
 
-def pruned(source: Path, policy: Path, **changes: Any) -> Path:
+def pruned(source: Path, policy: Path, engine: FakeEngine | None = None, **changes: Any) -> Path:
     model = model_of(policy)
     settings = PruneSettings.model_validate(
         {
@@ -46,7 +46,7 @@ def pruned(source: Path, policy: Path, **changes: Any) -> Path:
         }
     )
     out = source.parent / "out"
-    prune(settings, out, model, FakeCritics(FakeEngine(model.chat)))
+    prune(settings, out, model, FakeCritics(engine or FakeEngine(model.chat)))
     return out
 
 
@@ -196,11 +196,31 @@ def test_a_set_of_which_nothing_is_kept_says_so(tmp_path: Path, tiny_policy: Pat
     assert report["figures"]["unsolved_share_of_kept"] is None
 
 
+def test_objects_of_other_keys_stay_as_they_are_or_are_refused(
+    tmp_path: Path, tiny_policy: Path
+) -> None:
+    answers = [{"alice": "knight", "bob": "knave"}, {"carol": "knave"}]
+    rows = [
+        {"question": question(i, 0.5), "answer": "1", "answers": a} for i, a in enumerate(answers)
+    ]
+    source = write_jsonl(tmp_path / "s.jsonl", rows)
+    engine = FakeEngine(model_of(tiny_policy).chat)
+    with pytest.raises(
+        DataError, match=r"row 2: objects in 'answers' have different keys .*--format jsonl"
+    ):
+        pruned(source, tiny_policy, engine)
+    assert engine.samples == 0
+    out = pruned(source, tiny_policy, format="jsonl", selection={"easy_above": 0.99})
+    assert (out / "data/kept/part-00000.jsonl").read_text() == source.read_text()
+
+
 def test_what_a_format_cannot_hold_is_said(tmp_path: Path, tiny_policy: Path) -> None:
     rows = [{"question": question(1, 0.5), "answer": "1", "meta": {}}]
     source = write_jsonl(tmp_path / "s.jsonl", rows)
+    engine = FakeEngine(model_of(tiny_policy).chat)
     with pytest.raises(DataError, match=r"Cannot write struct type 'meta'.*--format jsonl"):
-        pruned(source, tiny_policy)
+        pruned(source, tiny_policy, engine)
+    assert engine.samples == 0
     out = pruned(source, tiny_policy, format="jsonl")
     assert json.loads((out / "data/annotated/part-00000.jsonl").read_text())["meta"] == {}
     dates = pa.table(

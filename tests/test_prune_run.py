@@ -309,6 +309,28 @@ def test_a_judge_counts_by_its_weights_and_not_by_how_it_is_asked(
         bench.prune(rewards__judge={"model": str(moved), "max_tokens": 9})
 
 
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ({"dtype": "bfloat16"}, r"verifier\.judge_engine\.dtype: 'float32', now 'bfloat16'"),
+        ({"extra": {"quantization": "fp8"}}, r"judge_engine\.extra\.quantization: None, now 'fp8'"),
+    ],
+)
+def test_a_judge_of_another_arithmetic_is_another(
+    bench: Bench, tmp_path: Path, engine: dict[str, Any], said: str
+) -> None:
+    other = {"resources__rewards": {"judge": {"engine": engine}}}
+    bench.prune()
+    bench.prune(**other)  # nobody is asked
+    assert bench.critics.opened == 0
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "config.json").touch()
+    asked: dict[str, Any] = {"rewards__judge": {"model": str(tmp_path / "judge")}}
+    bench.prune(**asked, fresh=True)
+    with pytest.raises(RunDirError, match=said):
+        bench.prune(**asked, **other)
+
+
 def test_nothing_is_written_into_the_source(bench: Bench, tmp_path: Path) -> None:
     inside = tmp_path / "set"
     inside.mkdir()
@@ -319,6 +341,27 @@ def test_nothing_is_written_into_the_source(bench: Bench, tmp_path: Path) -> Non
     with pytest.raises(RunDirError, match="lies in the source"):
         estimate(bench.settings(), bench.out, bench.model, FakeCritics(bench.engine))
     assert [path.name for path in inside.iterdir()] == ["a.jsonl"]
+
+
+def test_what_is_read_is_not_deleted(bench: Bench, tmp_path: Path) -> None:
+    bench.prune()
+    (part,) = (bench.out / "data" / "kept").iterdir()
+    (tmp_path / "link").symlink_to(part.parent)
+    before = part.read_bytes()
+    given = bench.source
+    said = r"kept.* lies in --out .*out, where it would be replaced or deleted; give another --out"
+    for source in (part, part.parent):
+        bench.source = source
+        for fresh in (False, True):
+            with pytest.raises(RunDirError, match=said):
+                bench.prune(fresh=fresh)
+        with pytest.raises(RunDirError, match=said):
+            estimate(bench.settings(), bench.out, bench.model, FakeCritics(bench.engine))
+    bench.source = given
+    for kind in ("held_out", "compare"):
+        with pytest.raises(RunDirError, match="link lies in --out"):
+            bench.prune(overlap={kind: [str(tmp_path / "link")]}, fresh=True)
+    assert part.read_bytes() == before
 
 
 def test_a_fixed_number_must_suffice_for_its_metric(bench: Bench) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from posttrain.prune.schema import JsonSchema
 from posttrain.prune.source import Source, open_source, open_splits
 
 ROWS = [{"question": f"q{i}", "n": i, "tags": [f"t{i}"], "deep": {"x": i}} for i in range(7)]
+
+BIG = 2**60 + 1
+"""No fraction is exactly this."""
 
 
 def opened(path: Path, **options: Any) -> Source:
@@ -215,15 +219,64 @@ def test_the_first_row_does_not_decide_what_the_others_must_be(tmp_path: Path) -
 
 
 def test_columns_may_come_and_go_and_numbers_mix(tmp_path: Path) -> None:
-    rows = [{"a": 1}, {"a": 1.5, "b": None}, {"b": {"x": 1}}, {"b": {"y": "z"}}]
+    rows = [{"a": 1}, {"a": 1.5, "b": None}, {"b": {"x": 1}}, {"b": {"x": None}}]
     source = opened(jsonl(tmp_path / "s.jsonl", rows))
     assert [row.problem for row in source.rows(None, [])] == [None] * 4
     assert tables(source, [0, 1, 2, 3], total=4) == [
         {"a": 1.0, "b": None},
         {"a": 1.5, "b": None},
-        {"a": None, "b": {"x": 1, "y": None}},
-        {"a": None, "b": {"x": None, "y": "z"}},
+        {"a": None, "b": {"x": 1}},
+        {"a": None, "b": {"x": None}},
     ]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        (
+            {"reference": {"alice": "knight", "bob": "knave"}},
+            {"reference": {"carol": "knave"}},
+            "objects in 'reference' have different keys ('alice', 'bob', 'carol'), which one table"
+            " would add as null where they are missing",
+        ),
+        ({"deep": {"x": {}}}, {"deep": {"x": {"y": None}}}, "objects in 'deep.x' have different"),
+        (
+            {"turns": [{"role": "user"}, {"role": "tool", "name": "f"}]},
+            {"turns": []},
+            "row 1: objects in 'turns[]' have different keys ('name'), which",
+        ),
+        (
+            {"x": dict.fromkeys("fedcba", 1)},
+            {"x": {}},
+            "different keys ('a', 'b', 'c', 'd', 'e', …)",
+        ),
+        ({"n": BIG}, {"n": 0.5}, "numbers in 'n' are both fractions and integers beyond 2**53"),
+        ({"n": [[0.5]]}, {"n": [[BIG]]}, "numbers in 'n[][]' are both fractions and integers"),
+    ],
+)
+def test_what_one_table_would_change_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    first: dict[str, Any],
+    second: dict[str, Any],
+    said: str,
+) -> None:
+    monkeypatch.setattr("posttrain.prune.json_source.CHUNK_ROWS", 1)
+    path = jsonl(tmp_path / "s.jsonl", [first, second])
+    with pytest.raises(DataError, match=re.escape(said)) as caught:
+        list(opened(path).rows(None, []))
+    assert str(caught.value).startswith(f"{path}, row ")
+    assert str(caught.value).endswith("Ask for JSON lines (--format jsonl), which stay as they are")
+    source = opened(path, one_table=False)
+    assert [row.record for row in source.rows(None, [])] == [first, second]
+
+
+def test_objects_are_compared_however_deep_they_lie(tmp_path: Path) -> None:
+    deep = "[" * 500 + "%s" + "]" * 500
+    path = tmp_path / "s.jsonl"
+    path.write_text("".join(f'{{"x": {deep % inner}}}\n' for inner in ('{"a": 1}', '{"b": 1}')))
+    with pytest.raises(DataError, match=r"\[\]' have different keys \('a', 'b'\)"):
+        list(opened(path).rows(None, []))
 
 
 def test_a_line_of_a_hundred_megabytes_is_not_taken_into_memory(tmp_path: Path) -> None:
@@ -285,6 +338,59 @@ def test_parquet_files_with_other_columns_become_one_table(tmp_path: Path) -> No
     parquet(tmp_path / "s" / "c.parquet", [{"x": "text"}])
     with pytest.raises(DataError, match=r"c\.parquet cannot be read as Parquet: Unable to merge"):
         opened(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ({"x": BIG}, {"x": 0.5}, "a.parquet: column 'x' is int64, and in one table .* double,"),
+        ({"x": [BIG]}, {"x": [0.5]}, "a.parquet: column 'x' is list<"),
+        ({"x": {"a": 1}}, {"x": {"b": 1}}, "a.parquet: column 'x' is struct<a: int64>"),
+        ({"x": {"a": 1}}, {"x": {"a": 1, "b": 1}}, "a.parquet: column 'x' is struct<a: int64>"),
+    ],
+)
+def test_parquet_files_whose_values_would_change_in_one_table(
+    tmp_path: Path, first: dict[str, Any], second: dict[str, Any], said: str
+) -> None:
+    (tmp_path / "s").mkdir()
+    parquet(tmp_path / "s" / "a.parquet", [first])
+    parquet(tmp_path / "s" / "b.parquet", [second])
+    with pytest.raises(DataError, match=f"{said}.*Write the files with one type, or ask for JSON"):
+        opened(tmp_path / "s")
+    source = opened(tmp_path / "s", one_table=False)
+    assert [row.record for row in source.rows(None, ["x"])] == [first, second]
+    found = [json.loads(line) for _, lines_ in source.lines(np.ones(2, bool)) for line in lines_]
+    assert found == [first, second]
+
+
+def test_types_that_hold_the_same_values_go_together(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    for name, kind in {
+        "a": pa.schema({"n": pa.int32(), "t": pa.string(), "l": pa.list_(pa.null())}),
+        "b": pa.schema({"n": pa.int64(), "t": pa.large_string(), "l": pa.list_(pa.string())}),
+    }.items():
+        table = pa.Table.from_pylist([{"n": 7, "t": name, "l": []}], schema=kind)
+        pq.write_table(table, tmp_path / "s" / f"{name}.parquet")
+    source = opened(tmp_path / "s")
+    assert tables(source, [0, 1], total=2) == [{"n": 7, "t": t, "l": []} for t in "ab"]
+
+
+def test_a_damaged_page_is_named_as_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "s.parquet"
+    table = pa.table({"n": range(4000), "fine": range(4000)})
+    pq.write_table(table, path, row_group_size=2000, use_dictionary=False)
+    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    with path.open("r+b") as file:
+        file.seek(column.data_page_offset)
+        file.write(b"\xff" * 100)
+    source = opened(path)
+    assert len(list(source.rows(None, ["fine"]))) == 4000
+    with pytest.raises(
+        DataError, match=r"s\.parquet: after row 2,000 it cannot be read on \(.*anew"
+    ):
+        list(source.rows(None, ["n"]))
+    with pytest.raises(DataError, match=r"s\.parquet: after row 2,000"):
+        list(source.tables(np.ones(4000, bool)))
 
 
 def test_what_is_not_there_or_no_source(tmp_path: Path) -> None:

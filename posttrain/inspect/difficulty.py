@@ -5,7 +5,7 @@ from __future__ import annotations
 import polars as pl
 
 from curricula.buckets import BUCKETS
-from posttrain.inspect.windows import add_windows, share_within
+from posttrain.inspect.windows import COLUMNS, add_windows, share_within
 
 RATE_BINS = ("0", *(f".{i}–{f'.{i + 1}' if i < 9 else '1'}" for i in range(10)), "1")
 """Never right, ten open intervals, always right."""
@@ -17,15 +17,19 @@ UNDECIDED = "no selection"
 """Screened for RL's curriculum alone, which drops nothing beforehand."""
 
 
-def screened(verdicts: pl.DataFrame) -> pl.DataFrame:
+def screened(verdicts: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
     """The last verdict of each prompt that a checkpoint gave before RL, with scored answers: the
-    one that the curriculum starts from. Earlier ones are of a screening that was done again."""
+    one that the curriculum starts from. Earlier ones are of a screening that was done again, as are
+    those of `prompts` that are in no set that is screened."""
     before_rl = verdicts.filter(pl.col("step").is_null())
     last = before_rl.unique("prompt_id", keep="last", maintain_order=True)
-    return last.filter(pl.col("pass_rate").is_not_null())
+    return last.filter(
+        pl.col("pass_rate").is_not_null()
+        & _is_among(prompts, pl.col("in_train") | pl.col("in_sft"))
+    )
 
 
-def pass_rate_bins(verdicts: pl.DataFrame) -> pl.DataFrame:
+def pass_rate_bins(verdicts: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
     """Screened prompts by pass rate and what selection did: `place` in RATE_BINS, `bin`, `action`,
     `prompts`. A rate between two bins counts in the upper one."""
     rate = pl.col("pass_rate")
@@ -33,7 +37,7 @@ def pass_rate_bins(verdicts: pl.DataFrame) -> pl.DataFrame:
     inner = (rate * 10).round(9).floor().cast(pl.Int64) + 1
     place = pl.when(rate == 0).then(0).when(rate == 1).then(11).otherwise(inner)
     return (
-        screened(verdicts)
+        screened(verdicts, prompts)
         .group_by(place.alias("place"), pl.col("action").fill_null(UNDECIDED))
         .agg(pl.len().alias("prompts"))
         .with_columns(_name("place", RATE_BINS).alias("bin"))
@@ -42,12 +46,14 @@ def pass_rate_bins(verdicts: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def pruned(verdicts: pl.DataFrame) -> pl.DataFrame:
+def pruned(verdicts: pl.DataFrame, prompts: pl.DataFrame) -> pl.DataFrame:
     """What was decided, by whom and about what: `stage`, `rule`, `domain`, `place` and `bucket` of
     the pass rate, `action`, `prompts`, `lowest` and `highest` pass rate of theirs. Of several
-    decisions of a stage on a prompt the last one counts; stages in the order of their first."""
+    decisions of a stage on a prompt the last one counts; stages in the order of their first. What
+    was decided for SFT on prompts that are not in its set is of a screening of other data."""
+    counts = (pl.col("stage") != "sft") | _is_among(prompts, pl.col("in_sft"))
     return (
-        verdicts.filter(pl.col("action").is_not_null() & pl.col("pass_rate").is_not_null())
+        verdicts.filter(pl.col("action").is_not_null() & pl.col("pass_rate").is_not_null() & counts)
         .with_row_index("first")
         .with_columns(pl.col("first").min().over("stage", "rule"))
         .unique(["stage", "prompt_id"], keep="last", maintain_order=True)
@@ -66,7 +72,7 @@ def pruned(verdicts: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def drawn_difficulty(draws: pl.DataFrame, columns: int = 40) -> pl.DataFrame:
+def drawn_difficulty(draws: pl.DataFrame, columns: int = COLUMNS) -> pl.DataFrame:
     """How hard what was drawn proved to be: `step_from`, `step_to`, `place` in BUCKETS, `bucket`,
     `groups`, `share` of the answered groups of these steps."""
     rate = pl.col("num_correct") / pl.col("num_scored")
@@ -125,27 +131,27 @@ def pool(steps: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def calibration(verdicts: pl.DataFrame, draws: pl.DataFrame) -> pl.DataFrame:
+def calibration(verdicts: pl.DataFrame, prompts: pl.DataFrame, draws: pl.DataFrame) -> pl.DataFrame:
     """The judge's estimate against what the policy did when it first drew the prompt, early and
     late in RL: `period` (`first third`, `last third` of the steps), `place` and `bucket` of the
     estimate, `judged` and `later` (mean pass rates), `low`, `high` (95% interval of `later`,
     normal, over prompts; null for fewer than ENOUGH), `prompts`."""
+    answered = draws.filter((pl.col("num_scored") > 0) & pl.col("step").is_not_null())
+    last = answered["step"].max()  # of RL: most prompts are first drawn long before
     first = (
-        draws.filter((pl.col("num_scored") > 0) & pl.col("step").is_not_null())
-        .unique("prompt_id", keep="first", maintain_order=True)
+        answered.unique("prompt_id", keep="first", maintain_order=True)
         .with_columns((pl.col("num_correct") / pl.col("num_scored")).alias("rate"))
         .select("prompt_id", "step", "rate")
     )
-    last = pl.col("step").max()
     period = (
-        pl.when(pl.col("step") * 3 <= last)
+        pl.when(pl.col("step") * 3 <= pl.lit(last))
         .then(pl.lit("first third"))
-        .when(pl.col("step") * 3 > last * 2)
+        .when(pl.col("step") * 3 > pl.lit(last) * 2)
         .then(pl.lit("last third"))
     )
     error = 1.96 * pl.col("rate").std() / pl.when(pl.len() >= ENOUGH).then(pl.len()).sqrt()
     return (
-        screened(verdicts)
+        screened(verdicts, prompts)
         .select("prompt_id", "pass_rate")
         .join(first.with_columns(period.alias("period")).drop_nulls("period"), on="prompt_id")
         .group_by("period", bucket_place(pl.col("pass_rate")).alias("place"))
@@ -171,6 +177,14 @@ def bucket_place(rate: pl.Expr) -> pl.Expr:
         .otherwise((rate * 4).ceil().clip(1, 4))
         .cast(pl.Int64)
     )
+
+
+def _is_among(prompts: pl.DataFrame, wanted: pl.Expr) -> pl.Expr:
+    """Whether the prompt of a row is one of those `wanted`; true for a run that did not keep its
+    prompts. Where it did, a prompt that only the ledger knows is not in its data any more."""
+    if prompts["in_train"].is_null().all():
+        return pl.lit(value=True)
+    return pl.col("prompt_id").is_in(prompts.filter(wanted)["prompt_id"].implode())
 
 
 def _name(place: str, names: tuple[str, ...]) -> pl.Expr:

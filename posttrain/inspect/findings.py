@@ -76,7 +76,7 @@ def hardest_domain(run: Run) -> Finding | None:
 
 
 def _hardest_in_screening(run: Run, question: str) -> Finding | None:
-    judged = difficulty.screened(run.verdicts).drop_nulls("domain")
+    judged = difficulty.screened(run.verdicts, run.prompts).drop_nulls("domain")
     if judged.is_empty():
         return None
     by_domain = (
@@ -92,7 +92,7 @@ def _hardest_in_screening(run: Run, question: str) -> Finding | None:
 
 def what_was_pruned(run: Run) -> Finding | None:
     """Prompts that selection dropped, by stage, rule and difficulty."""
-    decided = difficulty.pruned(run.verdicts)
+    decided = difficulty.pruned(run.verdicts, run.prompts)
     if decided.is_empty():
         return None
     sentences = []

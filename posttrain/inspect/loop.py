@@ -7,7 +7,7 @@ import polars as pl
 
 from posttrain.inspect.ledger_frames import policy_step_of_version
 from posttrain.inspect.run import Run
-from posttrain.inspect.windows import add_windows, share_within
+from posttrain.inspect.windows import COLUMNS, add_windows, share_within
 from posttrain.types import DrawOutcome
 
 ENDS = ("trainable", "all correct", "none correct", "stale", "errored")
@@ -24,7 +24,7 @@ ROLES = {
 }
 
 
-def group_ends(draws: pl.DataFrame, columns: int = 40) -> pl.DataFrame:
+def group_ends(draws: pl.DataFrame, columns: int = COLUMNS) -> pl.DataFrame:
     """What share of the groups could be trained on: `step_from`, `step_to`, `end` (see ENDS),
     `place`, `groups`, `share`, and where the shares stand on one another: `below`, `above`. Draws
     that the stage's end cut off are left out."""
@@ -89,7 +89,7 @@ def by_age(steps: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def idle(steps: pl.DataFrame, columns: int = 40) -> pl.DataFrame:
+def idle(steps: pl.DataFrame, columns: int = COLUMNS) -> pl.DataFrame:
     """Who stood still: `step_from`, `step_to`, `role`, `share` of the time of these steps."""
     known = [name for name in ROLES if steps[name].is_not_null().any()]
     timed = steps.filter(pl.col("step_s").is_not_null())

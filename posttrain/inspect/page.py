@@ -86,9 +86,6 @@ def write_report(run: Run, path: Path) -> None:
         + "</section>"
         for section in sections()
     )
-    specs = {
-        chart.__name__: chart(run).to_dict() for section in sections() for chart in section.charts
-    }
     write_atomically(
         path,
         _PAGE.format(
@@ -96,9 +93,18 @@ def write_report(run: Run, path: Path) -> None:
             head=f"{_findings(run)}{_problems(run)}{_stages(run)}",
             body=body,
             path=escape(str(run.path)),
-            script=_script(specs),
+            script=_script(_specs(run)),
         ),
     )
+
+
+def _specs(run: Run) -> dict[str, Any]:
+    """The charts as Vega-Lite, by name, with their data whatever their size: the page is read by a
+    browser, which takes more rows than Altair lets into a notebook."""
+    import altair
+
+    with altair.data_transformers.enable("default", max_rows=None):
+        return {c.__name__: c(run).to_dict() for section in sections() for c in section.charts}
 
 
 def _script(specs: dict[str, Any]) -> str:

@@ -128,7 +128,7 @@ def _accuracy(run: Run) -> Table:
 
 
 def _histogram(run: Run) -> Table:
-    bins = pass_rate_bins(run.verdicts)
+    bins = pass_rate_bins(run.verdicts, run.prompts)
     actions = [a for a in ("keep", "drop", "retest") if a in set(bins["action"])]
     table = _table("right answers", "prompts", "", *actions)
     most = bins.group_by("bin").agg(pl.col("prompts").sum())["prompts"].max() or 1

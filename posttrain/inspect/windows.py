@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import polars as pl
 
+COLUMNS = 40
+"""Windows of a chart over steps: as many as can be told apart."""
+
 
 def window_width(last_step: int, columns: int) -> int:
     """Steps in each of at most `columns` windows that start at step 1.
@@ -20,6 +23,25 @@ def add_windows(frame: pl.DataFrame, columns: int) -> pl.DataFrame:
     width = window_width(int(last) if isinstance(last, int) else 1, columns)
     first = (pl.col("step") - 1).floordiv(width) * width + 1
     return frame.with_columns(first.alias("step_from"), (first + width).alias("step_to"))
+
+
+def last_of_windows(frame: pl.DataFrame, columns: int = COLUMNS) -> pl.DataFrame:
+    """Of figures that stand at a step, a pool's size for example: those of the last step in each
+    window. The columns stay the same."""
+    with_windows = add_windows(frame, columns)
+    last = pl.col("step") == pl.col("step").max().over("step_from")
+    return with_windows.filter(last).select(frame.columns)
+
+
+def window_means(frame: pl.DataFrame, *keys: str, columns: int = COLUMNS) -> pl.DataFrame:
+    """Of figures that are measured in each step: the mean of `value` by `keys` and window:
+    `step_from`, `step_to`, the keys, `value`."""
+    return (
+        add_windows(frame, columns)
+        .group_by("step_from", "step_to", *keys)
+        .agg(pl.col("value").mean())
+        .sort(*keys, "step_from")
+    )
 
 
 def share_within(*keys: str, count: str = "groups") -> pl.Expr:

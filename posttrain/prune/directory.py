@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,10 +17,17 @@ MANIFEST_NAME = "manifest.json"
 _LOCK_NAME = "lock"
 
 
-def refuse_within(source: str, out: Path) -> None:
-    """What is written into a source would be read as a part of it. Raises RunDirError."""
+def refuse_overlap(source: str, others: Iterable[str], out: Path) -> None:
+    """What is written into a source would be read as a part of it, and what is read must not be
+    replaced by what is written, or deleted by `--fresh`. Raises RunDirError."""
     if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
         raise RunDirError(f"--out {out} lies in the source {source}; give a place outside of it")
+    for name in (source, *others):
+        if Path(name).exists() and Path(name).resolve().is_relative_to(out.resolve()):
+            raise RunDirError(
+                f"{name} lies in --out {out}, where it would be replaced or deleted; give another"
+                " --out, or move it out of there first"
+            )
 
 
 class PruneDir:

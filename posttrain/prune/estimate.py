@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from posttrain.prune.critic import CriticModel, OpenCritic
-from posttrain.prune.directory import STORE_NAME, PruneDir, refuse_within
+from posttrain.prune.directory import STORE_NAME, PruneDir, refuse_overlap
 from posttrain.prune.encoding import Encoding
 from posttrain.prune.identity import claim, identity
 from posttrain.prune.intake import take_in
@@ -41,7 +41,7 @@ def estimate(
     engine as busy as all of them. Where the open prompts are too few to stand for themselves,
     answers are those that they take at most, and tokens and seconds None. Raises as `prune` does.
     """
-    refuse_within(settings.source.path, out)
+    refuse_overlap(settings.source.path, settings.overlap.paths, out)
     with tempfile.TemporaryDirectory(prefix="posttrain-prune-") as scratch:
         path = Path(scratch) / STORE_NAME
         if (out / STORE_NAME).exists() and not fresh:

@@ -17,6 +17,7 @@ from posttrain.prune.critic import CriticModel
 from posttrain.prune.settings import PruneSettings
 from posttrain.prune.store import Store
 from posttrain.run_dir import fingerprint_directory
+from posttrain.workers.settings import EngineSettings
 from rewards import custom
 from rewards.shaping import RewardSettings
 
@@ -30,13 +31,13 @@ _NAMED_ONLY = "critic.model"
 def identity(settings: PruneSettings, model: CriticModel) -> dict[str, Any]:
     """Plain values. Confidence, cap and cut are not in it: they only say how many answers of this
     kind are wanted."""
-    engine = settings.resources.rollout.engine
+    resources = settings.resources
     judged_with: dict[str, Any] = {
         "method": settings.method,
         "critic": {"model": model.name, "fingerprint": model.fingerprint},
         "template": model.chat.template_hash,
         "system": settings.critic.system,
-        "engine": {"dtype": engine.dtype, "extra": engine.extra},
+        "engine": _arithmetic(resources.rollout.engine),
     }
     if settings.method == "critic":
         judge = settings.judge
@@ -52,12 +53,19 @@ def identity(settings: PruneSettings, model: CriticModel) -> dict[str, Any]:
         if named := settings.rewards.models:  # directories here
             models = {part: fingerprint_directory(Path(model)) for part, model in named.items()}
             judged_with["verifier"]["models"] = models
+        if "judge" in named:
+            judged_with["verifier"]["judge_engine"] = _arithmetic(resources.rewards.judge.engine)
         if own := settings.rewards.custom:
             hashes = {name: custom.source_hash(name, path) for name, path in own.items()}
             judged_with["verifier"]["custom"] = hashes
     else:
         judged_with["scored_by"] = scoring_version(settings.method)
     return judged_with
+
+
+def _arithmetic(engine: EngineSettings) -> dict[str, Any]:
+    """What the same weights may answer otherwise with."""
+    return {"dtype": engine.dtype, "extra": engine.extra}
 
 
 def _reward_settings(given: RewardSettings) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from posttrain.prune.columns import ColumnSettings, Task, UnusableRow
 from posttrain.prune.others import OtherSet, OtherSets, overlaps
 from posttrain.prune.output import PREFIX
 from posttrain.prune.settings import PruneSettings, SourceChoice
+from posttrain.prune.shards import check_parquet
 from posttrain.prune.source import Row, Source, open_source
 from posttrain.prune.store import Store
 
@@ -46,7 +47,8 @@ def take_in(store: Store, settings: PruneSettings, make_reader: MakeReader) -> S
     that were set aside because no answer could be scored are open again.
 
     Raises DataError if the source cannot be opened, has a column that would be called like one of
-    ours, or no row can be used, or with `strict` at the first that cannot.
+    ours or that the format does not have, or no row can be used, or with `strict` at the first that
+    cannot.
     """
     choice = settings.source
     before = store.meta("intake") or {}
@@ -77,6 +79,8 @@ def take_in(store: Store, settings: PruneSettings, make_reader: MakeReader) -> S
         _replace_rows(
             store, source, source.rows(wanted, columns.names()), reader, others.read(), settings
         )
+        if settings.format == "parquet":
+            check_parquet(source.schema())
         store.set_meta("schema", source.schema().serialize().to_pybytes().hex())
         store.set_meta("intake", signature)
     return source

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from posttrain.data.json_lines import Line, MalformedLine, parse_object, read_lines
 from posttrain.errors import DataError
-from posttrain.prune.schema import JsonSchema
+from posttrain.prune.schema import JsonSchema, Places
 from posttrain.prune.source import CHUNK_ROWS, Row, hash_files, is_wanted
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ class JsonSource:
         return sum(1 for _ in self._lines())
 
     def rows(self, wanted: NDArray[np.bool_] | None, columns: Sequence[str]) -> Iterator[Row]:  # noqa: ARG002
-        """Whole records: a line is read anyway."""
-        self._schema = JsonSchema()
+        """Whole records: a line is read anyway. DataError for one that one table would change."""
+        self._schema, places = JsonSchema(), Places()
         parsed = (
             _parse(number, file, line)
             for number, (file, line) in self._first(None if wanted is None else len(wanted))
@@ -58,6 +58,8 @@ class JsonSource:
             )
             for row in chunk:
                 problem = None if row.record is None else next(problems)
+                if problem is None and self._one_table:
+                    _refuse_changes(row, places)
                 yield row if problem is None else replace(row, record=None, problem=problem)
 
     def schema(self) -> pa.Schema:
@@ -95,6 +97,14 @@ class JsonSource:
         for file in self._files:
             for line in read_lines(file):
                 yield file, line
+
+
+def _refuse_changes(row: Row, places: Places) -> None:
+    if row.record is not None and (change := places.changed(row.record)) is not None:
+        raise DataError(
+            f"{row.file}, row {row.place}: {change}. Ask for JSON lines (--format jsonl), which"
+            " stay as they are"
+        )
 
 
 def _columns(rows: Iterable[Row]) -> list[str]:

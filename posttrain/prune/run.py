@@ -15,7 +15,7 @@ from posttrain.progress import say
 from posttrain.prune.card import dataset_card
 from posttrain.prune.critic import CriticModel, OpenCritic
 from posttrain.prune.decisions import Decisions, decide
-from posttrain.prune.directory import PruneDir, refuse_within
+from posttrain.prune.directory import PruneDir, refuse_overlap
 from posttrain.prune.encoding import Encoding
 from posttrain.prune.figures import examples, figures
 from posttrain.prune.identity import claim, identity
@@ -52,7 +52,7 @@ def prune(
         RunDirError: `out` is not ours, in use, or was judged with something else.
         StageError: judging failed.
     """
-    refuse_within(settings.source.path, out)
+    refuse_overlap(settings.source.path, settings.overlap.paths, out)
     with PruneDir(out, fresh=fresh) as directory:
         store = Store(directory.store_path)
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,9 +12,15 @@ if TYPE_CHECKING:
 _KINDS = {bool: "a boolean", int: "a number", float: "a number", str: "a text", list: "a list"}
 
 
+EXACT = 2**53
+"""The integers that a table's fractions hold exactly end here."""
+
+SHOWN_KEYS = 5
+
+
 class JsonSchema:
-    """Grows with the rows. A column may be missing, null, or gain fields; its kind stays what most
-    of the first rows say."""
+    """Grows with the rows. A column may be missing or null; its kind stays what most of the first
+    rows say."""
 
     def __init__(self) -> None:
         import pyarrow as pa
@@ -78,6 +84,51 @@ class JsonSchema:
             where = f"column {column!r} " if column else ""
             return f"{where}does not fit into one table with the rows before it: {error}"
         return None
+
+
+class Places:
+    """What was found at each place in rows of JSON, a key of an object or the entries of a list,
+    as far as one table could not hold it unchanged."""
+
+    def __init__(self) -> None:
+        self._keys: dict[str, frozenset[str]] = {}
+        self._fractions: set[str] = set()
+        self._large: set[str] = set()
+
+    def changed(self, record: Mapping[str, Any]) -> str | None:
+        """What a table of this row and those before would change, or None."""
+        left = list(record.items())
+        while left:  # no recursion: rows may be nested as deep as JSON can be read
+            place, value = left.pop()
+            if isinstance(value, dict):
+                known = self._keys.setdefault(place, frozenset(value))
+                if other := known ^ value.keys():
+                    return (
+                        f"objects in {place!r} have different keys ({_some(other)}), which one"
+                        " table would add as null where they are missing"
+                    )
+                left += [(f"{place}.{k}", v) for k, v in value.items() if not isinstance(v, str)]
+            elif isinstance(value, list):
+                inside = f"{place}[]"
+                left += [(inside, inner) for inner in value]
+            elif self._would_round(place, value):
+                return (
+                    f"numbers in {place!r} are both fractions and integers beyond 2**53, which one"
+                    " table would round"
+                )
+        return None
+
+    def _would_round(self, place: str, value: object) -> bool:
+        if isinstance(value, float):
+            self._fractions.add(place)
+        elif isinstance(value, int) and abs(value) > EXACT:
+            self._large.add(place)
+        return place in self._fractions and place in self._large
+
+
+def _some(keys: Set[str]) -> str:
+    shown = ", ".join(map(repr, sorted(keys)[:SHOWN_KEYS]))
+    return shown if len(keys) <= SHOWN_KEYS else f"{shown}, …"
 
 
 def _kind(value: object) -> str | None:

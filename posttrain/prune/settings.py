@@ -66,6 +66,10 @@ class OverlapSettings(_Section):
     compare: list[OtherChoice] = []
     words: int = Field(default=WORDS, gt=0)
 
+    @property
+    def paths(self) -> list[str]:
+        return [other.path for other in (*self.held_out, *self.compare)]
+
     @model_validator(mode="after")
     def _each_once(self) -> Self:
         names = Counter(other.name for other in (*self.held_out, *self.compare))
@@ -100,7 +104,8 @@ class PruneResources(_Section):
 class PruneSettings(_Section):
     """`method` is how rows are judged: by the critic's own answers (`critic`), by the grade that it
     gives to the row's answer (`grade`), or by how much the prompt helps it to predict that answer
-    (`ifd`); the last two are experimental."""
+    (`ifd`); the last two are experimental. `format` is what rows are written as: one table of
+    Parquet shards, or JSON lines, which stay as they stand."""
 
     source: SourceChoice
     critic: CriticSettings

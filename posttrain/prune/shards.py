@@ -85,7 +85,7 @@ class Shards(ABC, Generic[Rows]):
 
 
 class ParquetShards(Shards["pa.Table"]):
-    """Raises DataError for columns that Parquet does not have."""
+    """Raises DataError for columns that Parquet does not have; `check_parquet` does so before."""
 
     suffix = ".parquet"
     _writer: Any
@@ -95,13 +95,7 @@ class ParquetShards(Shards["pa.Table"]):
         self._schema = schema
 
     def _begin(self, path: Path) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            self._writer = pq.ParquetWriter(path, self._schema)
-        except pa.ArrowNotImplementedError as error:
-            raise DataError(f"{error} Ask for JSON lines (--format jsonl).") from error
+        self._writer = _parquet_writer(path, self._schema)
 
     def _put(self, chunks: list[pa.Table]) -> None:
         import pyarrow as pa
@@ -128,6 +122,23 @@ class LineShards(Shards[Sequence[str]]):
 
     def _end(self) -> None:
         self._file.close()
+
+
+def check_parquet(schema: pa.Schema) -> None:
+    """Raises DataError for columns that Parquet does not have, objects without keys for example."""
+    import pyarrow as pa
+
+    _parquet_writer(pa.BufferOutputStream(), schema).close()
+
+
+def _parquet_writer(where: Path | pa.BufferOutputStream, schema: pa.Schema) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetWriter(where, schema)
+    except pa.ArrowNotImplementedError as error:
+        raise DataError(f"{error} Ask for JSON lines (--format jsonl).") from error
 
 
 def json_lines(table: pa.Table) -> list[str]:

@@ -93,10 +93,11 @@ def open_source(
 ) -> Source:
     """A JSON lines or Parquet file, a directory of either, or whatever `datasets` can load.
 
-    With `one_table`, a JSON row that does not fit into one table with the others cannot be read.
+    With `one_table`, a JSON row that does not fit into one table with the others cannot be read,
+    and what would change in one table is refused: Parquet files at once, JSON as it is read.
 
     Raises:
-        DataError: nothing there, nothing in it, or no split of that name.
+        DataError: nothing there, nothing in it, no split of that name, or files that are refused.
     """
     from posttrain.prune.table_source import datasets_source
 
@@ -130,7 +131,7 @@ def _files_source(name: str, *, one_table: bool) -> Source | None:
         if path.suffix in JSON_SUFFIXES:
             return JsonSource([path], one_table=one_table)
         if path.suffix == PARQUET_SUFFIX:
-            return parquet_source([path])
+            return parquet_source([path], one_table=one_table)
         raise DataError(
             f"{name}: a source ends in .jsonl or .parquet, or is a directory or name that "
             "`datasets` can load"
@@ -140,7 +141,7 @@ def _files_source(name: str, *, one_table: bool) -> Source | None:
         if files and all(file.suffix in JSON_SUFFIXES for file in files):
             return JsonSource(files, one_table=one_table)
         if files and all(file.suffix == PARQUET_SUFFIX for file in files):
-            return parquet_source(files)
+            return parquet_source(files, one_table=one_table)
     return None
 
 

@@ -115,12 +115,17 @@ def _record(row: pa.Table) -> Mapping[str, Any] | str:
     return record
 
 
-def parquet_source(files: Sequence[Path]) -> TableSource:
-    """Raises DataError for a file that is no Parquet or whose columns do not go with the others."""
+def parquet_source(files: Sequence[Path], *, one_table: bool) -> TableSource:
+    """With `one_table`, columns have the same type in all files; without, each file's own.
+
+    Raises DataError for a file that is no Parquet or whose columns do not go with the others, and
+    as it is read where it is damaged.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = pa.schema([])
+    schemas: dict[Path, pa.Schema] = {}
     features: set[bytes | None] = set()
     count = 0
     for file in files:
@@ -128,21 +133,32 @@ def parquet_source(files: Sequence[Path]) -> TableSource:
             with pq.ParquetFile(file) as opened:
                 count += opened.metadata.num_rows
                 features.add((opened.schema_arrow.metadata or {}).get(_FEATURES))
-                schema = pa.unify_schemas(
-                    [schema, opened.schema_arrow], promote_options="permissive"
-                )
+                schemas[file] = opened.schema_arrow
+                schema = pa.unify_schemas([schema, schemas[file]], promote_options="permissive")
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{file} cannot be read as Parquet: {error}") from error
+    if one_table:
+        _refuse_changes(schemas, schema)
     if len(features) == 1 and (described := features.pop()) is not None:
         schema = schema.with_metadata({_FEATURES: described})
 
     def read(columns: Sequence[str] | None) -> Iterator[tuple[str, pa.Table]]:
         wanted = schema if columns is None else pa.schema([schema.field(c) for c in columns])
         for file in files:
-            with pq.ParquetFile(file) as opened:
-                present = [name for name in wanted.names if name in opened.schema_arrow.names]
-                for batch in opened.iter_batches(CHUNK_ROWS, columns=present):
-                    yield str(file), _fitted(pa.Table.from_batches([batch]), wanted)
+            place = 0
+            try:
+                with pq.ParquetFile(file) as opened:
+                    present = [name for name in wanted.names if name in opened.schema_arrow.names]
+                    for batch in opened.iter_batches(CHUNK_ROWS, columns=present):
+                        table = pa.Table.from_batches([batch])
+                        yield str(file), _fitted(table, wanted, cast=one_table)
+                        place += table.num_rows
+            except (pa.ArrowException, OSError) as error:
+                why = " ".join(str(error).split())
+                raise DataError(
+                    f"{file}: after row {place:,} it cannot be read on ({why}). It may be"
+                    " damaged: fetch or write it anew"
+                ) from error
 
     return TableSource(
         read,
@@ -153,17 +169,67 @@ def parquet_source(files: Sequence[Path]) -> TableSource:
     )
 
 
-def _fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The table with all columns of the schema, null where it has none."""
+def _refuse_changes(schemas: Mapping[Path, pa.Schema], whole: pa.Schema) -> None:
+    """Raises DataError where values of a file would not stay what they are in the `whole`."""
+    for file, schema in schemas.items():
+        for field in schema:
+            wide = whole.field(field.name).type
+            if not _stays_the_same(field.type, wide):
+                raise DataError(
+                    f"{file}: column {field.name!r} is {field.type}, and in one table with the"
+                    f" other files {wide}, which changes values. Write the files with one type, or"
+                    " ask for JSON lines (--format jsonl)"
+                )
+
+
+def _stays_the_same(narrow: pa.DataType, wide: pa.DataType) -> bool:
+    """Whether any value of the first type can be had in the second: with the same keys, and no
+    integer as a fraction."""
+    from pyarrow import types
+
+    if narrow == wide or types.is_null(narrow):
+        return True
+    if types.is_struct(narrow) and types.is_struct(wide):
+        if {f.name for f in narrow} != {f.name for f in wide}:
+            return False
+        return all(_stays_the_same(f.type, wide.field(f.name).type) for f in narrow)
+    if _is_list(narrow) and _is_list(wide):
+        return _stays_the_same(narrow.value_type, wide.value_type)
+    if types.is_uint64(narrow):  # the one integer that has no wider type
+        return False
+    kinds = (types.is_integer, types.is_floating, types.is_decimal, types.is_temporal, _is_text)
+    return any(is_kind(narrow) and is_kind(wide) for is_kind in kinds)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    from pyarrow import types
+
+    return any(
+        is_kind(kind) for is_kind in (types.is_list, types.is_large_list, types.is_fixed_size_list)
+    )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    from pyarrow import types
+
+    return any(is_kind(kind) for is_kind in (types.is_string, types.is_large_string))
+
+
+def _fitted(table: pa.Table, schema: pa.Schema, *, cast: bool) -> pa.Table:
+    """The table with all columns of the schema, null where it has none; with `cast` also of its
+    types."""
     import pyarrow as pa
 
     columns = [
-        table.column(field.name).cast(field.type)
+        table.column(field.name)
         if field.name in table.schema.names
         else pa.nulls(table.num_rows, field.type)
         for field in schema
     ]
-    return pa.table(columns, schema=schema)
+    if not cast:
+        return pa.table(columns, names=schema.names)
+    typed = [column.cast(field.type) for column, field in zip(columns, schema, strict=True)]
+    return pa.table(typed, schema=schema)
 
 
 def datasets_source(
@@ -191,7 +257,7 @@ def datasets_source(
         view = data if columns is None else data.select_columns(list(columns))
         wanted = schema if columns is None else view.features.arrow_schema
         chunks = view.with_format("arrow").iter(batch_size=CHUNK_ROWS)
-        for table in _named(name, (_fitted(chunk, wanted) for chunk in chunks)):
+        for table in _named(name, (_fitted(chunk, wanted, cast=True) for chunk in chunks)):
             yield name, table
 
     content = hash_tree(path) if path.is_dir() else f"{name}@{revision}"

@@ -95,6 +95,19 @@ def critic_opener(settings: PruneSettings, out: Path) -> OpenCritic:
     return open_critic
 
 
+def demands(settings: PruneSettings) -> list[Demand]:
+    """The actors that are up at the same time, as `posttrain.roles.demands` of a run."""
+    rollout, scoring = settings.resources.rollout, settings.resources.rewards
+    roles = [
+        Demand(role="critic", count=rollout.replicas, each=rollout.actor),
+        Demand(role="rewards", count=1, each=scoring.actor),
+    ]
+    if "judge" in settings.rewards.models:
+        judge = scoring.judge
+        roles.append(Demand(role="rewards.judge", count=judge.replicas, each=judge.actor))
+    return roles
+
+
 def _pools(settings: PruneSettings, out: Path) -> Pools:
     resources = settings.resources
     rollout = resources.rollout.as_long_as(settings.critic.max_length)
@@ -107,9 +120,6 @@ def _pools(settings: PruneSettings, out: Path) -> Pools:
         reward_workers=resources.rewards.workers,
         reward_judge=resources.rewards.judge,
         reward_actor=resources.rewards.actor,
-        demands=[
-            Demand(role="critic", count=rollout.replicas, each=rollout.actor),
-            Demand(role="rewards", count=1, each=resources.rewards.actor),
-        ],
+        demands=demands(settings),
         deadline_s=resources.deadline_s,
     )

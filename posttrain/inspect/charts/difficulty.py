@@ -26,6 +26,7 @@ from posttrain.inspect.charts.look import (
     steps_axis,
 )
 from posttrain.inspect.run import Run
+from posttrain.inspect.windows import last_of_windows
 from posttrain.types import Action
 
 ACTIONS = {"keep": BLUE, "drop": ORANGE, "retest": SKY, difficulty.UNDECIDED: GREY}
@@ -36,7 +37,7 @@ HARD_FIRST = "hard prompts are dark"
 def pass_rate_histogram(run: Run) -> Any:
     """Prompts by the pass rate that screening found, the ends 0 and 1 apart, by what was kept."""
     title = "Prompts by pass rate in screening, and what selection kept"
-    bins = difficulty.pass_rate_bins(run.verdicts)
+    bins = difficulty.pass_rate_bins(run.verdicts, run.prompts)
     if bins.is_empty():
         return nothing(title, "No prompt was screened in this run.")
     shown = [action for action in ACTIONS if action in set(bins["action"])]
@@ -76,7 +77,7 @@ def pass_rate_histogram(run: Run) -> Any:
 def pruned_by_domain(run: Run) -> Any:
     """How much of each domain selection dropped, and how difficult that was."""
     title = "What was pruned: prompts by domain, the dropped ones by pass rate"
-    decided = difficulty.pruned(run.verdicts).with_columns(
+    decided = difficulty.pruned(run.verdicts, run.prompts).with_columns(
         pl.format("{}: {}", "stage", pl.col("rule").str.replace_all("_", " ")).alias("by"),
         pl.col("domain").fill_null("unknown"),
         dropped=pl.col("action") == str(Action.DROP),
@@ -197,7 +198,7 @@ def bucket_moves(run: Run) -> Any:
 def pool_by_bucket(run: Run) -> Any:
     """The curriculum's pool by difficulty over the steps, all domains together."""
     title = "Prompts of the curriculum by difficulty"
-    cells = difficulty.pool(run.steps)
+    cells = last_of_windows(difficulty.pool(run.steps))
     if cells.is_empty():
         return nothing(title, "The curriculum of this run keeps no track of difficulty.")
     total = cells.group_by("step", "place", "bucket").agg(pl.col("prompts").sum())
@@ -230,7 +231,7 @@ def pool_by_bucket(run: Run) -> Any:
 def calibration(run: Run) -> Any:
     """The judge's estimate against what the policy later did."""
     title = "Judged pass rate against what the policy did when RL first drew the prompt"
-    points = difficulty.calibration(run.verdicts, run.draws)
+    points = difficulty.calibration(run.verdicts, run.prompts, run.draws)
     if points.is_empty():
         return nothing(title, "No screened prompt was drawn in this run.")
     periods = ["first third", "last third"]

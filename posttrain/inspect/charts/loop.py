@@ -28,6 +28,7 @@ from posttrain.inspect.charts.look import (
 )
 from posttrain.inspect.fates import FATES
 from posttrain.inspect.run import Run
+from posttrain.inspect.windows import window_means
 
 END_COLOURS = [BLUE, YELLOW, PURPLE, ORANGE, VERMILION]
 AGE_MEASURES = {
@@ -101,13 +102,14 @@ def staleness(run: Run) -> Any:
 def _sample_size(steps: pl.DataFrame) -> list[Any]:
     if "learner/ess" not in steps.columns:
         return []
+    measured = steps.select("step", pl.col("learner/ess").alias("value")).drop_nulls()
     return [
-        alt.Chart(steps.select("step", pl.col("learner/ess").alias("ess")).drop_nulls())
+        alt.Chart(window_means(measured).rename({"value": "ess"}))
         .mark_line(color=BLUE)
         .encode(
-            x=alt.X("step:Q", axis=steps_axis()),
+            x=alt.X("step_from:Q", axis=steps_axis()),
             y=alt.Y("ess:Q", **percent("share of the batch")),
-            tooltip=["step", "ess"],
+            tooltip=["step_from", "ess"],
         )
         .properties(width=150, height=HEIGHT, title="effective sample size")
     ]
@@ -115,7 +117,9 @@ def _sample_size(steps: pl.DataFrame) -> list[Any]:
 
 def _by_age(steps: pl.DataFrame) -> list[Any]:
     """Clipped share of the tokens, and divergence from the weights that wrote them, by age."""
-    measured = loop.by_age(steps).with_columns(pl.format("age {}", "age").alias("tokens of"))
+    measured = window_means(loop.by_age(steps), "measure", "age").with_columns(
+        pl.format("age {}", "age").alias("tokens of")
+    )
     panels = []
     for measure, (title, axis, form, least) in AGE_MEASURES.items():
         of_it = measured.filter(pl.col("measure") == measure)
@@ -127,7 +131,7 @@ def _by_age(steps: pl.DataFrame) -> list[Any]:
             alt.Chart(of_it)
             .mark_line()
             .encode(
-                x=alt.X("step:Q", axis=steps_axis()),
+                x=alt.X("step_from:Q", axis=steps_axis()),
                 y=alt.Y(
                     "value:Q",
                     axis=alt.Axis(title=axis, format=form),
@@ -139,7 +143,7 @@ def _by_age(steps: pl.DataFrame) -> list[Any]:
                     legend=alt.Legend(orient="bottom", title=None),
                 ),
                 strokeDash=alt.StrokeDash("tokens of:N", legend=None),
-                tooltip=["step", "tokens of", "value"],
+                tooltip=["step_from", "tokens of", "value"],
             )
             .properties(width=150, height=HEIGHT, title=title)
         )
@@ -230,17 +234,17 @@ def where_prompts_went(run: Run) -> Any:
 def distillation_weights(run: Run) -> Any:
     """What the teacher's dynamic weights did over the steps."""
     title = "Weight of the teacher"
-    weights = loop.distillation(run.steps)
+    weights = window_means(loop.distillation(run.steps), "stage", "weight")
     if weights.is_empty():
         return nothing(title, "No teacher took part in this run.")
     lines = (
         alt.Chart(weights)
         .mark_line()
         .encode(
-            x=alt.X("step:Q", axis=alt.Axis(title="optimizer step", format="d")),
+            x=alt.X("step_from:Q", axis=alt.Axis(title="optimizer step", format="d")),
             y=alt.Y("value:Q", axis=alt.Axis(title=None)),
             color=alt.Color("weight:N", scale=alt.Scale(range=SERIES), legend=None),
-            tooltip=["stage", "step", "weight", "value"],
+            tooltip=["stage", "step_from", "weight", "value"],
         )
         .properties(width=220, height=110)
         .facet(alt.Facet("weight:N", header=alt.Header(title=None)), columns=3)
