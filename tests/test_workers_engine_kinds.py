@@ -112,7 +112,7 @@ async def test_a_16_bit_engine_is_held_to_what_the_first_probe_measured(cluster,
         measured.append(await publish(PolicyVersion(1, step + 1)))
         source.move(0.004)  # as much as an optimizer step does
     with capsys.disabled():
-        for name in ("mismatch_max", "mismatch_k3"):
+        for name in ("mismatch_max", "mismatch_mean", "mismatch_k3"):
             values = [metrics[name] for metrics in measured]
             print(f"\nbf16 {name}: first {values[0]:.3g}, largest {max(values):.3g}", end="")
     assert 1e-4 < measured[0]["mismatch_max"] < 0.2  # more than fp32 may, less than wrong weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -24,7 +25,7 @@ from posttrain.stages.rl_beside import Beside
 from posttrain.stages.rl_checkpoint import BEGINNING, LoopState, RLCheckpoints, read_state
 from posttrain.stages.rl_roles import Role
 from posttrain.stages.rl_stop import StopWithCheckpoint
-from posttrain.types import GenerationRequest, Sampling
+from posttrain.types import DrawOutcome, GenerationRequest, RolloutGroup, Sampling
 from posttrain.workers.checkpoints import check_ranks
 from posttrain.workers.generator import GeneratorPool
 from posttrain.workers.learner_ranks import RemoteLearner
@@ -45,10 +46,10 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
     settings = context.settings.rl
     checkpoint, state = _beginning(context)
     generators = await context.pools.serving(str(model))
-    probes = await _probes(context, generators)
+    recent = deque(await _own_answers(context, generators), maxlen=NUM_PROBES)
     learner = _learner(context, model, checkpoint)
     publish_to = partial(
-        WeightPublisher, learner, model=model, probes=probes, settings=settings.publish
+        WeightPublisher, learner, model=model, probes=recent, settings=settings.publish
     )
     curriculum = _curriculum(context, state, critic)
     attempt = context.ledger.open_attempt(STAGE, from_step=state.step)
@@ -62,6 +63,11 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
             context, model, attempt, state.step, curriculum, learner, roles, beside
         )
         await after_step.make_up()
+
+        def on_group(group: RolloutGroup, outcome: DrawOutcome) -> None:
+            after_step.rollouts.append(group, outcome)
+            recent.append(ProbeSequence.of(group.rollouts[0], context.settings.policy.max_length))
+
         stop = StopWithCheckpoint(learner, after_step, after_step.save_last)
         controller = Controller(
             settings,
@@ -83,7 +89,7 @@ async def rl(context: StageContext, model: Path, critic: str | None) -> dict[str
             reissue=reissue,
             learned=state.learned,
             on_step=stop.after_step,
-            on_group=after_step.rollouts.append,
+            on_group=on_group,
             beside=[*beside.loops, stop.run],
             teacher=teacher,
         )
@@ -218,8 +224,8 @@ def _open_draws(context: StageContext, attempt: int) -> list[Draw]:
     return draws
 
 
-async def _probes(context: StageContext, generators: GeneratorPool) -> list[ProbeSequence]:
-    """Prompts with the policy's own answers: natural text to compare log-probabilities on."""
+async def _own_answers(context: StageContext, generators: GeneratorPool) -> list[ProbeSequence]:
+    """Of the policy that comes in: natural text to compare log-probabilities on at first."""
     sequences = []
     for prompt in context.held_out[:NUM_PROBES]:
         request = GenerationRequest(
@@ -229,10 +235,7 @@ async def _probes(context: StageContext, generators: GeneratorPool) -> list[Prob
             sampling=Sampling(max_tokens=context.settings.rl.max_tokens),
         )
         (rollout,) = await generators.generate(request)
-        sequence = rollout.prompt_token_ids + rollout.completion_token_ids
-        # An engine scores a sequence only with room for one more token.
-        fitting = sequence[: context.settings.policy.max_length - 1]
-        sequences.append(ProbeSequence(fitting, len(rollout.prompt_token_ids)))
+        sequences.append(ProbeSequence.of(rollout, context.settings.policy.max_length))
     return sequences
 
 

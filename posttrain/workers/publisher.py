@@ -11,7 +11,7 @@ from posttrain.types import PolicyVersion
 from posttrain.workers.agreement import facts_of_checkpoint
 from posttrain.workers.fingerprint import main_dtype
 from posttrain.workers.generator import GeneratorPool
-from posttrain.workers.probe import Probe, ProbeSequence
+from posttrain.workers.probe import Probe, ProbeSequence, compare_answers
 from posttrain.workers.settings import PublishSettings
 from posttrain.workers.transport import PublishedWeights
 
@@ -38,7 +38,8 @@ class WeightPublisher:
     Args:
         model: the checkpoint that the learner started from.
         scratch: a directory in shared memory that belongs to this run.
-        probes: what engine and learner are compared on.
+        probes: what engine and learner are compared on, read anew each time: answers that the
+            policy of today might write.
     """
 
     def __init__(
@@ -55,7 +56,8 @@ class WeightPublisher:
         self._generators = generators
         self._model = model
         self._scratch = scratch
-        self._probe = Probe(probes, settings)
+        self._probes = probes
+        self._probe = Probe(settings)
         self._node_id: str | None = None
 
     async def publish(self, version: PolicyVersion) -> Mapping[str, float]:
@@ -63,7 +65,7 @@ class WeightPublisher:
 
         Returns: `write_s`, `publish_s`, `reprefilled_tokens`, `replaced_engines` (since the engines
             were first started), `pause_s` (the longest of the engines', unless all were lost), and,
-            when the probe ran, `mismatch_max` and `mismatch_k3`.
+            when the probe ran, what `compare_answers` gives.
 
         Raises:
             ModelError: at first: engines and learner differ in vocabulary, tokenizer or data type.
@@ -95,10 +97,11 @@ class WeightPublisher:
         return metrics
 
     async def _compare(self, version: PolicyVersion, dtype: str) -> dict[str, float]:
-        token_ids = self._probe.token_ids
+        sequences = list(self._probes)
+        token_ids = [list(sequence.token_ids) for sequence in sequences]
         learner = await self._learner.score_tokens(token_ids)
         engines = await self._generators.score_tokens(token_ids, f"probe-{version}")
-        mismatch = self._probe.compare(learner, engines)
+        mismatch = compare_answers(sequences, learner, engines)
         exact = dtype == self._generators.dtype == "float32"
         self._probe.check(mismatch, version, exact=exact)
         return mismatch

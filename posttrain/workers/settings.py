@@ -198,12 +198,12 @@ class LearnerSettings(BaseModel):
 
 
 class PublishSettings(BaseModel):
-    """When engine and learner are compared on fixed tokens, and how far apart they may be.
+    """When engine and learner are compared on recent answers, and how far apart they may be.
 
     The probe runs after each of the `probe_first` first publishes and after every `probe_every`th.
     Where both compute in fp32, log-probabilities may differ by `max_mismatch` nats (they do by
-    about 1e-6). Where either computes in 16 bits they differ by design: then neither the largest
-    difference nor k3 may exceed `max_growth` times what the first probe measured.
+    about 1e-6). Where either computes in 16 bits they differ by design: then the mean
+    difference may not exceed `max_growth` times what the first probe measured.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
