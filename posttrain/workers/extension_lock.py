@@ -1,0 +1,44 @@
+"""The lock that torch holds while it compiles or loads an extension: a file, which a process that
+is killed leaves behind, so that all later ones would wait for ever."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from torch.utils import cpp_extension
+
+from posttrain.progress import say
+
+EXTENSION = "deepspeed_shm_comm"
+"""What DeepSpeed loads on a CPU before ranks can meet."""
+SECOND_LOOK_S = 1.0
+"""Whoever gives the lock back closes the file a moment before it removes it."""
+
+
+def remove_left_lock() -> None:
+    """Of `EXTENSION`, if no process on this machine has it open. Comes before DeepSpeed starts."""
+    lock = Path(cpp_extension._get_build_directory(EXTENSION, verbose=False)) / "lock"
+    if not _is_left(lock):
+        return
+    time.sleep(SECOND_LOOK_S)
+    if _is_left(lock):
+        lock.unlink(missing_ok=True)
+        say(f"removed {lock}, which a process that was killed had left")
+
+
+def _is_left(lock: Path) -> bool:
+    try:
+        found = lock.stat()
+    except FileNotFoundError:
+        return False
+    wanted = (found.st_dev, found.st_ino)
+    return not any(_identity(fd) == wanted for fd in Path("/proc").glob("[0-9]*/fd/*"))
+
+
+def _identity(fd: Path) -> tuple[int, int] | None:
+    try:
+        status = fd.stat()
+    except OSError:  # closed meanwhile, or of another user, whose extensions are not ours
+        return None
+    return status.st_dev, status.st_ino
