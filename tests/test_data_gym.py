@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -44,6 +47,27 @@ def test_reasoning_gym_settings_and_splits() -> None:
     check_disjoint(train, held_out)
     assert train == gym("chain_sum", "train", min_terms=2, max_terms=2)
     assert {len(p.reference["entry"]["metadata"]["expression"].split()) for p in train} == {3}
+
+
+def test_tasks_are_the_same_in_every_process() -> None:
+    """Of families that go through a set too; what is wrong with them is said here."""
+    show = (
+        "from posttrain.data.gym import gym_prompts; "
+        "print([p.prompt_id for p in gym_prompts('ransom_note', {}, 'train', 5, 3)])"
+    )
+    shown = {
+        subprocess.run(
+            [sys.executable, "-c", show],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("0", "1", "2")
+    }
+    assert len(shown) == 1
+    with pytest.raises(DataError, match=r"'ransom_note' does not take the settings"):
+        gym("ransom_note", "train", terms=2)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +144,7 @@ def test_entries_that_do_not_score_their_own_answer_are_left_out(
 
 def test_a_family_without_usable_entries_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SIZE", 30)
+    monkeypatch.setattr(module, "ORDERED_BY_HASH", frozenset())  # made in this process
     with pytest.raises(
         DataError,
         match=r"'word_ladder' .* has only 2\d train prompts, 31 were .*"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +24,18 @@ MAX_MISSES = 2000
 """So many entries in a row that are known, unusable or of the other split: it is used up."""
 
 
+ORDERED_BY_HASH = frozenset(
+    {
+        *("isomorphic_strings", "ransom_note", "polynomial_multiplication"),
+        *("knight_swap", "list_functions", "word_ladder"),
+    }
+)
+"""Families that go through a Python set: their entries are other ones in each process, unless its
+hashes are fixed. A run that goes on must find the tasks that it began with."""
+
+FIXED_HASHES = {"PYTHONHASHSEED": "0"}
+
+
 class _Unusable(Exception):
     """An entry that cannot be made, written as JSON, or scored."""
 
@@ -34,6 +49,31 @@ def gym_prompts(
     Raises:
         DataError: no such family, settings that it does not take, fewer prompts than asked for.
     """
+    if family in ORDERED_BY_HASH and not FIXED_HASHES.items() <= os.environ.items():
+        entries = _entries_of_another_process(family, settings, split, size, seed)
+        return [_prompt(entries, index, family, settings) for index in range(len(entries))]
+    return _gym_prompts(family, settings, split, size, seed)
+
+
+def _entries_of_another_process(*asked: Any) -> list[Any]:
+    """Raises DataError as `gym_prompts`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "posttrain.data.gym"],
+        input=json.dumps(asked),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env={**os.environ, **FIXED_HASHES},
+    )
+    found = json.loads(done.stdout)
+    if isinstance(found, str):
+        raise DataError(found)
+    return list(found)
+
+
+def _gym_prompts(
+    family: str, settings: Mapping[str, Any], split: Split, size: int, seed: int
+) -> list[Prompt]:
     entries = _data_set(family, settings, seed)
     prompts: dict[str, Prompt] = {}
     misses = num_unusable = 0
@@ -103,3 +143,18 @@ def _data_set(family: str, settings: Mapping[str, Any], seed: int) -> Any:
             f"the reasoning-gym family {family!r} does not take the settings {dict(settings)}: "
             f"{error!r}"
         ) from error
+
+
+def _main() -> None:
+    """What `_entries_of_another_process` asks on stdin, as JSON on stdout; a text is an error."""
+    try:
+        prompts = _gym_prompts(*json.load(sys.stdin))
+    except DataError as error:
+        found: Any = str(error)
+    else:
+        found = [prompt.reference["entry"] for prompt in prompts]
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    _main()
