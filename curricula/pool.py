@@ -25,9 +25,9 @@ class BucketedPool:
     """
 
     def __init__(
-        self, domain: NDArray[np.int16], bucket: NDArray[np.int64], num_domains: int
+        self, domain: NDArray[np.int16], bucket: NDArray[np.integer], num_domains: int
     ) -> None:
-        cell = domain.astype(np.int64) * _CELLS + bucket
+        cell = domain.astype(np.int32) * _CELLS + bucket.astype(np.int32)
         counts = np.bincount(cell, minlength=num_domains * _CELLS)
         self._starts = np.concatenate([[0], np.cumsum(counts)])
         self._order = np.argsort(cell, kind="stable").astype(np.int32)

@@ -23,6 +23,7 @@ _BUCKET_SIGNAL = np.array([0.047, 0.109, 0.234, 0.234, 0.109, 0.047])
 
 # How many prompts are looked at for each one that is judged again.
 _CHOICE = 4
+_BLOCK = 65_536
 
 
 class CurriculumSettings(BaseModel):
@@ -89,12 +90,11 @@ class DifficultySampler(_OfDomains):
         group_size: int,
         seed: int,
     ) -> None:
-        everything = np.arange(len(catalogue))
         self._catalogue = catalogue
         self._mixture = mixture
         self._posterior = posterior
         self._pool = BucketedPool(
-            catalogue.domain, bucket_of(posterior.rate(everything)), len(catalogue.domains)
+            catalogue.domain, _buckets(posterior, len(catalogue)), len(catalogue.domains)
         )
         self._settings = settings
         self._group_size = group_size
@@ -326,6 +326,15 @@ def build_curriculum(
     return DifficultySampler(
         catalogue, mixture, posterior, settings, group_size=group_size, seed=seed
     )
+
+
+def _buckets(posterior: PosteriorState, size: int) -> NDArray[np.int8]:
+    """Of all prompts, in blocks: at once this would take more memory than all that is kept."""
+    buckets = np.empty(size, np.int8)
+    for start in range(0, size, _BLOCK):
+        block = np.arange(start, min(start + _BLOCK, size))
+        buckets[block] = bucket_of(posterior.rate(block))
+    return buckets
 
 
 def _rng_state(rng: np.random.Generator) -> NDArray[np.uint8]:
