@@ -9,7 +9,6 @@ breaks off leaves the older state whole. Started anywhere else, the run goes on 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 POINTERS = ("rl/latest.json", "manifest.json")
 COPIES = "copies.json"
 """How often the run was copied, which says which of two states is the later one; on the local disk
-also what was copied (size and time of each file)."""
+also where to, and what (size and time of each file)."""
 CONFIG = "config.yaml"
 LOCK = "driver.json"
 LEDGER = "ledger.sqlite"
@@ -106,10 +106,11 @@ class RemoteCopy:
         except (ValueError, ImportError) as error:
             raise SettingsError(f"run.dir: {url}: {error}") from error
         self._root = str(root).rstrip("/")
-        self._url = url
+        self._url = url.rstrip("/")
         self._path = path
         self._deadline_s = deadline_s
         self._copied: dict[str, list[int]] = {}
+        self._pushing = False
 
     def check_usable(self) -> None:
         """RunDirError if something else is there or here, or nothing can be written; leaves no
@@ -137,8 +138,8 @@ class RemoteCopy:
         """Keeps other drivers out, and brings the local state up to the copy's.
 
         RunDirError if another driver has it, or the local directory is another URL's. A driver
-        that was killed leaves its mark: on its own machine that is seen, elsewhere a person must
-        say that it is gone.
+        that was killed, or whose copying hangs, leaves its mark: on its own machine that is seen,
+        elsewhere a person must say that it is gone.
         """
         self.check_usable()
         self._take()
@@ -149,14 +150,18 @@ class RemoteCopy:
                 self._catch_up()
             yield
         finally:
-            with self._named(StageError, "cannot be given back"):
-                self._fs.rm_file(f"{self._root}/{LOCK}")
+            if self._pushing:
+                say(f"{self._url}/{LOCK} stays: this process may still be writing there")
+            else:
+                with self._named(StageError, "cannot be given back"):
+                    self._fs.rm_file(f"{self._root}/{LOCK}")
 
     async def push(self) -> None:
         """Copies what is new since the last time.
 
         StageError if it cannot be written, or not in time: what is on the local disk is whole.
         """
+        self._pushing = True
         try:
             async with asyncio.timeout(self._deadline_s):
                 await _in_a_daemon(self._push)
@@ -168,6 +173,12 @@ class RemoteCopy:
             ) from error
 
     def _push(self) -> None:
+        try:
+            self._push_files()
+        finally:
+            self._pushing = False
+
+    def _push_files(self) -> None:
         with (
             self._named(StageError, "could not be brought up to date"),
             _ledger_snapshot(self._path) as ledger,
@@ -310,28 +321,19 @@ def _ledger_snapshot(path: Path) -> Iterator[Path | None]:
 
 async def _in_a_daemon(work: Callable[[], None]) -> None:
     """`work` in a thread that nobody waits for when the process ends, however long it hangs."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[None] = loop.create_future()
-
-    def settle(error: Exception | None) -> None:
-        if done.done():  # given up
-            return
-        if error is None:
-            done.set_result(None)
-        else:
-            done.set_exception(error)
+    ended: Future[None] = Future()
+    ended.set_running_or_notify_cancel()  # from here on it is not cancelled, only given up
 
     def run() -> None:
-        error: Exception | None = None
         try:
             work()
-        except Exception as raised:
-            error = raised
-        with contextlib.suppress(RuntimeError):  # the loop is closed: given up, too
-            loop.call_soon_threadsafe(settle, error)
+        except BaseException as error:
+            ended.set_exception(error)
+        else:
+            ended.set_result(None)
 
     threading.Thread(target=run, daemon=True, name="copy").start()
-    await done
+    await asyncio.wrap_future(ended)
 
 
 def _state(file: Path) -> list[int]:

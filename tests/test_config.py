@@ -278,6 +278,8 @@ def test_a_file_that_holds_no_settings(minimal: Path, content: bytes, said: str)
         ("optimizer.params.lr=7", "optimizer cannot be set here: set rl.learner.learning_rate"),
         ("scheduler={type: x}", "scheduler cannot be set here: set rl.learner.schedule"),
         ("gradient_accumulation_steps=4", "cut by rl.micro_tokens"),
+        ("expert_parallel={enabled: true}", "set rl.learner.expert_parallel"),
+        ("zero_optimization=null", "zero_optimization is a table, got None"),
     ],
 )
 def test_what_has_a_setting_is_not_set_behind_its_back(
@@ -299,6 +301,11 @@ def test_a_key_that_stands_twice_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "twice.yaml"
     file.write_text("rl:\n  num_steps: 500\nsft: {}\nrl:\n  group_size: 8\n")
     with pytest.raises(SettingsError, match=r"(?s)rl stands twice, first.*line 1,.*line 4,"):
+        read_yaml(file)
+    file.write_text("a: &a {x: 1}\nb: &b {y: 2}\nc: {<<: *a, <<: *b}\n")
+    assert read_yaml(file)["c"] == {"x": 1, "y": 2}
+    file.write_text("dir: {{ base }}/x\n")  # a template that nobody filled in
+    with pytest.raises(SettingsError, match="is no YAML"):
         read_yaml(file)
     # What is merged in from an anchor is no second time, however deep the anchor stands.
     file.write_text("c: &c {x: 1}\na: {b: &b {<<: *c, x: 2}}\nd: {<<: *b, x: 3}\n")

@@ -465,6 +465,7 @@ def test_a_report_that_a_kill_prevented_is_written_by_the_next_start(
 
     monkeypatch.setattr(pipeline, "write_report", write)
     run_and_be_killed("stages=[sft]")
+    assert (bench.path / "run" / "policy" / "config.json").exists()  # handed over before
     bench.run("stages=[sft]")
     assert (bench.calls, told) == ([], [["start", "sft"]])
     bench.run("stages=[sft]")
@@ -476,6 +477,36 @@ def test_a_report_that_a_kill_prevented_is_written_by_the_next_start(
     assert (bench.calls, told[2:]) == ([], [["start", "sft"]])
 
 
+def test_a_run_is_not_failed_by_its_report(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object) -> None:
+        raise OverflowError("more than 5000 rows")
+
+    monkeypatch.setattr(pipeline, "write_report", fails)
+    bench.run("stages=[sft]")
+    assert "no report (OverflowError: more than 5000 rows); see" in capsys.readouterr().err
+
+
+def test_a_copy_that_breaks_off_beside_an_evaluation_is_gone_on_with(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file may be new there and the manifest old."""
+    here = (f"run.dir=file://{bench.path}/bucket/run", f"run.work_dir={bench.path}/here")
+    bench.run("stages=[sft]", *here)
+
+    def lost(*_: object, **__: object) -> None:
+        raise Interrupted("the machine is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline.RunDir, "record_evaluation", lost)
+        with pytest.raises(Interrupted):
+            bench.run("stages=[sft]", *here, "eval.max_tokens=8")
+    copied = bench.path / "bucket" / "run"
+    record = json.loads((copied / "manifest.json").read_text())["stages"]["start"]
+    assert (record["artifacts"], record["evaluated_on"]) == ({}, None)
+
+
 def test_a_run_at_a_url_goes_on_from_another_machine(bench: Bench) -> None:
     url = f"run.dir=file://{bench.path}/bucket/run"
     bench.failures["dpo"] = Interrupted("stopped")
@@ -484,6 +515,8 @@ def test_a_run_at_a_url_goes_on_from_another_machine(bench: Bench) -> None:
     copied = bench.path / "bucket" / "run"
     assert json.loads((copied / "manifest.json").read_text())["stages"]["rl"]["state"] == "done"
     assert (copied / "rl" / "policy" / "config.json").exists()
+    # Known before any of its files could have come there.
+    assert json.loads((copied / "manifest.json").read_text())["stages"]["dpo"]["state"] == "running"
     result = bench.run(url, f"run.work_dir={bench.path}/there")
     assert bench.calls == ALL[6:]
     assert result.policy == bench.path / "there" / "policy"

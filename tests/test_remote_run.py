@@ -250,6 +250,8 @@ class TestAnotherStateHere:
         copy = remote(url, run)
         with copy.driven(fresh=False):
             push(copy)
+        with remote(f"{url}/", run).driven(fresh=False):
+            pass  # the same
         other = remote(f"memory://{uuid4().hex}/other", run)
         for fresh in (False, True):
             with (
@@ -304,21 +306,27 @@ def test_a_download_that_breaks_off_is_begun_again(
 
 
 def test_a_copy_that_hangs_is_given_up_in_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And the process need not wait for it to end."""
     copy = remote(f"memory://{uuid4().hex}/run", fill(tmp_path, a="b"), deadline_s=0.2)
     released = threading.Event()
     with copy.driven(fresh=False):
+        # All that is asked of it from here on.
         monkeypatch.setattr(copy._fs, "put_file", lambda *_: released.wait(60))
+        monkeypatch.setattr(copy._fs, "rm_file", lambda *_: released.wait(60))
         began = time.monotonic()
         with pytest.raises(StageError, match=r"not up to date after 0\.2 s.*run\.copy_deadline_s"):
             push(copy)
         assert time.monotonic() - began < 10
         (hanging,) = [thread for thread in threading.enumerate() if thread.name == "copy"]
         assert hanging.daemon
-        released.set()
-        hanging.join(60)
+    assert time.monotonic() - began < 10
+    # Another driver would be overwritten by what is still under way.
+    assert copy._fs.exists(f"{copy._root}/{LOCK}")
+    assert f"{LOCK} stays" in capsys.readouterr().err
+    released.set()
+    hanging.join(60)
 
 
 def test_an_older_copy_gets_the_ledger_too(url: str, tmp_path: Path) -> None:

@@ -82,6 +82,36 @@ def test_an_actor_gets_its_arguments_and_its_environment(cluster):
     assert pid != os.getpid()
 
 
+DEVICES = """
+import os
+import ray
+from posttrain.workers.cluster import create_actor
+from posttrain.workers.settings import ActorResources
+
+class Seen:
+    def devices(self):
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    def of_another(self, gpus):
+        resources = ActorResources(cpus=0.25, gpus=gpus)
+        other = create_actor(Seen, resources=resources, environment={})
+        return ray.get(other.devices.remote())
+
+ray.init("local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
+without = create_actor(Seen, resources=ActorResources(cpus=0.25), environment={})
+print([ray.get(without.devices.remote()), *(ray.get(without.of_another.remote(g)) for g in (1, 0))])
+"""
+
+
+@pytest.mark.slow
+def test_an_actor_sees_the_gpus_that_it_asked_for_and_no_other(tmp_path):
+    """Also where one that has none starts it, as scorers start a judge's engines."""
+    script = tmp_path / "devices.py"
+    script.write_text(DEVICES)
+    seen = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, text=True, check=True)
+    assert seen.stdout == "['', '0', '']\n"
+
+
 def test_an_actor_that_does_not_close_in_good_order_is_killed_all_the_same(cluster, capfd):
     class Stubborn:
         def close(self):

@@ -27,7 +27,7 @@ from posttrain.atomic import write_atomically
 from posttrain.errors import PosttrainError, StageError
 from posttrain.stages.trl_log import Record, followed
 from posttrain.stages.trl_rank import LOG, OUTCOME, RankJob, train_rank
-from posttrain.workers.cluster import devices_seen, refuse_more_than_there_is
+from posttrain.workers.cluster import OWN_DEVICES, refuse_more_than_there_is
 from posttrain.workers.demand import Demand
 from posttrain.workers.settings import LearnerResources
 
@@ -164,7 +164,7 @@ def _environment(job: RankJob, resources: LearnerResources) -> dict[str, str]:
     }
     if resources.gpus == 0:
         environment["DS_ACCELERATOR"] = "cpu"
-    return environment | devices_seen(resources)
+    return environment | OWN_DEVICES
 
 
 @contextmanager

@@ -21,6 +21,9 @@ from posttrain.workers.settings import ActorResources
 
 CLOSE_DEADLINE_S = 30.0
 CONNECT_DEADLINE_S = 180.0
+OWN_DEVICES = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
+"""In an actor's environment: hides all GPUs from one that asked for none, else all of these would
+meet on the first. An actor that it starts may have some: no variable of CUDA's would do."""
 
 
 def connect(deadline_s: float = CONNECT_DEADLINE_S) -> None:
@@ -134,16 +137,10 @@ def create_actor(
             num_gpus=resources.gpus,
             scheduling_strategy=place,
             max_concurrency=calls_at_once,
-            runtime_env={"env_vars": {**devices_seen(resources), **environment}},
+            runtime_env={"env_vars": {**OWN_DEVICES, **environment}},
         )
         .remote(*arguments, **keywords)
     )
-
-
-def devices_seen(resources: ActorResources) -> dict[str, str]:
-    """In an actor's environment: Ray hides no GPU from one that asked for none, and all of these
-    would meet on the first."""
-    return {} if resources.gpus else {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def wait_until_ready(

@@ -1,8 +1,13 @@
 """The lock that torch holds while it compiles or loads an extension: a file, which a process that
-is killed leaves behind, so that all later ones would wait for ever."""
+is killed leaves behind, so that all later ones would wait for ever.
+
+Who holds it is seen on this machine only. Machines that share a home directory need a
+TORCH_EXTENSIONS_DIR each.
+"""
 
 from __future__ import annotations
 
+import glob
 import time
 from pathlib import Path
 
@@ -12,6 +17,7 @@ from posttrain.progress import say
 
 EXTENSION = "deepspeed_shm_comm"
 """What DeepSpeed loads on a CPU before ranks can meet."""
+OPEN_FILES = "/proc/[0-9]*/fd/*"
 SECOND_LOOK_S = 1.0
 """Whoever gives the lock back closes the file a moment before it removes it."""
 
@@ -33,12 +39,13 @@ def _is_left(lock: Path) -> bool:
     except FileNotFoundError:
         return False
     wanted = (found.st_dev, found.st_ino)
-    return not any(_identity(fd) == wanted for fd in Path("/proc").glob("[0-9]*/fd/*"))
+    # Not by pathlib, whose search fails where a process ends meanwhile.
+    return not any(_identity(fd) == wanted for fd in glob.iglob(OPEN_FILES))  # noqa: PTH207
 
 
-def _identity(fd: Path) -> tuple[int, int] | None:
+def _identity(fd: str) -> tuple[int, int] | None:
     try:
-        status = fd.stat()
+        status = Path(fd).stat()
     except OSError:  # closed meanwhile, or of another user, whose extensions are not ours
         return None
     return status.st_dev, status.st_ino

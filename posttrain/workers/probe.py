@@ -55,13 +55,15 @@ class Probe:
             most = self._settings.max_mismatch
             bounds = {"mismatch_max": (most, f"rl.publish.max_mismatch = {most:g}")}
         else:
-            bounds = {"mismatch_k3": (MAX_K3, f"the {MAX_K3:g} that 16 bits may cost")}
             # The mean is held to what it was at first: a few unlikely tokens make the largest
             # difference and most of k3, and they are other ones each time.
-            first, growth = self._first or mismatch, self._settings.max_growth
+            self._first = self._first or mismatch
+            growth = self._settings.max_growth
             rule = f"rl.publish.max_growth = {growth:g} over the first probe's"
-            bounds |= {"mismatch_mean": (first["mismatch_mean"] * growth, rule)}
-            self._first = first
+            bounds = {
+                "mismatch_mean": (self._first["mismatch_mean"] * growth, rule),
+                "mismatch_k3": (MAX_K3, f"the {MAX_K3:g} that 16 bits may cost"),
+            }
         for name, (bound, rule) in bounds.items():
             if mismatch[name] > bound:
                 raise MismatchError(

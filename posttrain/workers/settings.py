@@ -148,6 +148,7 @@ class LoraSettings(BaseModel):
 OWNED = {
     "zero_optimization.stage": "set rl.learner.zero_stage",
     "optimizer": "set rl.learner.learning_rate, betas and weight_decay",
+    "expert_parallel": "set rl.learner.expert_parallel",
     "scheduler": "set rl.learner.schedule and warmup_steps",
     "bf16": "set rl.learner.dtype",
     "fp16": "set rl.learner.dtype",
@@ -190,9 +191,12 @@ class LearnerSettings(BaseModel):
     @field_validator("deepspeed")
     @classmethod
     def _not_what_has_a_setting(cls, deepspeed: dict[str, Any]) -> dict[str, Any]:
+        zero = deepspeed.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError(f"zero_optimization is a table, got {zero!r}")
+        given = {*deepspeed, *(f"zero_optimization.{key}" for key in zero)}
         for key, instead in OWNED.items():
-            table, _, leaf = key.rpartition(".")
-            if leaf in (deepspeed.get(table, {}) if table else deepspeed):
+            if key in given:
                 raise ValueError(f"{key} cannot be set here: {instead}")
         return deepspeed
 
@@ -203,7 +207,8 @@ class PublishSettings(BaseModel):
     The probe runs after each of the `probe_first` first publishes and after every `probe_every`th.
     Where both compute in fp32, log-probabilities may differ by `max_mismatch` nats (they do by
     about 1e-6). Where either computes in 16 bits they differ by design: then the mean
-    difference may not exceed `max_growth` times what the first probe measured.
+    difference may not exceed `max_growth` times what the first probe measured, nor k3 what 16 bits
+    may cost (`posttrain.workers.probe.MAX_K3`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
