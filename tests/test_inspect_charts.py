@@ -15,6 +15,7 @@ from inspect_runs import write_known_run, write_long_run
 from posttrain.inspect import Run, charts, load_run
 from posttrain.inspect.charts import look
 from posttrain.inspect.columns import FRAMES
+from posttrain.inspect.windows import window_means
 
 Chart = Callable[[Run], Any]
 ALL: list[Chart] = [getattr(charts, name) for name in charts.__all__]
@@ -184,10 +185,12 @@ def test_a_long_run_draws_no_more_than_a_short_one(chart: Chart, long_run: Run) 
     assert sum(map(len, drawn(chart(long_run)))) <= 400  # of data that a page holds
 
 
-def test_the_pool_of_a_long_run_is_that_at_the_end_of_each_window(long_run: Run) -> None:
+def test_the_pool_of_a_long_run_is_that_at_first_and_at_the_end_of_each_window(
+    long_run: Run,
+) -> None:
     (rows,) = drawn(charts.pool_by_bucket(long_run))
     steps = sorted({r["step"] for r in rows})
-    assert steps == [*range(19, 750, 19), 750]
+    assert steps == [1, *range(19, 750, 19), 750]
     cells = long_run.steps.filter((pl.col("stage") == "rl") & (pl.col("step") == 38))
     solved = cells.select(pl.sum_horizontal("^pool/.*/1$")).item()
     assert [r["prompts"] for r in rows if r["step"] == 38 and r["bucket"] == "1"] == [solved]
@@ -200,3 +203,15 @@ def test_what_a_long_run_measured_in_each_step_is_averaged(long_run: Run) -> Non
     assert weights[1] == pytest.approx(1 - 10 / 750)  # of steps 1 to 19
     by_age = next(rows for rows in drawn(charts.staleness(long_run)) if "age" in rows[0])
     assert {r["step_from"] for r in by_age} <= set(weights)
+
+
+def test_each_stage_is_divided_into_windows_of_its_own() -> None:
+    """A long SFT under a teacher leaves the few steps of RL after it to be seen."""
+    steps = [("sft", step) for step in range(1, 2001)] + [("rl", step) for step in range(1, 41)]
+    frame = pl.DataFrame(steps, schema=["stage", "step"], orient="row")
+    means = window_means(frame.with_columns(pl.col("step").alias("value")), "stage")
+    widths = means.with_columns((pl.col("step_to") - pl.col("step_from")).alias("width"))
+    assert widths.group_by("stage").agg(pl.len(), pl.col("width").max()).sort("stage").rows() == [
+        ("rl", 40, 1),
+        ("sft", 40, 50),
+    ]

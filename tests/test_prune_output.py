@@ -206,7 +206,7 @@ def test_objects_of_other_keys_stay_as_they_are_or_are_refused(
     source = write_jsonl(tmp_path / "s.jsonl", rows)
     engine = FakeEngine(model_of(tiny_policy).chat)
     with pytest.raises(
-        DataError, match=r"row 2: objects in 'answers' have different keys .*--format jsonl"
+        DataError, match=r"row 2: objects in 'answers' have other keys than before .*--format jsonl"
     ):
         pruned(source, tiny_policy, engine)
     assert engine.samples == 0

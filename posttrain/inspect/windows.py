@@ -26,18 +26,21 @@ def add_windows(frame: pl.DataFrame, columns: int) -> pl.DataFrame:
 
 
 def last_of_windows(frame: pl.DataFrame, columns: int = COLUMNS) -> pl.DataFrame:
-    """Of figures that stand at a step, a pool's size for example: those of the last step in each
-    window. The columns stay the same."""
+    """Of figures that stand at a step, a pool's size for example: those of the first step of all
+    and of the last in each window. The columns stay the same."""
     with_windows = add_windows(frame, columns)
     last = pl.col("step") == pl.col("step").max().over("step_from")
-    return with_windows.filter(last).select(frame.columns)
+    first = pl.col("step") == pl.col("step").min()
+    return with_windows.filter(first | last).select(frame.columns)
 
 
 def window_means(frame: pl.DataFrame, *keys: str, columns: int = COLUMNS) -> pl.DataFrame:
     """Of figures that are measured in each step: the mean of `value` by `keys` and window:
-    `step_from`, `step_to`, the keys, `value`."""
+    `step_from`, `step_to`, the keys, `value`. Stages, where they are a key, count their own steps
+    and are divided each by itself."""
+    parts = frame.partition_by("stage") if "stage" in keys else []
     return (
-        add_windows(frame, columns)
+        pl.concat([add_windows(part, columns) for part in parts or [frame]])
         .group_by("step_from", "step_to", *keys)
         .agg(pl.col("value").mean())
         .sort(*keys, "step_from")

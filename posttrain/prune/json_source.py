@@ -103,7 +103,7 @@ def _refuse_changes(row: Row, places: Places) -> None:
     if row.record is not None and (change := places.changed(row.record)) is not None:
         raise DataError(
             f"{row.file}, row {row.place}: {change}. Ask for JSON lines (--format jsonl), which"
-            " stay as they are"
+            " stay as they are, or take the row out if it is the one that is wrong"
         )
 
 

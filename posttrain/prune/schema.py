@@ -104,8 +104,8 @@ class Places:
                 known = self._keys.setdefault(place, frozenset(value))
                 if other := known ^ value.keys():
                     return (
-                        f"objects in {place!r} have different keys ({_some(other)}), which one"
-                        " table would add as null where they are missing"
+                        f"objects in {place!r} have other keys than before ({_some(other)}),"
+                        " which one table would add as null where they are missing"
                     )
                 left += [(f"{place}.{k}", v) for k, v in value.items() if not isinstance(v, str)]
             elif isinstance(value, list):

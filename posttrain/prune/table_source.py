@@ -197,8 +197,8 @@ def _stays_the_same(narrow: pa.DataType, wide: pa.DataType) -> bool:
         return _stays_the_same(narrow.value_type, wide.value_type)
     if types.is_uint64(narrow):  # the one integer that has no wider type
         return False
-    kinds = (types.is_integer, types.is_floating, types.is_decimal, types.is_temporal, _is_text)
-    return any(is_kind(narrow) and is_kind(wide) for is_kind in kinds)
+    kinds = (types.is_integer, types.is_floating, types.is_decimal, types.is_temporal)
+    return any(is_kind(narrow) and is_kind(wide) for is_kind in (*kinds, _is_text, _is_binary))
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -213,6 +213,12 @@ def _is_text(kind: pa.DataType) -> bool:
     from pyarrow import types
 
     return any(is_kind(kind) for is_kind in (types.is_string, types.is_large_string))
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    from pyarrow import types
+
+    return any(is_kind(kind) for is_kind in (types.is_binary, types.is_large_binary))
 
 
 def _fitted(table: pa.Table, schema: pa.Schema, *, cast: bool) -> pa.Table:
