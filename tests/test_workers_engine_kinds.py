@@ -94,17 +94,17 @@ async def test_a_16_bit_engine_is_held_to_what_the_first_probe_measured(cluster,
     torch.manual_seed(0)
     chat = ChatFormat(str(STARTER_POLICY))
     pool = await start(STARTER_POLICY, dtype="bfloat16")
-    probes = []
-    for prompt in starter_prompts("held_out", 16, seed=0):
-        asked = GenerationRequest(
+    asked = [
+        GenerationRequest(
             request_id=prompt.prompt_id,
             prompt_token_ids=chat.encode(prompt, None),
             num_rollouts=1,
             sampling=Sampling(max_tokens=96),
         )
-        (rollout,) = await pool.generate(asked)
-        sequence = rollout.prompt_token_ids + rollout.completion_token_ids
-        probes.append(ProbeSequence(sequence, len(rollout.prompt_token_ids)))
+        for prompt in starter_prompts("held_out", 64, seed=0)
+    ]
+    answered = await asyncio.gather(*map(pool.generate, asked))
+    probes = [ProbeSequence.of(rollout, MAX_MODEL_LEN) for (rollout,) in answered]
     source = HandMade(STARTER_POLICY)
     publish = publisher(source, pool, STARTER_POLICY, tmp_path, probes).publish
     measured = []
@@ -121,9 +121,8 @@ async def test_a_16_bit_engine_is_held_to_what_the_first_probe_measured(cluster,
         await HandMade(other).write_weights(directory)
 
     other = tmp_path / "other"
-    source.move(0.02)
     source.model.save_pretrained(other)
-    source.move(0.02)
+    source.move(0.04)  # ten steps later
     source.write_weights = another
     with pytest.raises(MismatchError, match=r"more than .*max_growth"):
         await publish(PolicyVersion(1, 99))

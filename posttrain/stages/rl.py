@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,8 @@ from posttrain.workers.probe import ProbeSequence
 from posttrain.workers.publisher import WeightPublisher
 from posttrain.workers.teacher_pool import TeacherPool
 
-NUM_PROBES = 16
+NUM_PROBES = 64
+"""With 16 short answers the mean difference of 16 bits varies by a factor of 5, with 64 by 2."""
 SLOW_TEACHER = 0.05
 """Share of the loop's time that steps may wait for the teacher without a word about it."""
 
@@ -226,17 +228,18 @@ def _open_draws(context: StageContext, attempt: int) -> list[Draw]:
 
 async def _own_answers(context: StageContext, generators: GeneratorPool) -> list[ProbeSequence]:
     """Of the policy that comes in: natural text to compare log-probabilities on at first."""
-    sequences = []
-    for prompt in context.held_out[:NUM_PROBES]:
-        request = GenerationRequest(
+    asked = [
+        GenerationRequest(
             request_id=f"probe-{prompt.prompt_id}",
             prompt_token_ids=context.chat.encode(prompt, None),
             num_rollouts=1,
             sampling=Sampling(max_tokens=context.settings.rl.max_tokens),
         )
-        (rollout,) = await generators.generate(request)
-        sequences.append(ProbeSequence.of(rollout, context.settings.policy.max_length))
-    return sequences
+        for prompt in context.held_out[:NUM_PROBES]
+    ]
+    answered = await asyncio.gather(*map(generators.generate, asked))
+    max_length = context.settings.policy.max_length
+    return [ProbeSequence.of(rollout, max_length) for (rollout,) in answered]
 
 
 def _metrics(summary: LoopSummary, ledger: LedgerReader) -> dict[str, Any]:

@@ -216,4 +216,4 @@ class PublishSettings(BaseModel):
     probe_first: int = Field(default=3, ge=1)
     probe_every: int = Field(default=20, ge=1)
     max_mismatch: float = Field(default=1e-4, gt=0)
-    max_growth: float = Field(default=4.0, gt=1)
+    max_growth: float = Field(default=3.0, gt=1)
