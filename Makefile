@@ -23,7 +23,7 @@ $(STAMP): requirements/cpu.lock pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements/cpu.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	$(BIN)/python -W ignore -m compileall -q $(VENV)/lib/python*/site-packages/cellpylib
-	DS_ACCELERATOR=cpu $(BIN)/python -W ignore -c "from deepspeed.comm.torch import build_shm_op; build_shm_op()" > /dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu $(BIN)/python -W ignore -c "from deepspeed.comm.torch import build_shm_op; build_shm_op()" > /dev/null
 	@touch $@
 
 quickstart: $(STAMP)

@@ -74,12 +74,11 @@ def run_command(
             )
         )
         return
-    from rich.console import Console
-
+    from posttrain.console import stdout_console
     from posttrain.report import print_report
 
     # A table that is piped into a file must not be cut to 80 columns.
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console = stdout_console()
     print_report(result.evaluations, result.seconds, str(result.policy), console, result.metrics)
 
 
@@ -100,11 +99,10 @@ def eval_command(
     if as_json:
         print(json.dumps(summary))
         return
-    from rich.console import Console
-
+    from posttrain.console import stdout_console
     from posttrain.report import print_evaluation
 
-    print_evaluation(summary, Console() if sys.stdout.isatty() else Console(width=160))
+    print_evaluation(summary, stdout_console())
 
 
 @app.command("audit")

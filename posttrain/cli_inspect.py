@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -56,11 +55,10 @@ def inspect_command(
             found["differences"] = [asdict(d) for d in differences]
         print(json.dumps(found))
         return
-    from rich.console import Console
-
+    from posttrain.console import stdout_console
     from posttrain.inspect.terminal import print_differences, print_run
 
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console = stdout_console()
     for loaded in runs:
         print_run(loaded, console)
     if other is not None:

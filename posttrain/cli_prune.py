@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -168,9 +167,8 @@ def _show(record: Mapping[str, Any], as_json: bool, *, is_estimate: bool) -> Non
     if as_json:
         print(json.dumps(record, ensure_ascii=False))
         return
-    from rich.console import Console
-
+    from posttrain.console import stdout_console
     from posttrain.prune.terminal import print_estimate, print_summary
 
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console = stdout_console()
     (print_estimate if is_estimate else print_summary)(record, console)

@@ -60,12 +60,13 @@ def _rewards(scores: Scores) -> list[dict[str, Any]]:
 
 
 def _print(scores: Scores, explain: bool) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from posttrain.console import stdout_console
+
     # A table that is piped into a file must not be cut to 80 columns.
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console = stdout_console()
     if explain:
         for found in _rewards(scores):
             value = "unscored" if found["value"] is None else f"{found['value']:.3g}"

@@ -135,11 +135,6 @@ def shared_sandbox(settings: SandboxSettings) -> Sandbox:
     return sandbox
 
 
-def run_isolated(program: Program, settings: SandboxSettings | None = None) -> Execution:
-    """One program in this process's sandbox. Raises SandboxError when there is none."""
-    return shared_sandbox(settings or SandboxSettings()).run(program)
-
-
 def _warn(refused: Sequence[str]) -> None:
     message = (
         "UNSAFE: programs that the policy writes run WITHOUT a sandbox, with every right of this "

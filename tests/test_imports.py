@@ -20,12 +20,12 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     layer.split()
     for layer in (
-        "posttrain.types posttrain.errors",
+        "posttrain.types posttrain.errors posttrain.kinds",
         # What is computed and what stands on disk, each on its own.
         "judges rewards curricula posttrain.losses"
         " posttrain.advantages posttrain.packing posttrain.progress posttrain.stage_order"
         " posttrain.atomic posttrain.metrics posttrain.ledger_schema posttrain.lease"
-        " posttrain.settings_errors",
+        " posttrain.settings_errors posttrain.console",
         # Tasks that are made are checked by the verifier that will score them.
         "posttrain.data posttrain.teaching",
         "posttrain.online posttrain.evaluation posttrain.report posttrain.starter"

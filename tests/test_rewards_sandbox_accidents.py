@@ -17,7 +17,7 @@ from sandbox_helpers import INSTALLED, QUICK, close_all, open_or_skip, processes
 
 from posttrain.errors import SandboxError
 from rewards import sandbox as module
-from rewards.sandbox import Sandbox, run_isolated, shared_sandbox
+from rewards.sandbox import Sandbox, shared_sandbox
 from rewards.sandbox_client import Execution, Program, ZygoteClient
 from rewards.sandbox_launcher import OWN, SandboxSettings
 
@@ -178,7 +178,7 @@ def test_one_sandbox_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     shared_sandbox.cache_clear()
     try:
         program = Program(source="def f(x): return eval(x)", function="f", arguments=("6 * 7",))
-        assert run_isolated(program, settings).result == b"42"
+        assert shared_sandbox(settings).run(program).result == b"42"
         assert shared_sandbox(settings) is shared_sandbox(SandboxSettings(memory_mb=300))
     finally:
         shared_sandbox(settings).close()

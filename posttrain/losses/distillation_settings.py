@@ -3,10 +3,13 @@ needed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from functools import partial
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from posttrain.kinds import check_given, default_of
 
 WeightKind = Literal["dynamic", "constant", "ce_only"]
 Divergence = Literal["forward_kl", "reverse_kl"]
@@ -26,21 +29,7 @@ READS: Mapping[WeightKind, Mapping[str, float]] = {
 """What each kind of weight reads, with its defaults."""
 
 
-def _of_the_kind(name: str) -> Callable[[dict[str, Any]], float | None]:
-    return lambda earlier_fields: READS[earlier_fields["weight"]].get(name)
-
-
-def check_given(settings: BaseModel, weight: str, reads: Mapping[Any, Mapping[str, float]]) -> None:
-    """Raises ValueError unless exactly those settings have a value that `weight` reads."""
-    read = reads[weight]
-    names = {name for kind in reads.values() for name in kind}
-    given = {name for name in names if getattr(settings, name) is not None}
-    for name in sorted(given ^ read.keys()):
-        raise ValueError(
-            f"weight = {weight} needs {name}, got none"
-            if name in read
-            else f"weight = {weight} does not read {name}, remove it"
-        )
+_default = partial(default_of, "weight", READS)
 
 
 class DistillationSettings(BaseModel):
@@ -63,18 +52,18 @@ class DistillationSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     weight: WeightKind = "dynamic"
-    alpha: float | None = Field(default_factory=_of_the_kind("alpha"), ge=0, le=1)
+    alpha: float | None = Field(default_factory=_default("alpha"), ge=0, le=1)
     divergence: Divergence = "forward_kl"
-    slope: float | None = Field(default_factory=_of_the_kind("slope"), gt=0)
-    offset: float | None = Field(default_factory=_of_the_kind("offset"))
-    min_lead: float | None = Field(default_factory=_of_the_kind("min_lead"), ge=0, le=1)
-    prior: float | None = Field(default_factory=_of_the_kind("prior"), gt=0, lt=1)
-    margin: float | None = Field(default_factory=_of_the_kind("margin"), ge=0)
-    memory: float | None = Field(default_factory=_of_the_kind("memory"), ge=0, lt=1)
+    slope: float | None = Field(default_factory=_default("slope"), gt=0)
+    offset: float | None = Field(default_factory=_default("offset"))
+    min_lead: float | None = Field(default_factory=_default("min_lead"), ge=0, le=1)
+    prior: float | None = Field(default_factory=_default("prior"), gt=0, lt=1)
+    margin: float | None = Field(default_factory=_default("margin"), ge=0)
+    memory: float | None = Field(default_factory=_default("memory"), ge=0, lt=1)
     held_out: int = Field(default=64, gt=0, description="rows")
     every_steps: int = Field(default=5, gt=0)
 
     @model_validator(mode="after")
     def _what_is_given_is_read(self) -> Self:
-        check_given(self, self.weight, READS)
+        check_given(self, "weight", READS)
         return self

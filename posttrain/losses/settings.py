@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from functools import partial
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from posttrain.kinds import check_given, default_of
 
 LossKind = Literal["cispo", "grpo", "dr_grpo", "dapo", "gspo"]
 
@@ -19,8 +22,7 @@ BOUNDS: Mapping[LossKind, Mapping[str, float]] = {
 """The bounds on the ratio that each loss reads, with the values of its paper."""
 
 
-def _of_the_kind(bound: str) -> Callable[[dict[str, Any]], float | None]:
-    return lambda earlier_fields: BOUNDS[earlier_fields["kind"]].get(bound)
+_default = partial(default_of, "kind", BOUNDS)
 
 
 class LossSettings(BaseModel):
@@ -39,9 +41,9 @@ class LossSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: LossKind = "cispo"
-    c_max: float | None = Field(default_factory=_of_the_kind("c_max"), ge=1)
-    eps_low: float | None = Field(default_factory=_of_the_kind("eps_low"), gt=0, le=1)
-    eps_high: float | None = Field(default_factory=_of_the_kind("eps_high"), gt=0)
+    c_max: float | None = Field(default_factory=_default("c_max"), ge=1)
+    eps_low: float | None = Field(default_factory=_default("eps_low"), gt=0, le=1)
+    eps_high: float | None = Field(default_factory=_default("eps_high"), gt=0)
     tis_max: float | None = Field(default=None, ge=1)
     kl_coefficient: float = Field(default=0.0, ge=0)
 
@@ -53,11 +55,5 @@ class LossSettings(BaseModel):
 
     @model_validator(mode="after")
     def _bounds_fit_the_kind(self) -> Self:
-        read = BOUNDS[self.kind]
-        for name in read.keys() ^ self.bounds.keys():
-            raise ValueError(
-                f"{self.kind} needs {name}, got none"
-                if name in read
-                else f"{self.kind} does not read {name}, remove it; it reads {' and '.join(read)}"
-            )
+        check_given(self, "kind", BOUNDS)
         return self

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from functools import partial
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from posttrain.losses.distillation_settings import check_given
+from posttrain.kinds import check_given, default_of
 
 WeightKind = Literal["dynamic", "constant"]
 READS: Mapping[WeightKind, Mapping[str, float]] = {
@@ -17,8 +18,7 @@ READS: Mapping[WeightKind, Mapping[str, float]] = {
 """What each kind of weight reads, with its defaults."""
 
 
-def _of_the_kind(name: str) -> Callable[[dict[str, Any]], float | None]:
-    return lambda earlier_fields: READS[earlier_fields["weight"]].get(name)
+_default = partial(default_of, "weight", READS)
 
 
 class OnlineDistillationSettings(BaseModel):
@@ -36,15 +36,15 @@ class OnlineDistillationSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     weight: WeightKind = "dynamic"
-    coefficient: float | None = Field(default_factory=_of_the_kind("coefficient"), ge=0)
-    slope: float | None = Field(default_factory=_of_the_kind("slope"), gt=0)
-    offset: float | None = Field(default_factory=_of_the_kind("offset"))
-    min_lead: float | None = Field(default_factory=_of_the_kind("min_lead"), ge=0, le=1)
-    memory: float | None = Field(default_factory=_of_the_kind("memory"), ge=0, lt=1)
+    coefficient: float | None = Field(default_factory=_default("coefficient"), ge=0)
+    slope: float | None = Field(default_factory=_default("slope"), gt=0)
+    offset: float | None = Field(default_factory=_default("offset"))
+    min_lead: float | None = Field(default_factory=_default("min_lead"), ge=0, le=1)
+    memory: float | None = Field(default_factory=_default("memory"), ge=0, lt=1)
     reward_weight: float = Field(default=1.0, ge=0)
     deadline_s: float = Field(default=60.0, gt=0)
 
     @model_validator(mode="after")
     def _what_is_given_is_read(self) -> Self:
-        check_given(self, self.weight, READS)
+        check_given(self, "weight", READS)
         return self

@@ -20,7 +20,7 @@ from posttrain.stages.trl_log import write_record
 from posttrain.stages.trl_settings import Kind, trainer_classes
 from posttrain.workers import policy_export
 from posttrain.workers.experts import fetch_experts_as_one
-from posttrain.workers.extension_lock import remove_left_lock
+from posttrain.workers.extensions import prepare_extensions
 from posttrain.workers.policy_model import adapter_config, find_backbone, recompute_buffers
 from posttrain.workers.settings import LoraSettings, merged
 
@@ -68,7 +68,7 @@ def train_rank(config: Mapping[str, Any]) -> None:
     if not torch.cuda.is_available():
         train_on_cpu()
         torch.set_num_threads(job.threads)
-        remove_left_lock()
+        prepare_extensions()
     set_seed(job.seed)
     trainer_class: Callable[..., Any]
     config_class, trainer_class = trainer_classes(job.kind)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Self
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from posttrain.kinds import check_given, default_of
 from posttrain.losses.distillation_settings import DistillationSettings
 
 TargetKind = Literal["sampled", "top_k"]
@@ -15,8 +17,7 @@ SIZES: Mapping[TargetKind, Mapping[str, int]] = {"sampled": {"samples": 50}, "to
 """What each kind of target reads, with its default."""
 
 
-def _of_the_kind(name: str) -> Callable[[dict[str, Any]], int | None]:
-    return lambda earlier_fields: SIZES[earlier_fields["kind"]].get(name)
+_default = partial(default_of, "kind", SIZES)
 
 
 class TargetSettings(BaseModel):
@@ -33,20 +34,13 @@ class TargetSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: TargetKind = "sampled"
-    samples: int | None = Field(default_factory=_of_the_kind("samples"), gt=0, le=65535)
-    k: int | None = Field(default_factory=_of_the_kind("k"), gt=0)
+    samples: int | None = Field(default_factory=_default("samples"), gt=0, le=65535)
+    k: int | None = Field(default_factory=_default("k"), gt=0)
     temperature: float = Field(default=1.0, gt=0)
 
     @model_validator(mode="after")
     def _what_is_given_is_read(self) -> Self:
-        read = SIZES[self.kind]
-        for name in ("samples", "k"):
-            if (getattr(self, name) is not None) != (name in read):
-                raise ValueError(
-                    f"kind = {self.kind} needs {name}, got none"
-                    if name in read
-                    else f"kind = {self.kind} does not read {name}, remove it"
-                )
+        check_given(self, "kind", SIZES)
         return self
 
 

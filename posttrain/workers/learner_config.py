@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from posttrain.workers.extension_lock import remove_left_lock
+from posttrain.workers.extensions import prepare_extensions
 from posttrain.workers.settings import LearnerSettings, merged
 
 
@@ -32,7 +32,7 @@ def prepare_process(
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(settings.threads)
-        remove_left_lock()
+        prepare_extensions()
     host, _, port = address.rpartition(":")
     os.environ |= {
         "MASTER_ADDR": host,

@@ -1,13 +1,15 @@
-"""The lock that torch holds while it compiles or loads an extension: a file, which a process that
-is killed leaves behind, so that all later ones would wait for ever.
+"""What DeepSpeed compiles on a CPU, once, before ranks can meet: what it needs for that.
 
-Who holds it is seen on this machine only. Machines that share a home directory need a
-TORCH_EXTENSIONS_DIR each.
+torch holds a lock meanwhile: a file, which a process that is killed leaves behind, so that all
+later ones would wait for ever. Who holds it is seen on this machine only; machines that share a
+home directory need a TORCH_EXTENSIONS_DIR each.
 """
 
 from __future__ import annotations
 
 import glob
+import os
+import sys
 import time
 from pathlib import Path
 
@@ -16,14 +18,22 @@ from torch.utils import cpp_extension
 from posttrain.progress import say
 
 EXTENSION = "deepspeed_shm_comm"
-"""What DeepSpeed loads on a CPU before ranks can meet."""
 OPEN_FILES = "/proc/[0-9]*/fd/*"
 SECOND_LOOK_S = 1.0
 """Whoever gives the lock back closes the file a moment before it removes it."""
 
 
-def remove_left_lock() -> None:
-    """Of `EXTENSION`, if no process on this machine has it open. Comes before DeepSpeed starts."""
+def prepare_extensions() -> None:
+    """Comes before DeepSpeed starts."""
+    # torch calls ninja by name, and another version would compile everything anew. The one that is
+    # installed lies beside this Python, which need not be on the path.
+    beside = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join([beside, os.environ.get("PATH", os.defpath)])
+    _remove_left_lock()
+
+
+def _remove_left_lock() -> None:
+    """If no process on this machine has it open."""
     lock = Path(cpp_extension._get_build_directory(EXTENSION, verbose=False)) / "lock"
     if not _is_left(lock):
         return
