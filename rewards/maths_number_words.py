@@ -20,7 +20,9 @@ _FACTORS = {
 }
 _OPERATIONS = {"squared": "^{2}", "cubed": "^{3}", "factorial": "!"}
 
-FACTOR_WORD = rf"(?i:(?:{'|'.join(_FACTORS)})s?(?![A-Za-z]))"
+# Not hundred-dollar bills, which are counted; but 5 million-x is a difference.
+_WORD_END = r"(?![A-Za-z]|-[A-Za-z]{2})"
+FACTOR_WORD = rf"(?i:(?:{'|'.join(_FACTORS)})s?{_WORD_END})"
 _FACTOR_WORDS = rf"{FACTOR_WORD}(?: {FACTOR_WORD})*"
 _OPERATION = rf"(?i:{'|'.join(_OPERATIONS)})(?![A-Za-z])"
 

@@ -40,7 +40,11 @@ _WHOLE_TEXT = re.compile(
     r"(?:\s*\\%|\s*(?:(?:square|sq|cubic)\s+)?[A-Za-z/]+(?:\^\{?[0-9]\}?)?)?)\s*\}"
 )
 _ATTACHED = re.compile(r"(?<=[0-9)}])(?P<name>[A-Za-z/]+)(?:\^\{?(?P<power>[0-9])\}?)?$")
-_PLAIN = re.compile(r"\s+(?P<name>[A-Za-z]+(?:[ /][A-Za-z]+)*)(?:\^\{?(?P<power>[0-9])\}?)?$")
+# A hyphen between letters that are no word is a minus sign.
+_PLAIN = re.compile(
+    r"\s+(?P<name>[A-Za-z]+(?:(?:[ /]|(?<=[A-Za-z]{4})-(?=[A-Za-z]{4}))[A-Za-z]+)*)"
+    r"(?:\^\{?(?P<power>[0-9])\}?)?$"
+)
 # What is counted, or a unit that is not in the table; `2 pi`, `5 or x` and `5 hundredths` are no
 # such things.
 _NOUN = re.compile(
