@@ -24,13 +24,16 @@ _OPERATIONS = {"squared": "^{2}", "cubed": "^{3}", "factorial": "!"}
 _WORD_END = r"(?![A-Za-z]|-[A-Za-z]{2})"
 FACTOR_WORD = rf"(?i:(?:{'|'.join(_FACTORS)})s?{_WORD_END})"
 _FACTOR_WORDS = rf"{FACTOR_WORD}(?: {FACTOR_WORD})*"
-_OPERATION = rf"(?i:{'|'.join(_OPERATIONS)})(?![A-Za-z])"
 
 _SPACES = r"(?:\\[,;:! ]|\s)*"
 _TEXT = r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s*\{\s*"
+# 25 squared feet are 25 square feet.
+_UNIT_BEHIND = rf"(?:\\[,;:! ]|[\s}}])*(?:{_TEXT})?[A-Za-z]"
+_OPERATION = rf"(?i:(?:squared|cubed)(?!{_UNIT_BEHIND})|factorial(?![A-Za-z]))"
+
 _WORDS = rf"(?P<words>{_FACTOR_WORDS}|{_OPERATION})"
 _NUMBER = r"[0-9][0-9,]*(?:\.[0-9]+)?"
-_UNIT = r" (?:(?:square|sq|cubic) )?[A-Za-z/]+"
+_UNIT = r" (?:(?:squared?|sq|cubic|cubed) )?[A-Za-z/]+"
 
 
 def _out_of_text(match: re.Match[str]) -> str:
@@ -40,14 +43,18 @@ def _out_of_text(match: re.Match[str]) -> str:
 
 
 def _multiplied(match: re.Match[str]) -> str:
-    r"""`5,000 million` → `5000 \cdot 10^{6}`; in a product math-verify takes the comma for a
-    list's."""
+    r"""`5,000 million` → `5000 \cdot 10^{6}`."""
     factors = [_FACTORS[word.removesuffix("s")] for word in match["words"].casefold().split()]
-    return re.sub(r",(?=[0-9]{3}(?![0-9]))", "", match["number"]) + "".join(factors)
+    return _without_commas(match["number"]) + "".join(factors)
 
 
 def _operated(match: re.Match[str]) -> str:
-    return match["number"] + _OPERATIONS[match["operation"].casefold()]
+    return _without_commas(match["number"]) + _OPERATIONS[match["operation"].casefold()]
+
+
+def _without_commas(number: str) -> str:
+    """In a product or a power math-verify takes the comma for a list's."""
+    return re.sub(r",(?=[0-9]{3}(?![0-9]))", "", number)
 
 
 _REWRITES: list[tuple[re.Pattern[str], Callable[[re.Match[str]], str]]] = [
