@@ -57,6 +57,17 @@ def _without_commas(number: str) -> str:
     return re.sub(r",(?=[0-9]{3}(?![0-9]))", "", number)
 
 
+def _outside_text(
+    pattern: str, replacement: Callable[[re.Match[str]], str]
+) -> tuple[re.Pattern[str], Callable[[re.Match[str]], str]]:
+    r"""What is left in `\text{(B) 5 million}` is said, not calculated."""
+
+    def replaced(match: re.Match[str]) -> str:
+        return match[0] if match["number"] is None else replacement(match)
+
+    return re.compile(rf"{_TEXT}[^{{}}]*\}}|{pattern}"), replaced
+
+
 _REWRITES: list[tuple[re.Pattern[str], Callable[[re.Match[str]], str]]] = [
     (
         re.compile(rf"(?P<number>(?<=[0-9)}}])){_SPACES}{_TEXT}{_WORDS}(?P<rest>[^{{}}]*)\}}"),
@@ -68,15 +79,12 @@ _REWRITES: list[tuple[re.Pattern[str], Callable[[re.Match[str]], str]]] = [
         ),
         _out_of_text,
     ),
-    (
-        re.compile(rf"(?P<number>{_NUMBER}|(?<=[)}}])){_SPACES}(?P<words>{_FACTOR_WORDS})"),
-        _multiplied,
+    _outside_text(
+        rf"(?P<number>{_NUMBER}|(?<=[)}}])){_SPACES}(?P<words>{_FACTOR_WORDS})", _multiplied
     ),
     # Not 2/3 squared, which is read in two ways.
-    (
-        re.compile(
-            rf"(?P<number>(?<![\w.,/^]){_NUMBER}|(?<=\))){_SPACES}(?P<operation>{_OPERATION})"
-        ),
+    _outside_text(
+        rf"(?P<number>(?<![\w.,/^]){_NUMBER}|(?<=\))){_SPACES}(?P<operation>{_OPERATION})",
         _operated,
     ),
 ]
