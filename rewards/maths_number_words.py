@@ -32,7 +32,8 @@ _UNIT_BEHIND = rf"(?:\\[,;:! ]|[\s}}])*(?:{_TEXT})?[A-Za-z]"
 _OPERATION = rf"(?i:(?:squared|cubed)(?!{_UNIT_BEHIND})|factorial(?![A-Za-z]))"
 
 _WORDS = rf"(?P<words>{_FACTOR_WORDS}|{_OPERATION})"
-_NUMBER = r"[0-9][0-9,]*(?:\.[0-9]+)?"
+# From its first digit, or a long number is gone through from each of its digits.
+_NUMBER = r"(?<![0-9])(?<![0-9][,.])[0-9][0-9,]*(?:\.[0-9]+)?"
 _UNIT = r" (?:(?:squared?|sq|cubic|cubed) )?[A-Za-z/]+"
 
 
@@ -57,6 +58,11 @@ def _without_commas(number: str) -> str:
     return re.sub(r",(?=[0-9]{3}(?![0-9]))", "", number)
 
 
+def _enclosed(match: re.Match[str]) -> str:
+    """`3 dozen/6 dozen` → `3 dozen/(6 dozen)`; of 5/2 million the whole fraction is multiplied."""
+    return f"{match['over']}({match['number']})"
+
+
 def _outside_text(
     pattern: str, replacement: Callable[[re.Match[str]], str]
 ) -> tuple[re.Pattern[str], Callable[[re.Match[str]], str]]:
@@ -78,6 +84,11 @@ _REWRITES: list[tuple[re.Pattern[str], Callable[[re.Match[str]], str]]] = [
             rf"{_TEXT}(?P<number>[-+]?(?:\\\$)?{_NUMBER}) {_WORDS}(?P<rest>(?:{_UNIT})?\s*)\}}"
         ),
         _out_of_text,
+    ),
+    _outside_text(
+        rf"(?P<over>{FACTOR_WORD}{_SPACES}(?:/|\\div){_SPACES})"
+        rf"(?P<number>{_NUMBER}{_SPACES}{_FACTOR_WORDS})",
+        _enclosed,
     ),
     _outside_text(
         rf"(?P<number>{_NUMBER}|(?<=[)}}])){_SPACES}(?P<words>{_FACTOR_WORDS})", _multiplied
