@@ -100,9 +100,25 @@ _REWRITES: list[tuple[re.Pattern[str], Callable[[re.Match[str]], str]]] = [
     ),
 ]
 
+# The last side of an equation, if it is one number with such a word behind it; in 5 + 2 dozen the
+# word belongs to a part of the value.
+_COUNTED = re.compile(
+    r"(?P<number>(?:.*=)?[^-+−–=]*[0-9}\s$])"
+    rf"(?i:dozens?{_WORD_END}(?=[^0-9]*\Z)|(?:hundreds|thousands)(?=[^0-9A-Za-z]*\Z))"
+    r"(?P<rest>.*)",
+    re.DOTALL,
+)
+
 
 def calculated(latex: str) -> str:
     """`latex` with signs in the place of the words."""
     for pattern, replacement in _REWRITES:
         latex = pattern.sub(replacement, latex)
     return latex
+
+
+def without_counting_word(text: str) -> str | None:
+    """`7 eggs` of `7 dozen eggs`, `2` of `2 hundreds`, which "how many dozens", "how many hundreds"
+    ask for; None for all else: nobody who is asked for 5 says 5 million."""
+    match = _COUNTED.fullmatch(text)
+    return match and match["number"] + match["rest"]
