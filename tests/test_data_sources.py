@@ -250,6 +250,22 @@ def test_csv_is_text_as_it_stands(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "header",
+    [b"question,answer,,", b"\r\nquestion,answer,,", b"\xef\xbb\xbf\n,,,\nquestion,answer,,"],
+)
+def test_csv_of_a_spreadsheet(tmp_path: Path, header: bytes) -> None:
+    """Columns without a name, and empty rows over the header."""
+    path = tmp_path / "t.csv"
+    path.write_bytes(header + b"\na,1,,\nb,2,x,y\n,3,,\n")
+    assert tasks(path, size=2) == [
+        make_prompt("a", reference="1", domain="t"),
+        make_prompt("b", reference="2", domain="t"),
+    ]
+    with pytest.raises(DataError, match=r"row 3: column 'question' is missing. .*'question'\]"):
+        tasks(path)
+
+
+@pytest.mark.parametrize(
     ("rows", "said"),
     [
         (b"a,1\nb,\n", "row 2: column 'answer' is missing"),
@@ -268,7 +284,7 @@ def test_malformed_csv_is_named_by_file_and_row(tmp_path: Path, rows: bytes, sai
 
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
-    path.write_bytes(b"question,question\na,b\n")
+    path.write_bytes(b"question,,question,\na,,b,\n")
     with pytest.raises(DataError, match="two columns have one name: question, question"):
         tasks(path)
 

@@ -4,6 +4,7 @@ the hub by `datasets`."""
 from __future__ import annotations
 
 import csv
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -76,17 +77,21 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Mapping[str, str | None]]]:
     try:
         with path.open("rb") as file:
             # Line by line, so that the row is known whose bytes are no text.
-            reader = csv.DictReader((line.decode("utf-8-sig") for line in file), strict=True)
+            lines = (line.decode("utf-8-sig") for line in file)
+            # Spreadsheets write empty rows over the header, and columns without a name.
+            filled = itertools.dropwhile(lambda line: not line.strip(" ,\r\n"), lines)
+            reader = csv.DictReader(filled, strict=True)
             names = reader.fieldnames or []
-            if len(set(names)) < len(names):
-                raise DataError(f"{path}: two columns have one name: {', '.join(names)}")
+            named = [name for name in names if name]
+            if len(set(named)) < len(named):
+                raise DataError(f"{path}: two columns have one name: {', '.join(named)}")
             for number, row in enumerate(reader, start=1):
                 if None in row:
                     raise DataError(
                         f"{path}, row {number}: more fields than the header's {len(names)}; a text "
                         "with a comma in it stands in quotes"
                     )
-                yield number, {name: value or None for name, value in row.items()}
+                yield number, {name: value or None for name, value in row.items() if name}
     except UnicodeDecodeError as error:
         raise DataError(f"{path}, row {number + 1}: no UTF-8 text ({error})") from error
     except csv.Error as error:
