@@ -17,6 +17,7 @@ from rewards.maths_answer import final_answer
 from rewards.maths_equality import equal, parse
 from rewards.maths_limits import MAX_LENGTH, LimitBroken, computations
 from rewards.maths_notation import num_ors, to_latex
+from rewards.maths_number_words import without_counting_word
 from rewards.maths_units import Value, split
 from rewards.score import Score, failed, quote, right
 
@@ -50,10 +51,27 @@ def _agrees(reference: str, answer: str) -> bool | None:
         return maths_words.words(latex) == expected
     gold = _gold(reference)
     assert gold is not None, "gold answers are checked when the data is loaded"
+    verdict = _equals(gold, answer, latex)
+    if verdict is False:
+        return _counts_in_words(gold, reference, answer)
+    return verdict
+
+
+def _equals(gold: Value, answer: str, latex: str) -> bool | None:
     left = computations(latex) - computations(gold.latex)
     if left:
         raise LimitBroken(f"{', '.join(sorted(left))} is left to be worked out")
     return equal(gold, replace(split(latex, gold.unit), num_ors=num_ors(answer)))
+
+
+def _counts_in_words(gold: Value, reference: str, answer: str) -> bool:
+    """As with percent (`maths_equality.equal`): asked "how many dozens", 7 dozen are 7. Not where
+    the gold answer has a unit or such a word itself: 7 dozen eggs are not 7 eggs."""
+    counted = without_counting_word(answer)
+    if counted is None or without_counting_word(reference) or gold.latex != to_latex(reference):
+        return False
+    latex = to_latex(counted)
+    return latex is not None and bool(_equals(gold, counted, latex))
 
 
 @lru_cache(maxsize=4096)

@@ -22,6 +22,7 @@ km/h kmh kph | mph | m/s | hz | n newton | j joule | w watt | v volt | a ampere 
 _CANONICAL = {
     name: group.split()[0] for group in re.split(r"[|\n]", _SAME) for name in group.split()
 }
+_POWERS = {"square": "2", "squared": "2", "sq": "2", "cubic": "3", "cubed": "3"}
 
 _BASE = re.compile(r"(?<=[0-9])_\{?([2-9]|[12][0-9]|3[0-6])\}?$")
 _CURRENCY = re.compile(r"^([-+]?)\s*(?:\\\$|([€£]))\s*")
@@ -37,15 +38,19 @@ _TEXT = re.compile(
 _WHOLE_TEXT = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s*\{\s*"
     r"([-+]?(?:[0-9][0-9.,]*(?:/[0-9]+)?|\.[0-9]+)"
-    r"(?:\s*\\%|\s*(?:(?:square|sq|cubic)\s+)?[A-Za-z/]+(?:\^\{?[0-9]\}?)?)?)\s*\}"
+    r"(?:\s*\\%|\s*(?:(?:squared?|sq|cubic|cubed)\s+)?[A-Za-z/]+(?:\^\{?[0-9]\}?)?)?)\s*\}"
 )
 _ATTACHED = re.compile(r"(?<=[0-9)}])(?P<name>[A-Za-z/]+)(?:\^\{?(?P<power>[0-9])\}?)?$")
-_PLAIN = re.compile(r"\s+(?P<name>[A-Za-z]+(?:[ /][A-Za-z]+)*)(?:\^\{?(?P<power>[0-9])\}?)?$")
-# What is counted, or a unit that is not in the table; `2 pi`, `5 or x` and `5 hundredths` are no
-# such things.
+# A hyphen between letters that are no word is a minus sign.
+_PLAIN = re.compile(
+    r"\s+(?P<name>[A-Za-z]+(?:(?:[ /]|(?<=[A-Za-z]{4})-(?=[A-Za-z]{4}))[A-Za-z]+)*)"
+    r"(?:\^\{?(?P<power>[0-9])\}?)?$"
+)
+# What is counted, or a unit that is not in the table; `2 pi`, `5 or x`, `2/3 squared` and
+# `5 hundredths` are no such things.
 _NOUN = re.compile(
     r"(?!.*\b(?:or|and|not|pi|infinity)\b)"
-    r"(?!\s*(?:squared|cubed|factorial|(?:hundred|thousand|million|billion|trillion)ths?)\b)"
+    r"(?!\s*(?:(?:squared|cubed)\s*$|factorial\b|(?:hundred|thousand|million|billion|trillion)ths?\b))"
     r".*[A-Za-z]{3}.*",
     re.IGNORECASE,
 )
@@ -104,14 +109,13 @@ def split(latex: str, expected: str | None = None) -> Value:
 
 
 def _canonical(name: str, power: str | None) -> str | None:
-    """One name for a known unit, with its power; `square cm` and `cm squared` are `cm^2`."""
+    """One name for a known unit, with its power; `square cm`, `squared cm` and `cm squared` are
+    `cm^2`."""
     words = name.casefold().split()
-    if words[:1] in (["square"], ["sq"], ["cubic"]):
-        power = "3" if words[0] == "cubic" else "2"
-        words = words[1:]
-    elif words[-1:] in (["squared"], ["cubed"]):
-        power = "3" if words[-1] == "cubed" else "2"
-        words = words[:-1]
+    if words and words[0] in _POWERS:
+        power, words = _POWERS[words[0]], words[1:]
+    elif words and words[-1] in ("squared", "cubed"):
+        power, words = _POWERS[words[-1]], words[:-1]
     word = " ".join(words)
     unit = _CANONICAL.get(word) or _CANONICAL.get(word.removesuffix("s"))
     return None if unit is None else f"{unit}^{power or '1'}"

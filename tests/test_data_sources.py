@@ -249,6 +249,44 @@ def test_csv_is_text_as_it_stands(tmp_path: Path) -> None:
     check_references(tasks(path)[:2], RewardSettings(default_verifier="maths"))
 
 
+def test_a_directory_of_csv_files_is_text_as_it_stands(tmp_path: Path) -> None:
+    directory = tmp_path / "set"
+    directory.mkdir()
+    (directory / "README.md").write_text("two parts, one test")
+    (directory / "train_0.csv").write_text("question,answer\na,0101\nb,101\n")
+    (directory / "train_1.csv").write_text('question,answer\n\n"c\nd",1.50\n')
+    (directory / "test.csv").write_text("question,answer\ne,007\nf\n")
+    train = SourceSettings(source=str(directory), split="train")
+    assert load_prompts([train], "train") == [
+        make_prompt("a", reference="0101", domain="set"),
+        make_prompt("b", reference="101", domain="set"),
+        make_prompt("c\nd", reference="1.50", domain="set"),
+    ]
+    test = SourceSettings(source=str(directory), split="test", size=1)
+    assert load_prompts([test], "held_out") == [make_prompt("e", reference="007", domain="set")]
+    with pytest.raises(DataError, match="several splits; name one as `split`: train, test"):
+        tasks(directory)
+    (directory / "train_1.csv").write_text("question,answer\nc,1,2\n")
+    with pytest.raises(DataError, match=r"train_1\.csv, row 1: more fields than the header's 2"):
+        load_prompts([train], "train")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"question,answer,,", b"\r\nquestion,answer,,", b"\xef\xbb\xbf\n,,,\nquestion,answer,,"],
+)
+def test_csv_of_a_spreadsheet(tmp_path: Path, header: bytes) -> None:
+    """Columns without a name, and empty rows over the header."""
+    path = tmp_path / "t.csv"
+    path.write_bytes(header + b"\na,1,,\nb,2,x,y\n,3,,\n")
+    assert tasks(path, size=2) == [
+        make_prompt("a", reference="1", domain="t"),
+        make_prompt("b", reference="2", domain="t"),
+    ]
+    with pytest.raises(DataError, match=r"row 3: column 'question' is missing. .*'question'\]"):
+        tasks(path)
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
@@ -268,7 +306,7 @@ def test_malformed_csv_is_named_by_file_and_row(tmp_path: Path, rows: bytes, sai
 
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
-    path.write_bytes(b"question,question\na,b\n")
+    path.write_bytes(b"question,,question,\na,,b,\n")
     with pytest.raises(DataError, match="two columns have one name: question, question"):
         tasks(path)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import timeit
+
 import pytest
 import sympy
 
 from rewards.maths_answer import final_answer
 from rewards.maths_limits import LimitBroken, check_expression, check_text, computations
 from rewards.maths_notation import num_ors, to_latex
+from rewards.maths_number_words import calculated
 from rewards.maths_units import Value, split
 from rewards.maths_words import choice, gold_choice, gold_words, is_sentence
 from rewards.reasoning_section import DELIMITERS, after_reasoning
@@ -111,7 +114,8 @@ def test_final_answer(text: str, answer: str | None) -> None:
         ("5,000 million", r"5000 \cdot 10^{6}"),
         (r"5\text{ Million people}", r"5 \cdot 10^{6}\text{ people}"),
         (r"\text{2 hundred thousand}", r"2 \cdot 10^{2} \cdot 10^{3}"),
-        (r"\text{5 million is wrong}", r"\text{5 \cdot 10^{6} is wrong}"),
+        (r"\text{5 million is wrong}", r"\text{5 million is wrong}"),
+        (r"\text{(B) 5 million} 2 million", r"\text{(B) 5 million} 2 \cdot 10^{6}"),
         ("3 dozens", r"3 \cdot 12"),
         ("(x+1) squared", "(x+1)^{2}"),
         (r"\frac{2}{3} squared", r"\frac{2}{3} squared"),
@@ -119,6 +123,11 @@ def test_final_answer(text: str, answer: str | None) -> None:
 )
 def test_one_notation(text: str, latex: str | None) -> None:
     assert to_latex(text) == latex
+
+
+def test_a_long_number_is_gone_through_once() -> None:
+    """From each of its digits, 1000 of them took a hundred times as long."""
+    assert min(timeit.repeat(lambda: calculated("1" * 1000), number=1, repeat=5)) < 0.02
 
 
 def test_every_or_is_counted_and_nothing_else() -> None:

@@ -35,6 +35,13 @@ hashes are fixed. A run that goes on must find the tasks that it began with."""
 
 FIXED_HASHES = {"PYTHONHASHSEED": "0"}
 
+REFUSED = {
+    "composite": "is a mixture of others; make each of them a source of its own",
+    "codeio": "runs code from the web in this process, which reads the clock and global random "
+    "numbers, so that its entries are others in every process and some have no solution; take "
+    "another family",
+}
+
 
 class _Unusable(Exception):
     """An entry that cannot be made, written as JSON, or scored."""
@@ -131,11 +138,8 @@ def _data_set(family: str, settings: Mapping[str, Any], seed: int) -> Any:
         raise DataError(
             f"reasoning-gym has no family {family!r}; there are {', '.join(sorted(DATASETS))}"
         )
-    if family == "composite":
-        raise DataError(
-            "the reasoning-gym family 'composite' is a mixture of others; make each of them a "
-            "source of its own"
-        )
+    if family in REFUSED:
+        raise DataError(f"the reasoning-gym family {family!r} {REFUSED[family]}")
     try:
         return reasoning_gym.create_dataset(family, seed=seed, size=SIZE, **settings)
     except Exception as error:  # each family checks its settings in its own way
