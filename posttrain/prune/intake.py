@@ -21,6 +21,8 @@ from posttrain.prune.shards import check_parquet
 from posttrain.prune.source import Row, Source, open_source
 from posttrain.prune.store import Store
 
+READING = 2
+"""Goes up where the same rows would be taken in otherwise than before: they are read again."""
 BATCH_ROWS = 1000
 SAY_EVERY_S = 10.0
 SHOWN_CHARACTERS = 2000
@@ -68,6 +70,7 @@ def take_in(store: Store, settings: PruneSettings, make_reader: MakeReader) -> S
         "room": reader.room,
         "strict": settings.strict,
         "format": settings.format,
+        "reading": READING,
     }
     if before == signature:
         store.take_back()
