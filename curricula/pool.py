@@ -36,7 +36,9 @@ class BucketedPool:
     def counts(self, domain: int) -> NDArray[np.int64]:
         """Prompts in each bucket of a domain, `[len(BUCKETS)]`."""
         first = domain * _CELLS
-        return np.diff(self._starts[first : first + len(BUCKETS) + 1])
+        starts = self._starts[first : first + len(BUCKETS) + 1]
+        counts: NDArray[np.int64] = starts[1:] - starts[:-1]
+        return counts
 
     def num_dropped(self, domain: int) -> int:
         first = domain * _CELLS + DROPPED

@@ -233,12 +233,11 @@ class DifficultySampler(_OfDomains):
         return int(candidates[self._rng.integers(len(candidates))])
 
     def _most_promising(self, candidates: NDArray[np.int32]) -> int:
-        no_signal = self._posterior.no_signal(candidates, self._group_size)
+        signal, no_signal = self._posterior.signal(candidates, self._group_size)
         passed = no_signal <= self._settings.max_no_signal
         if not passed.any():
             return int(candidates[no_signal.argmin()])
-        candidates = candidates[passed]
-        signal = self._posterior.signal(candidates)
+        candidates, signal = candidates[passed], signal[passed]
         ties_broken, which = self._rng.random(len(candidates)), self._rng.random()
         best = np.lexsort((ties_broken, -signal))[: max(1, len(candidates) // 4)]
         upto = np.cumsum(signal[best])

@@ -67,19 +67,16 @@ class PosteriorState:
         a, b = self._beta(indices)
         return a / (a + b)
 
-    def signal(self, indices: Indices) -> Floats:
-        """E[p(1−p)] = ab/((a+b)(a+b+1)): the expected variance of one answer's correctness."""
+    def signal(self, indices: Indices, group_size: int) -> tuple[Floats, Floats]:
+        """E[p(1−p)] = ab/((a+b)(a+b+1)), the expected variance of one answer's correctness; and
+        E[p^G + (1−p)^G], the chance that G answers are all correct or all wrong."""
         a, b = self._beta(indices)
-        return a * b / ((a + b) * (a + b + 1.0))
-
-    def no_signal(self, indices: Indices, group_size: int) -> Floats:
-        """E[p^G + (1−p)^G]: the chance that G answers are all correct or all wrong."""
-        a, b = self._beta(indices)
+        both = a + b
         i = np.arange(group_size, dtype=np.float64)[:, None]
-        total = a + b + i
-        all_correct = ((a + i) / total).prod(axis=0)
-        all_wrong = ((b + i) / total).prod(axis=0)
-        return np.asarray(all_correct + all_wrong)
+        total = both + i
+        all_correct = np.multiply.reduce((a + i) / total)
+        all_wrong = np.multiply.reduce((b + i) / total)
+        return a * b / (both * (both + 1.0)), all_correct + all_wrong
 
     def rate(self, indices: Indices) -> Floats:
         """Correct share of the answers still remembered, without the prior: 0 is never solved,
