@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from posttrain.data.gym import gym_prompts
 from posttrain.data.json_lines import MalformedLine, parse_object, read_lines
-from posttrain.data.prompts import Split, make_prompt
+from posttrain.data.prompts import Split, column_reference, make_prompt
 from posttrain.data.tables import is_table, read_table
 from posttrain.errors import DataError
 from posttrain.types import Prompt, SFTRow
@@ -153,8 +153,8 @@ def read_records(settings: SourceSettings) -> Iterator[tuple[int, Mapping[str, A
                     f"missing. Columns there: {sorted(row)}"
                 )
             renamed[ours] = row[theirs]
-        if table and isinstance(renamed.get("answer"), int):
-            renamed["answer"] = str(renamed["answer"])  # a column's type is nobody's choice
+        if table and "answer" in renamed:
+            renamed["answer"] = column_reference(renamed["answer"])
         if settings.answer_after is not None and renamed.get("answer") is not None:
             renamed["answer"] = _answer(
                 renamed["answer"], settings.answer_after, _place(settings, number)

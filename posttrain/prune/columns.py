@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from posttrain.data.prompts import content_hash
+from posttrain.data.prompts import column_reference, content_hash
 from posttrain.errors import DataError
 from posttrain.types import Message, Prompt
 from rewards.answer import extract_answer
@@ -210,7 +210,7 @@ def _reference(record: Mapping[str, Any], columns: ColumnSettings, completion: s
         value = record.get(columns.answer)
         if value is None or value == "":
             raise UnusableRow(f"the answer is missing: column {columns.answer!r} is empty")
-        return str(value) if isinstance(value, int) else value
+        return column_reference(value)
     found = completion and (boxed_answer(completion) or extract_answer(completion))
     if not found:
         raise UnusableRow(
